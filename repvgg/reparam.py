@@ -1,0 +1,135 @@
+"""The algebra of structural re-parameterization: every linear branch is one convolution.
+
+RepVGG (Ding et al., 2021, arXiv:2101.03697), section 3.3. A branch is an affine map given as
+`Affine(kernel, bias)`; folding, padding and merging turn affine maps into affine maps. All
+functions compute in float64, answer in the dtype and on the device they were given, and are
+differentiable. To chain several of them without rounding in between, pass float64 tensors and
+cast the final result once, as `RepVGGBlock.equivalent_kernel_bias` does.
+
+Kernels are (O, I / groups, *size) with one, two or three spatial dimensions.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Affine(NamedTuple):
+    """A convolution as numbers: kernel (O, I / groups, *size) and bias (O,)."""
+
+    kernel: Tensor
+    bias: Tensor
+
+
+def bare_affine(kernel: Tensor, bias: Tensor | None = None) -> Affine:
+    """Read a convolution that no BatchNorm follows: its kernel, and zeros where it has no bias."""
+    return Affine(kernel, kernel.new_zeros(kernel.shape[0]) if bias is None else bias)
+
+
+def fold_bn(kernel: Tensor, bias: Tensor | None, bn: nn.modules.batchnorm._BatchNorm) -> Affine:
+    """Absorb an eval-mode BatchNorm into the convolution before it (RepVGG, eq. 3).
+
+    BN(W*x + b) = (gamma / sigma) (W*x + b - mu) + beta with sigma = sqrt(running_var + eps) is
+    again affine in x, hence a convolution. A BatchNorm without gamma and beta has 1 and 0.
+
+    Args:
+        kernel: (O, I / groups, *size).
+        bias: (O,), or None for a convolution without bias.
+        bn: normalizes O channels and tracks running statistics. Its mode does not matter: the
+            result is the function it computes in eval mode.
+
+    Raises:
+        ValueError: `bn` has no running statistics, so its output depends on the batch; or it
+            normalizes another number of channels than the kernel produces.
+    """
+    if bn.running_mean is None or bn.running_var is None:
+        raise ValueError(
+            "cannot fold a BatchNorm without running statistics: its output depends on the batch; "
+            "build it with track_running_stats=True"
+        )
+    if bn.num_features != kernel.shape[0]:
+        raise ValueError(
+            f"cannot fold a BatchNorm of {bn.num_features} channels into a kernel that "
+            f"produces {kernel.shape[0]}"
+        )
+    scale = (bn.running_var.double() + bn.eps).rsqrt()  # (O,)
+    if bn.weight is not None:
+        scale = scale * bn.weight.double()
+    shift = -bn.running_mean.double() * scale  # (O,)
+    if bn.bias is not None:
+        shift = shift + bn.bias.double()
+    if bias is not None:
+        shift = shift + bias.double() * scale
+    folded = kernel.double() * scale.reshape(-1, *[1] * (kernel.ndim - 1))
+    return Affine(folded.to(kernel.dtype), shift.to(kernel.dtype))
+
+
+def pad_kernel(kernel: Tensor, size: int) -> Tensor:
+    """Embed a kernel in zeros so that it covers `size` taps in every spatial dimension.
+
+    Its centre tap, (k - 1) // 2 of k, lands on the centre tap of the result: with padding that
+    grows along (0 for 1x1, 1 for 3x3, or "same") the convolution computes the same function. A
+    result of even size needs padding "same" and dilation 1: dilated, it has no centre.
+
+    Args:
+        kernel: (O, I / groups, *k), odd in every spatial dimension.
+        size: taps of the result in every spatial dimension.
+
+    Raises:
+        ValueError: a dimension of the kernel is even, so no centre exists, or exceeds `size`.
+    """
+    taps = kernel.shape[2:]
+    if any(k % 2 == 0 or k > size for k in taps):
+        raise ValueError(
+            f"cannot embed a kernel of size {tuple(taps)} in {size} taps: "
+            f"every dimension must be odd and at most {size}"
+        )
+    padding: list[int] = []
+    for k in reversed(taps):  # torch pads the last dimension first
+        before = (size - 1) // 2 - (k - 1) // 2
+        padding += [before, size - k - before]
+    return nn.functional.pad(kernel, padding)
+
+
+def identity_kernel(
+    channels: int,
+    groups: int = 1,
+    *,
+    dims: int = 2,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Write x -> x as a convolution of one tap (RepVGG, section 3.3, and section 3.4 for groups).
+
+    Within a group, output channel i reads input channel i mod (C / groups) of that group.
+
+    Returns:
+        (C, C / groups, 1, ...) with `dims` trailing dimensions.
+
+    Raises:
+        ValueError: `groups` does not divide `channels`.
+    """
+    if channels % groups:
+        raise ValueError(f"groups={groups} does not divide channels={channels}")
+    width = channels // groups
+    eye = torch.eye(width, dtype=dtype, device=device).repeat(groups, 1)  # (C, C / groups)
+    return eye.reshape(channels, width, *[1] * dims)
+
+
+def merge(*branches: Affine) -> Affine:
+    """Add parallel branches: the sum of convolutions of one shape is a convolution (section 3.3).
+
+    Args:
+        branches: at least one; all of one shape, stride, dilation, padding and groups.
+
+    Raises:
+        ValueError: the kernels differ in shape, so one of them was not padded.
+    """
+    shapes = {tuple(branch.kernel.shape) for branch in branches}
+    if len(shapes) != 1:
+        raise ValueError(f"cannot merge kernels of different shapes {sorted(shapes)}: pad them")
+    dtype = branches[0].kernel.dtype
+    kernel = torch.stack([branch.kernel.double() for branch in branches]).sum(0)
+    bias = torch.stack([branch.bias.double() for branch in branches]).sum(0)
+    return Affine(kernel.to(dtype), bias.to(dtype))

@@ -1,0 +1,168 @@
+import pytest
+import torch
+from networks import relative_error, settle
+from torch import nn
+from torch.nn import functional as F
+
+from repvgg.reparam import Affine, bare_affine, fold_bn, identity_kernel, merge, pad_kernel
+
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+BN = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+def images(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+def test_folding_a_batchnorm_does_not_change_the_function(dims, groups, bias, affine):
+    conv = CONV[dims](8, 16, 3, padding=1, groups=groups, bias=bias).double()
+    bn = settle(BN[dims](16, affine=affine, eps=1e-3).double())
+    x = images(2, 8, *[7] * dims)
+
+    folded = CONV[dims](8, 16, 3, padding=1, groups=groups).double()
+    folded.weight.data, folded.bias.data = fold_bn(conv.weight, conv.bias, bn)
+
+    assert relative_error(bn(conv(x)), folded(x)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(6, 8, 3, stride=2, padding=2, dilation=2),
+        nn.Conv2d(6, 8, (1, 5), padding="same", padding_mode="reflect"),
+        nn.Conv2d(6, 8, 4, padding=1, padding_mode="circular"),
+    ],
+    ids=["stride and dilation", "non-square, reflect", "even, circular"],
+)
+def test_folding_keeps_every_geometry_of_the_convolution(conv):
+    conv, bn = conv.double(), settle(nn.BatchNorm2d(8).double())
+    x = images(2, 6, 9, 8)
+    expected = bn(conv(x))
+
+    conv.weight.data, conv.bias.data = fold_bn(conv.weight, conv.bias, bn)
+
+    assert relative_error(expected, conv(x)) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_folding_answers_in_the_dtype_of_the_kernel(dtype):
+    bn = settle(nn.BatchNorm2d(4))
+
+    folded = fold_bn(torch.ones(4, 2, 3, 3, dtype=dtype), None, bn)
+
+    assert (folded.kernel.dtype, folded.bias.dtype) == (dtype, dtype)
+
+
+def test_folding_answers_on_the_device_of_the_kernel():
+    bn = nn.BatchNorm2d(4, device="meta")
+
+    folded = fold_bn(torch.ones(4, 2, 3, 3, device="meta"), None, bn)
+
+    assert (folded.kernel.device.type, folded.bias.device.type) == ("meta", "meta")
+
+
+def test_folding_in_float32_rounds_once():
+    conv, bn = nn.Conv2d(8, 8, 3, bias=False), settle(nn.BatchNorm2d(8))
+
+    kernel, bias = fold_bn(conv.weight, None, bn)
+    exact_kernel, exact_bias = fold_bn(conv.weight.double(), None, bn)
+
+    assert torch.equal(kernel, exact_kernel.float())
+    assert torch.equal(bias, exact_bias.float())
+
+
+def test_gradients_flow_through_a_fold_as_through_the_two_layers():
+    conv, bn = nn.Conv2d(4, 4, 3, bias=False).double(), settle(nn.BatchNorm2d(4).double())
+    x = images(2, 4, 6, 6)
+    parameters = [conv.weight, bn.weight, bn.bias]
+
+    separate = torch.autograd.grad(bn(conv(x)).square().sum(), parameters)
+    folded = torch.autograd.grad(
+        F.conv2d(x, *fold_bn(conv.weight, None, bn)).square().sum(), parameters
+    )
+
+    assert max(relative_error(a, b) for a, b in zip(separate, folded, strict=True)) < 1e-12
+
+
+def test_a_batchnorm_without_running_statistics_is_refused():
+    bn = nn.BatchNorm2d(4, track_running_stats=False)
+
+    with pytest.raises(ValueError, match="running statistics"):
+        fold_bn(torch.ones(4, 2, 3, 3), None, bn)
+
+
+def test_a_batchnorm_of_another_width_is_refused():
+    with pytest.raises(ValueError, match="5 channels"):
+        fold_bn(torch.ones(4, 2, 3, 3), None, nn.BatchNorm2d(5))
+
+
+def test_a_bare_convolution_without_bias_has_bias_zero():
+    kernel = images(4, 2, 3, 3)
+
+    assert torch.equal(bare_affine(kernel, None).bias, torch.zeros(4, dtype=torch.float64))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("taps", [1, 3])
+@pytest.mark.parametrize(("size", "dilation"), [(3, 1), (4, 1), (5, 1), (3, 2), (5, 2)])
+def test_a_padded_kernel_computes_the_same_function(dims, taps, size, dilation):
+    kernel = images(4, 2, *[taps] * dims)
+    x = images(2, 2, *[9] * dims)
+    conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
+
+    small = conv(x, kernel, padding="same", dilation=dilation)
+    large = conv(x, pad_kernel(kernel, size), padding="same", dilation=dilation)
+
+    assert relative_error(small, large) < 1e-12
+
+
+@pytest.mark.parametrize("taps", [(2, 2), (5, 5), (1, 4)])
+def test_a_kernel_that_has_no_centre_or_does_not_fit_is_refused(taps):
+    with pytest.raises(ValueError, match="must be odd"):
+        pad_kernel(torch.ones(4, 2, *taps), 3)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+def test_the_identity_kernel_returns_its_input(dims, groups):
+    x = images(2, 8, *[5] * dims)
+    conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
+
+    assert torch.equal(conv(x, identity_kernel(8, groups, dims=dims), groups=groups), x)
+
+
+def test_an_identity_whose_groups_do_not_divide_the_channels_is_refused():
+    with pytest.raises(ValueError, match="groups=3"):
+        identity_kernel(8, 3)
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_residual_sum_without_batchnorm_merges_into_one_convolution(padding_mode, stride, groups):
+    dense = nn.Conv2d(4, 4, 3, stride, 1, groups=groups, padding_mode=padding_mode).double()
+    point = nn.Conv2d(4, 4, 1, stride, groups=groups, bias=False).double()
+    x = images(2, 4, 7, 8)
+    expected = dense(x) + point(x) + x[..., ::stride, ::stride]
+
+    eye = identity_kernel(4, groups)
+    dense.weight.data, dense.bias.data = merge(
+        bare_affine(dense.weight, dense.bias),
+        bare_affine(pad_kernel(point.weight, 3), point.bias),
+        bare_affine(pad_kernel(eye, 3)),
+    )
+
+    assert relative_error(expected, dense(x)) < 1e-12
+
+
+def test_kernels_of_different_shapes_are_not_merged():
+    one = Affine(torch.ones(4, 2, 1, 1), torch.ones(4))
+    three = Affine(torch.ones(4, 2, 3, 3), torch.ones(4))
+
+    with pytest.raises(ValueError, match="pad them"):
+        merge(one, three)

@@ -1,0 +1,46 @@
+"""RepVGG: train it with branches, deploy it as plain 3x3 convolutions, verify every step.
+
+The public names below need torch alone, and load it when the first of them is used, so that a
+command line can answer `--help` without it. Training (`repvgg.module`, `repvgg.data`,
+`repvgg.callbacks`) needs lightning too and is imported by name.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from repvgg import checkpoint, losses, reparam, verify
+    from repvgg.block import RepVGGBlock
+    from repvgg.fuse import switch_to_deploy
+    from repvgg.model import RepVGG
+    from repvgg.zoo import create_model, list_models
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RepVGG",
+    "RepVGGBlock",
+    "checkpoint",
+    "create_model",
+    "list_models",
+    "losses",
+    "reparam",
+    "switch_to_deploy",
+    "verify",
+]
+
+_HOME = {
+    "RepVGG": "model",
+    "RepVGGBlock": "block",
+    "create_model": "zoo",
+    "list_models": "zoo",
+    "switch_to_deploy": "fuse",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"repvgg.{_HOME[name]}"), name)
+    if name in __all__:
+        return importlib.import_module(f"repvgg.{name}")
+    raise AttributeError(f"module 'repvgg' has no attribute '{name}'")

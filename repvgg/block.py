@@ -1,0 +1,221 @@
+"""The RepVGG block: parallel branches while it trains, one 3x3 convolution when it is deployed.
+
+RepVGG (Ding et al., 2021, arXiv:2101.03697), section 3.2 and figure 4:
+
+    y = ReLU(BN3(W3 * x) + BN1(W1 * x) + BN0(x))
+
+The identity branch exists where channels and size stay. The only way to the deployed form is to
+build the block and call `switch_to_deploy()`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from repvgg.reparam import Affine, bare_affine, fold_bn, identity_kernel, merge, pad_kernel
+
+KERNEL_SIZE = 3
+
+
+class SqueezeExcite(nn.Module):
+    """Reweights channels by a gate computed from their means (Hu et al., 2018, arXiv:1709.01507).
+
+    Shapes: (N, C, H, W) -> (N, C, H, W).
+
+    Args:
+        channels: C.
+        reduction: the gate's hidden layer has C // reduction channels, at least one.
+    """
+
+    def __init__(self, channels: int, reduction: int) -> None:
+        super().__init__()
+        hidden = max(1, channels // reduction)
+        self.squeeze = nn.Conv2d(channels, hidden, 1)
+        self.excite = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = x.mean((2, 3), keepdim=True)  # (N, C, 1, 1)
+        gate = self.excite(self.squeeze(gate).relu()).sigmoid()
+        return x * gate
+
+
+class Branch(nn.Module):
+    """A convolution and the BatchNorm behind it, if there is one."""
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> None:
+        super().__init__()
+        self.conv = conv
+        self.bn = bn
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y if self.bn is None else self.bn(y)
+
+    def affine(self) -> Affine:
+        """The one convolution that equals the branch in eval mode; in float64."""
+        kernel = self.conv.weight.double()
+        bias = None if self.conv.bias is None else self.conv.bias.double()
+        return bare_affine(kernel, bias) if self.bn is None else fold_bn(kernel, bias, self.bn)
+
+
+class RepVGGBlock(nn.Module):
+    """A 3x3 + 1x1 + identity block that collapses, exactly, into one 3x3 convolution.
+
+    Shapes: (N, C, H, W) -> (N, O, ceil(H / stride), ceil(W / stride)).
+
+    Args:
+        in_channels: C.
+        out_channels: O.
+        stride: 1 or more. The identity branch needs stride 1 and O equal to C.
+        groups: divides C and O. Holds for all branches.
+        dilation: of the 3x3 branch, which is padded by as much.
+        padding_mode: "zeros", "reflect", "replicate" or "circular".
+        bn: normalize every branch. Without it the block is the plain residual sum
+            ReLU(W3 * x + W1 * x + x).
+        bias: give the two convolutions a bias.
+        bn_eps: added to the variance by every BatchNorm.
+        se_before_relu: reduction of a squeeze-and-excite gate between the sum and the ReLU
+            (RepVGG-D2se); 0 is none.
+        se_after_relu: reduction of one behind the ReLU (RepVGGplus); 0 is none.
+
+    Raises:
+        ValueError: torch's, where groups do not divide the channels or a padding mode is unknown.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        dilation: int = 1,
+        padding_mode: str = "zeros",
+        bn: bool = True,
+        bias: bool = False,
+        bn_eps: float = 1e-5,
+        se_before_relu: int = 0,
+        se_after_relu: int = 0,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.stride = stride
+        self.groups = groups
+        self.dilation = dilation
+        self.padding_mode = padding_mode
+
+        def normalization() -> nn.BatchNorm2d | None:
+            return nn.BatchNorm2d(out_channels, eps=bn_eps) if bn else None
+
+        self.branch_3x3: Branch | None = Branch(
+            nn.Conv2d(in_channels, out_channels, bias=bias, stride=stride, **self._shape()),
+            normalization(),
+        )
+        # The stride of this branch is taken by subsampling its input in `forward`.
+        self.branch_1x1: Branch | None = Branch(
+            nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=bias), normalization()
+        )
+        self.branch_identity: nn.Module | None = None
+        if in_channels == out_channels and stride == 1:
+            self.branch_identity = normalization() or nn.Identity()
+        self.reparam: nn.Conv2d | None = None
+
+        self.se_before_relu = (
+            SqueezeExcite(out_channels, se_before_relu) if se_before_relu else nn.Identity()
+        )
+        self.relu = nn.ReLU()
+        self.se_after_relu = (
+            SqueezeExcite(out_channels, se_after_relu) if se_after_relu else nn.Identity()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._sum_of_branches(x) if self.reparam is None else self._deployed(x)
+        return self.se_after_relu(self.relu(self.se_before_relu(y)))
+
+    def equivalent_kernel_bias(self) -> Affine:
+        """Compute the one 3x3 convolution that equals the sum of the branches in eval mode.
+
+        Summed in float64 and cast once to the dtype of the block's parameters; gradients flow to
+        the parameters of every branch (RepVGG, section 3.3).
+
+        Returns:
+            kernel (O, C / groups, 3, 3) and bias (O,).
+
+        Raises:
+            ValueError: a BatchNorm of the block has no running statistics.
+        """
+        if self.reparam is not None:
+            return bare_affine(self.reparam.weight, self.reparam.bias)
+        assert self.branch_3x3 is not None
+        assert self.branch_1x1 is not None
+        dense = self.branch_3x3.affine()
+        point = self.branch_1x1.affine()
+        branches = [dense, Affine(pad_kernel(point.kernel, KERNEL_SIZE), point.bias)]
+        if self.branch_identity is not None:
+            eye = identity_kernel(self.in_channels, self.groups, device=dense.kernel.device)
+            bn = self.branch_identity
+            same = fold_bn(eye, None, bn) if isinstance(bn, nn.BatchNorm2d) else bare_affine(eye)
+            branches.append(Affine(pad_kernel(same.kernel, KERNEL_SIZE), same.bias))
+        kernel, bias = merge(*branches)
+        dtype = self.branch_3x3.conv.weight.dtype
+        return Affine(kernel.to(dtype), bias.to(dtype))
+
+    @torch.no_grad()
+    def switch_to_deploy(self) -> None:
+        """Replace the branches by their one convolution, in place, and go to eval mode.
+
+        The block computes what it computed in eval mode. Calling it again changes nothing. An
+        optimizer, EMA or DDP wrapper that holds the old parameters keeps them: to go on training,
+        switch a copy (`repvgg.switch_to_deploy`).
+
+        Raises:
+            ValueError: a BatchNorm of the block has no running statistics; nothing was changed.
+        """
+        if self.reparam is None:
+            kernel, bias = self.equivalent_kernel_bias()
+            # On the meta device: its numbers are replaced, and no random state is consumed.
+            reparam = nn.Conv2d(
+                self.in_channels,
+                self.out_channels,
+                stride=self.stride,
+                device="meta",
+                **self._shape(),
+            )
+            reparam.weight = nn.Parameter(kernel)
+            reparam.bias = nn.Parameter(bias)
+            self.reparam = reparam
+            self.branch_3x3 = self.branch_1x1 = self.branch_identity = None
+        self.eval()
+
+    def extra_repr(self) -> str:
+        form = "training form" if self.reparam is None else "deployed"
+        return f"{self.in_channels}, {self.out_channels}, stride={self.stride}, {form}"
+
+    def _shape(self) -> dict:
+        """What the 3x3 branch and the deployed convolution have in common besides the stride."""
+        return {
+            "kernel_size": KERNEL_SIZE,
+            "padding": self.dilation,
+            "dilation": self.dilation,
+            "groups": self.groups,
+            "padding_mode": self.padding_mode,
+        }
+
+    def _sum_of_branches(self, x: Tensor) -> Tensor:
+        assert self.branch_3x3 is not None
+        assert self.branch_1x1 is not None
+        # A 1x1 convolution of stride s in channels_last corrupts the heap in its weight gradient
+        # on CPU (torch 2.13 and 2.15). Subsampling first is the same function, and safe.
+        point = x if self.stride == 1 else x[..., :: self.stride, :: self.stride]
+        y = self.branch_3x3(x) + self.branch_1x1(point)
+        return y if self.branch_identity is None else y + self.branch_identity(x)
+
+    def _deployed(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise RuntimeError(
+                "this RepVGGBlock was switched to its deployed form, which is not for training: "
+                "call .eval() to run it, or train the multi-branch network and switch a copy "
+                "with repvgg.switch_to_deploy(model)"
+            )
+        assert self.reparam is not None
+        return self.reparam(x)

@@ -1,0 +1,208 @@
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from networks import relative_error, settle
+from torch import nn
+
+from repvgg import RepVGGBlock
+
+CASES = {
+    "identity": {"in_channels": 8, "out_channels": 8},
+    "stride 2": {"in_channels": 8, "out_channels": 8, "stride": 2},
+    "stride 3": {"in_channels": 8, "out_channels": 8, "stride": 3},
+    "wider": {"in_channels": 8, "out_channels": 12},
+    "groups 2": {"in_channels": 8, "out_channels": 8, "groups": 2},
+    "groups 4, wider": {"in_channels": 8, "out_channels": 16, "groups": 4},
+    "depthwise": {"in_channels": 8, "out_channels": 8, "groups": 8},
+    "dilation": {"in_channels": 8, "out_channels": 8, "dilation": 2},
+    "dilation, stride": {"in_channels": 8, "out_channels": 8, "dilation": 2, "stride": 2},
+    "reflect": {"in_channels": 8, "out_channels": 8, "padding_mode": "reflect"},
+    "replicate": {"in_channels": 8, "out_channels": 8, "padding_mode": "replicate"},
+    "circular, stride": {
+        "in_channels": 8,
+        "out_channels": 8,
+        "padding_mode": "circular",
+        "stride": 2,
+    },
+    "no bn": {"in_channels": 8, "out_channels": 8, "bn": False},
+    "no bn, bias": {"in_channels": 8, "out_channels": 8, "bn": False, "bias": True},
+    "no bn, groups": {"in_channels": 8, "out_channels": 8, "bn": False, "groups": 4},
+    "bn and bias": {"in_channels": 8, "out_channels": 8, "bias": True},
+    "eps": {"in_channels": 8, "out_channels": 8, "bn_eps": 1e-1},
+    "se before": {"in_channels": 8, "out_channels": 8, "se_before_relu": 4},
+    "se after": {"in_channels": 8, "out_channels": 8, "se_after_relu": 4},
+    "both se": {"in_channels": 8, "out_channels": 8, "se_before_relu": 2, "se_after_relu": 2},
+}
+
+
+def build(case: str = "identity", seed: int = 0) -> RepVGGBlock:
+    torch.manual_seed(seed)
+    return settle(RepVGGBlock(**CASES[case]), seed)
+
+
+def images(height: int = 9, width: int = 7) -> torch.Tensor:
+    return torch.randn(2, 8, height, width, generator=torch.Generator().manual_seed(1)).double()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 7)], ids=["even", "odd"])
+@pytest.mark.parametrize("case", CASES)
+def test_switching_does_not_change_the_function(case, size):
+    block, x = build(case).double(), images(*size)
+    expected = block(x)
+
+    block.switch_to_deploy()
+
+    assert relative_error(expected, block(x)) < 1e-12
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_switched_block_has_one_3x3_convolution(case):
+    block = build(case)
+
+    block.switch_to_deploy()
+
+    gates = {m for gate in (block.se_before_relu, block.se_after_relu) for m in gate.modules()}
+    heavy = [
+        m for m in block.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d) and m not in gates
+    ]
+    assert heavy == [block.reparam]
+    assert block.reparam.kernel_size == (3, 3)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float32_folds_to_the_nearest_float32(case):
+    block = build(case)
+    exact = copy.deepcopy(block).double().equivalent_kernel_bias()
+
+    folded = block.equivalent_kernel_bias()
+
+    assert torch.equal(folded.kernel, exact.kernel.float())
+    assert torch.equal(folded.bias, exact.bias.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_switched_block_keeps_dtype(dtype):
+    block = build().to(dtype)
+
+    block.switch_to_deploy()
+
+    assert {p.dtype for p in block.parameters()} == {dtype}
+
+
+def test_a_switched_block_keeps_its_device():
+    with torch.device("meta"):
+        block = RepVGGBlock(8, 8)
+
+    block.switch_to_deploy()
+
+    assert {p.device.type for p in block.parameters()} == {"meta"}
+
+
+def test_switching_twice_changes_nothing():
+    block = build()
+    block.switch_to_deploy()
+    convolution, kernel = block.reparam, block.reparam.weight.clone()
+
+    block.switch_to_deploy()
+
+    assert block.reparam is convolution
+    assert torch.equal(block.reparam.weight, kernel)
+
+
+def test_the_equivalent_kernel_is_the_same_after_the_switch():
+    block = build()
+    before = block.equivalent_kernel_bias()
+
+    block.switch_to_deploy()
+
+    assert torch.equal(block.equivalent_kernel_bias().kernel, before.kernel)
+    assert torch.equal(block.equivalent_kernel_bias().bias, before.bias)
+
+
+def test_switching_consumes_no_random_numbers():
+    block = build()
+    state = torch.get_rng_state()
+
+    block.switch_to_deploy()
+
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_switched_block_refuses_to_train():
+    block = build()
+    block.switch_to_deploy()
+    block.train()
+
+    with pytest.raises(RuntimeError, match=r"switch a copy with repvgg\.switch_to_deploy"):
+        block(images().float())
+
+
+def test_a_block_in_training_mode_is_folded_with_its_running_statistics():
+    block, x = build(), images().float()
+    expected = block(x)
+
+    block.train().switch_to_deploy()
+
+    assert relative_error(expected, block(x)) < 1e-5
+
+
+def test_a_block_without_running_statistics_stays_as_it_was():
+    block = build()
+    block.branch_1x1.bn = nn.BatchNorm2d(8, track_running_stats=False)
+
+    with pytest.raises(ValueError, match="running statistics"):
+        block.switch_to_deploy()
+
+    assert block.reparam is None
+    assert block.branch_3x3 is not None
+
+
+@pytest.mark.parametrize("case", ["identity", "groups 2", "no bn, bias"])
+def test_gradients_reach_every_branch_through_the_equivalent_kernel(case):
+    block, x = build(case).double(), images()
+    parameters = [p for name, p in block.named_parameters() if "branch" in name]
+
+    branches = torch.autograd.grad(block._sum_of_branches(x).square().sum(), parameters)
+    kernel, bias = block.equivalent_kernel_bias()
+    merged = nn.functional.conv2d(x, kernel, bias, padding=1, groups=block.groups)
+    folded = torch.autograd.grad(merged.square().sum(), parameters)
+
+    assert max(relative_error(a, b) for a, b in zip(branches, folded, strict=True)) < 1e-10
+
+
+@pytest.mark.parametrize("switched", [False, True])
+def test_a_block_survives_copying_and_pickling(switched):
+    block, x = build("se after"), images().float()
+    if switched:
+        block.switch_to_deploy()
+
+    restored = pickle.loads(pickle.dumps(copy.deepcopy(block)))
+
+    assert torch.equal(restored(x), block(x))
+
+
+def test_an_identity_branch_exists_only_where_shapes_stay():
+    branches = [build(case).branch_identity is not None for case in ("identity", "wider")]
+
+    assert (branches, build("stride 2").branch_identity) == ([True, False], None)
+
+
+def test_training_in_channels_last_does_not_corrupt_memory():
+    # torch's own 1x1 convolution of stride 2 does so here, in its weight gradient on CPU.
+    program = """
+import torch
+from repvgg import RepVGGBlock
+for seed in range(3):
+    torch.manual_seed(seed)
+    block = RepVGGBlock(3, 48, stride=2).to(memory_format=torch.channels_last)
+    x = torch.randn(8, 3, 224, 224).to(memory_format=torch.channels_last)
+    block(x).square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in block.parameters())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+    assert (done.returncode, done.stderr) == (0, "")

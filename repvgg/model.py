@@ -1,0 +1,223 @@
+"""RepVGG: a plain stack of RepVGG blocks, pooled and classified.
+
+RepVGG (Ding et al., 2021, arXiv:2101.03697), section 3.4 and table 2: a stem block, four stages,
+global average pooling, dropout, a linear layer. RepVGGplus adds auxiliary classifiers that exist
+while it trains. The named variants are in `repvgg.zoo`.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from repvgg.arguments import check_integer, check_integers, check_number, refusal
+from repvgg.block import RepVGGBlock
+
+MAX_STEM_WIDTH = 64
+
+
+class RepVGG(nn.Module):
+    """A RepVGG network.
+
+    Shapes: images (N, in_channels, H, W) -> logits (N, num_classes).
+
+    Args:
+        depths: blocks in each of the four stages.
+        widths: channels of each stage. The stem has min(64, widths[0]).
+        strides: of the stem and of the first block of each stage. The paper's five twos divide
+            the resolution by 32; small images want ones in front.
+        groups: of the 3x3 and 1x1 convolutions of every second block after the stem, the second
+            first (section 3.4); the other blocks have 1.
+        num_classes: K.
+        in_channels: channels of the images.
+        dropout: probability in front of the linear layer; 0 is off.
+        bn_eps: added to the variance by every BatchNorm.
+        se_before_relu: reduction of the squeeze-and-excite gates in front of the ReLUs; 0 is none.
+        se_after_relu: reduction of those behind the ReLUs; 0 is none.
+        auxiliary_heads: classifiers after stage 1, stage 2 and the first half of stage 3, as in
+            RepVGGplus: see `forward_auxiliary`.
+
+    Raises:
+        ValueError: a value is outside its range; the message names it.
+    """
+
+    def __init__(
+        self,
+        *,
+        depths: Sequence[int],
+        widths: Sequence[int],
+        strides: Sequence[int] = (2, 2, 2, 2, 2),
+        groups: int = 1,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        dropout: float = 0.0,
+        bn_eps: float = 1e-5,
+        se_before_relu: int = 0,
+        se_after_relu: int = 0,
+        auxiliary_heads: bool = False,
+    ) -> None:
+        super().__init__()
+        depths = check_integers("model.depths", depths, length=4, example="[2,4,14,1]")
+        widths = check_integers("model.widths", widths, length=4, example="[48,96,192,1280]")
+        strides = check_integers("model.strides", strides, length=5, example="[2,2,2,2,2]")
+        check_integer("model.num_classes", num_classes, minimum=1, example=10)
+        check_integer("model.in_channels", in_channels, minimum=1, example=3)
+        check_integer("model.groups", groups, minimum=1, example=2)
+        check_number("model.dropout", dropout, below=1, example=0.2)
+        check_number("model.bn_eps", bn_eps, example=1e-5)
+        check_integer("model.se_before_relu", se_before_relu, minimum=0, example=16)
+        check_integer("model.se_after_relu", se_after_relu, minimum=0, example=4)
+        if any(width % groups for width in widths):
+            raise refusal("model.groups", groups, f"must divide all of widths {widths}", 1)
+        self.num_classes = num_classes
+        self.in_channels = in_channels
+
+        def block(in_width: int, out_width: int, stride: int, groups: int = 1) -> RepVGGBlock:
+            return RepVGGBlock(
+                in_width,
+                out_width,
+                stride=stride,
+                groups=groups,
+                bn_eps=bn_eps,
+                se_before_relu=se_before_relu,
+                se_after_relu=se_after_relu,
+            )
+
+        width = min(MAX_STEM_WIDTH, widths[0])
+        self.stem = block(in_channels, width, strides[0])
+        stages = []
+        number = 0  # of the block, counted from the first one after the stem
+        for depth, out_width, stride in zip(depths, widths, strides[1:], strict=True):
+            stage = []
+            for i in range(depth):
+                number += 1
+                stage.append(
+                    block(
+                        width,
+                        out_width,
+                        stride=stride if i == 0 else 1,
+                        groups=groups if number % 2 == 0 else 1,
+                    )
+                )
+                width = out_width
+            stages.append(nn.Sequential(*stage))
+        self.stages = nn.Sequential(*stages)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(width, num_classes)
+
+        # After which block each auxiliary classifier reads the features.
+        self._taps: dict[int, str] = {}
+        self.auxiliary = nn.ModuleDict()
+        if auxiliary_heads:
+            self._taps = {
+                depths[0]: "stage1",
+                depths[0] + depths[1]: "stage2",
+                depths[0] + depths[1] + depths[2] // 2: "stage3_half",
+            }
+            for name, channels in zip(self._taps.values(), widths[:3], strict=True):
+                self.auxiliary[name] = _auxiliary_head(channels, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Run the trunk, which is deterministic: (N, C, H, W) -> (N, widths[3], h, w)."""
+        return self.stages(self.stem(images))
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Pool, drop out, classify: (N, widths[3], h, w) -> (N, K). Random in training mode."""
+        # A mean over H and W exports as one node; adaptive pooling does not.
+        return self.linear(self.dropout(features.mean((2, 3))))
+
+    def forward_auxiliary(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Run the trunk and, on the way, the auxiliary classifiers.
+
+        The training loss adds their cross-entropies, each weighted 0.1 in the RepVGGplus recipe.
+
+        Returns:
+            what `forward_features` returns, and logits (N, K) of each auxiliary classifier (an
+            empty list for a network without, or after `switch_to_deploy`).
+        """
+        x = self.stem(images)
+        logits = []
+        for number, block in enumerate(self.blocks(), start=1):
+            x = block(x)
+            if number in self._taps:
+                logits.append(self.auxiliary[self._taps[number]](x))
+        return x, logits
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """All blocks after the stem, in order."""
+        for stage in self.stages.children():
+            yield from stage.children()
+
+    def switch_to_deploy(self) -> None:
+        """Fold every block and drop the auxiliary classifiers, in place; go to eval mode.
+
+        Raises:
+            ValueError: a BatchNorm has no running statistics.
+        """
+        for module in self.modules():
+            if isinstance(module, RepVGGBlock):
+                module.switch_to_deploy()
+        self._taps = {}
+        self.auxiliary = nn.ModuleDict()
+        self.eval()
+
+
+@dataclass(frozen=True)
+class DataContract:
+    """What a network was trained to see, and what its logits mean.
+
+    Attributes:
+        classes: names, in the order of the logits.
+        in_channels: of an image.
+        image_size: height and width in pixels.
+        mean, std: by channel, of images in [0, 1].
+        interpolation: how images are resized to that size.
+    """
+
+    classes: Sequence[str]
+    in_channels: int
+    image_size: Sequence[int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    interpolation: str
+
+
+class Normalize(nn.Module):
+    """(images - mean) / std by channel: the preprocessing in front of a network, as a module.
+
+    It is never folded into the stem: the border is padded with zeros after it, not before.
+
+    Shapes: (N, C, H, W) -> (N, C, H, W); images in [0, 1].
+
+    Args:
+        mean, std: C numbers each.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).reshape(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).reshape(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
+def _auxiliary_head(channels: int, num_classes: int) -> nn.Sequential:
+    return nn.Sequential(
+        OrderedDict(
+            conv=nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False),
+            bn=nn.BatchNorm2d(channels),
+            relu=nn.ReLU(),
+            pool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            linear=nn.Linear(channels, num_classes),
+        )
+    )

@@ -1,0 +1,76 @@
+import pytest
+import torch
+from networks import relative_error, settle
+from torch import nn
+
+import repvgg
+
+SMALL = {"depths": (1, 2, 2, 1), "widths": (8, 16, 16, 24), "num_classes": 5}
+
+
+@pytest.mark.parametrize("name", repvgg.list_models())
+def test_every_variant_computes_the_same_after_the_switch(name):
+    torch.manual_seed(0)
+    model = settle(repvgg.create_model(name, **SMALL)).double()
+    images = torch.randn(2, 3, 64, 64).double()
+
+    deployed = repvgg.switch_to_deploy(model)
+
+    assert relative_error(model(images), deployed(images)) < 1e-10
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_the_whole_a0_folds_within_the_promised_error(dtype, tolerance):
+    torch.manual_seed(0)
+    model = settle(repvgg.create_model("repvgg_a0")).double()
+    images = torch.randn(2, 3, 64, 64)
+    expected = model(images.double())
+
+    deployed = repvgg.switch_to_deploy(model.to(dtype))
+
+    assert relative_error(expected, deployed(images.to(dtype)).double()) < tolerance
+
+
+def test_the_model_given_is_not_changed():
+    model = settle(repvgg.create_model("repvgg_a0", **SMALL))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+
+    repvgg.switch_to_deploy(model)
+
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_blocks_inside_another_network_are_switched():
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), repvgg.RepVGGBlock(8, 8), nn.Flatten())
+
+    deployed = repvgg.switch_to_deploy(network)
+
+    assert deployed[1].reparam is not None
+    assert not deployed.training
+
+
+def test_a_deployed_network_has_convolutions_relus_and_a_linear_layer_alone():
+    deployed = repvgg.switch_to_deploy(settle(repvgg.create_model("repvgg_a0")))
+
+    kinds = [type(m) for m in deployed.modules() if not list(m.children())]
+
+    assert {kind: kinds.count(kind) for kind in (nn.Conv2d, nn.ReLU, nn.Linear)} == {
+        nn.Conv2d: 22,
+        nn.ReLU: 22,
+        nn.Linear: 1,
+    }
+    assert set(kinds) <= {nn.Conv2d, nn.ReLU, nn.Linear, nn.Identity, nn.Dropout, nn.ModuleDict}
+
+
+def test_switching_a_switched_network_gives_it_back():
+    once = repvgg.switch_to_deploy(settle(repvgg.create_model("repvgg_a0", **SMALL)))
+    images = torch.randn(2, 3, 32, 32)
+
+    assert torch.equal(repvgg.switch_to_deploy(once)(images), once(images))
+
+
+def test_a_network_without_blocks_is_refused():
+    with pytest.raises(ValueError, match="Linear has no block to switch"):
+        repvgg.switch_to_deploy(nn.Linear(2, 2))

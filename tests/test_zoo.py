@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+import repvgg
+
+# Millions of parameters, training / deployed. Published for A0 to B3g4 (RepVGG, tables 3 and 4,
+# and the authors' model list) and for D2se; RepVGGplus-L2pse counts its auxiliary heads.
+PARAMETERS = {
+    "repvgg_a0": (9.11, 8.31),
+    "repvgg_a1": (14.09, 12.79),
+    "repvgg_a2": (28.21, 25.50),
+    "repvgg_b0": (15.82, 14.34),
+    "repvgg_b1": (57.42, 51.83),
+    "repvgg_b1g2": (45.78, 41.36),
+    "repvgg_b1g4": (39.97, 36.13),
+    "repvgg_b2": (89.02, 80.32),
+    "repvgg_b2g2": (70.85, 63.96),
+    "repvgg_b2g4": (61.76, 55.78),
+    "repvgg_b3": (123.09, 110.96),
+    "repvgg_b3g2": (96.91, 87.40),
+    "repvgg_b3g4": (83.83, 75.63),
+    "repvgg_d2se": (133.33, 120.39),
+}
+
+
+def millions(model: torch.nn.Module) -> float:
+    return round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts_are_the_published_ones_in_both_forms(name):
+    with torch.device("meta"):
+        model = repvgg.create_model(name)
+
+    assert (millions(model), millions(repvgg.switch_to_deploy(model))) == PARAMETERS[name]
+
+
+def test_parameter_counts_of_repvggplus_are_the_published_ones():
+    with torch.device("meta"):
+        model = repvgg.create_model("repvggplus_l2pse")
+    whole = millions(model)
+    del model.auxiliary
+
+    assert (whole, millions(model)) == (146.06, 140.10)
+
+
+def test_the_list_holds_every_published_variant_and_the_small_one():
+    assert set(repvgg.list_models()) == {*PARAMETERS, "repvggplus_l2pse", "repvgg_tiny"}
+
+
+def test_overrides_replace_what_the_variant_says():
+    model = repvgg.create_model(
+        "repvgg_a0",
+        num_classes=7,
+        in_channels=1,
+        dropout=0.5,
+        depths=(1, 1, 1, 1),
+        widths=(8, 8, 16, 16),
+        strides=(1, 1, 1, 2, 2),
+        groups=2,
+        bn_eps=1e-3,
+    ).eval()
+
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
+    assert model.forward_features(torch.zeros(2, 1, 8, 8)).shape == (2, 16, 2, 2)
+    assert [block.branch_3x3.conv.groups for block in model.blocks()] == [1, 2, 1, 2]
+    assert model.stem.branch_3x3.bn.eps == 1e-3
+    assert model.dropout.p == 0.5
+
+
+def test_every_second_block_of_a_grouped_variant_is_grouped():
+    with torch.device("meta"):
+        model = repvgg.create_model("repvgg_b1g4")
+
+    groups = [block.branch_3x3.conv.groups for block in model.blocks()]
+
+    assert groups == [1, 4] * 13 + [1]
+    assert [block.branch_1x1.conv.groups for block in model.blocks()] == groups
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("repvgg_a9", {}, "unknown model 'repvgg_a9': did you mean repvgg_a"),
+        ("resnet", {}, "allowed are repvgg_tiny, repvgg_a0"),
+        ("repvgg_a0", {"classes": 3}, "unknown override 'classes': did you mean num_classes"),
+        ("repvgg_a0", {"num_classes": 0}, "model.num_classes=0: must be an integer of at least 1"),
+        ("repvgg_a0", {"num_classes": True}, "model.num_classes=True"),
+        ("repvgg_a0", {"dropout": 1.0}, "model.dropout=1.0: must be a number of at least 0 and"),
+        ("repvgg_a0", {"dropout": "x"}, "model.dropout='x'"),
+        ("repvgg_a0", {"dropout": float("nan")}, "model.dropout=nan"),
+        ("repvgg_a0", {"strides": (2, 2)}, "model.strides=.*must be 5 integers"),
+        ("repvgg_a0", {"widths": "abcd"}, "model.widths='abcd'"),
+        ("repvgg_a0", {"groups": 5}, "model.groups=5: must divide"),
+    ],
+)
+def test_a_bad_name_or_value_is_refused_with_what_to_type(name, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        repvgg.create_model(name, **overrides)

@@ -1,0 +1,113 @@
+"""How far a candidate is from its reference: errors, agreement, a verdict.
+
+A predictor is any callable that takes images (N, C, H, W), float32 in [0, 1], to logits (N, K).
+The reference of a verification is the multi-branch network in float64. Candidates are compared
+with that, not with each other, so that errors cannot cancel.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Predictor = Callable[[Tensor], Tensor]
+
+# The largest error, relative to the largest value of the reference, by the precision of the
+# candidate. A multi-branch float32 network is about 2e-6 from its own float64 value.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+# A restored network must reproduce logits that were recorded in float32, perhaps elsewhere.
+PROBE_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `compare` found.
+
+    Attributes:
+        error: largest absolute difference divided by the largest absolute reference value.
+        tolerance: the largest error that passes.
+        agreement: share of rows whose largest entry is the same class, in [0, 1].
+    """
+
+    error: float
+    tolerance: float
+    agreement: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance  # false for NaN
+
+
+def relative_error(reference: Tensor, candidate: Tensor) -> float:
+    """Largest absolute difference over the largest absolute reference value, in float64.
+
+    Infinite where the candidate differs in shape or holds a NaN or an infinity.
+    """
+    reference, candidate = reference.double(), candidate.double()
+    if reference.shape != candidate.shape or not candidate.isfinite().all():
+        return math.inf
+    scale = reference.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    return ((reference - candidate).abs().max() / scale).item()
+
+
+@torch.no_grad()
+def compare(
+    reference: Predictor, candidate: Predictor, images: Tensor, *, tolerance: float | None = None
+) -> Verdict:
+    """Hold a candidate against its reference on the same images.
+
+    Args:
+        reference: called with the images in float64.
+        candidate: called with the images as they are.
+        images: (N, C, H, W), float32 or float64.
+        tolerance: the largest error that passes; by default that of the images' precision,
+            1e-5 for float32 and 1e-10 for float64.
+    """
+    images = images.contiguous()
+    expected, given = reference(images.double()), candidate(images)
+    error = relative_error(expected, given)
+    agreement = 0.0
+    if expected.shape == given.shape:
+        agreement = (expected.argmax(1) == given.argmax(1)).double().mean().item()
+    return Verdict(error, TOLERANCE[images.dtype] if tolerance is None else tolerance, agreement)
+
+
+@torch.no_grad()
+def compare_blocks(reference: nn.Module, candidate: nn.Module, images: Tensor) -> dict[str, float]:
+    """Measure the error of every folded block by itself.
+
+    Each block of the candidate is given what its namesake sees inside the reference on `images`,
+    so errors do not add up along the network, and a faulty block is known by name.
+
+    Args:
+        reference: the multi-branch network in float64 and eval mode.
+        candidate: the same network switched to deploy, in any precision.
+        images: (N, C, H, W).
+
+    Returns:
+        the relative error of each block's output, by the block's name.
+    """
+    dtype = next(candidate.parameters()).dtype
+    blocks = dict(candidate.named_modules())
+    errors: dict[str, float] = {}
+
+    def measure(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            errors[name] = relative_error(output, blocks[name](inputs[0].to(dtype)))
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(measure(name))
+        for name, module in reference.named_modules()
+        if hasattr(module, "equivalent_kernel_bias")
+    ]
+    try:
+        reference(images.double())
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return errors

@@ -1,0 +1,42 @@
+import torch
+from torch import nn
+
+from repvgg.benchmark import count_macs, count_parameters, measure_latency
+
+
+def test_multiply_accumulates_are_those_of_the_textbook():
+    conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+
+    assert count_macs(conv, torch.zeros(1, 3, 16, 16)) == 16 * 16 * 8 * 3 * 9
+
+
+def test_batchnorm_statistics_are_no_parameters():
+    assert count_parameters(nn.BatchNorm2d(5)) == 10
+
+
+def test_every_predictor_is_timed_the_same_number_of_rounds():
+    calls = {"a": 0, "b": 0}
+
+    def predictor(name):
+        def predict(images):
+            calls[name] += 1
+            return images
+
+        return predict
+
+    measured = measure_latency(
+        {name: predictor(name) for name in calls}, torch.zeros(1, 1, 2, 2), seconds=0.01
+    )
+
+    assert calls["a"] == calls["b"] == measured["a"].rounds + 3
+    assert measured["b"].rounds == measured["a"].rounds >= 10
+    assert 0 < measured["a"].lower <= measured["a"].median <= measured["a"].upper
+
+
+def test_predictors_get_contiguous_images():
+    seen = []
+    images = torch.zeros(1, 4, 4, 3).permute(0, 3, 1, 2)
+
+    measure_latency({"a": lambda x: seen.append(x.is_contiguous())}, images, seconds=0.0)
+
+    assert all(seen)

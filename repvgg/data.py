@@ -1,0 +1,194 @@
+"""Data modules: what a run trains, validates and tests on, and the contract of its images.
+
+Small data sets live in memory as uint8 and are prepared by the batch, on the device. The order of
+the training data is a function of (seed, epoch), so a run can stop and resume at any batch.
+"""
+
+import functools
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from repvgg.arguments import check_integer, check_number
+from repvgg.model import DataContract, Normalize
+
+Batch = tuple[Tensor, Tensor]
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class Batches:
+    """Batches of a data set in memory, with an order that can be resumed anywhere.
+
+    Args:
+        images: (N, C, H, W), uint8.
+        labels: (N,), int64.
+        batch_size: images in a batch.
+        shuffle_seed: None keeps the order and the last, smaller batch. A number shuffles, anew
+            every epoch, and drops the last batch where it is smaller.
+        augment: changes the images of a shuffled batch, with randomness from the generator alone.
+        rank, world_size: which share of every shuffled epoch this process reads.
+    """
+
+    batch_sampler = None  # Lightning asks for it where there is a sampler
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        batch_size: int,
+        shuffle_seed: int | None = None,
+        augment: Augmentation | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.images = images
+        self.labels = labels
+        self.batch_size = batch_size
+        self.shuffle_seed = shuffle_seed
+        self.augment = augment
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self._yielded = 0  # batches of the current epoch
+        self._resume_at = (-1, 0)  # epoch, batch
+
+    @property
+    def sampler(self) -> "Batches":
+        """Where Lightning looks for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        if self.shuffle_seed is None:
+            return math.ceil(len(self.images) / self.batch_size)
+        return len(self.images) // self.world_size // self.batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator: nothing happens before the first batch is asked for. Lightning makes
+        # iterators that it never reads, and makes the first one before it sets the epoch.
+        epoch, batch = self._resume_at
+        order = self._order()
+        for i in range(batch if epoch == self.epoch else 0, len(self)):
+            rows = order[i * self.batch_size : (i + 1) * self.batch_size]
+            self._yielded = i + 1
+            images = self.images[rows]
+            if self.augment is not None:
+                images = self.augment(images, self._generator(i, self.rank))
+            yield images, self.labels[rows]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "batch": self._yielded}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._resume_at = (state["epoch"], state["batch"])
+
+    def _order(self) -> Tensor:
+        if self.shuffle_seed is None:
+            return torch.arange(len(self.images))
+        order = torch.randperm(len(self.images), generator=self._generator())
+        return order[self.rank :: self.world_size]
+
+    def _generator(self, *position: int) -> torch.Generator:
+        """Randomness as a function of (seed, epoch) and a position in the epoch."""
+        text = repr((self.shuffle_seed, self.epoch, *position)).encode()
+        return torch.Generator().manual_seed(zlib.crc32(text))
+
+
+def random_affine(images: Tensor, generator: torch.Generator, *, strength: float) -> Tensor:
+    """Rotate, scale and shift each image by its own small amount; what comes in is black.
+
+    Uniform in +-15 degrees, +-10 % and +-half a pixel of 8, all times `strength`. Bilinear.
+
+    Args:
+        images: (N, C, H, W), uint8. The result has the same shape and type.
+    """
+    angle, scale, x, y = (torch.rand(4, len(images), generator=generator) * 2 - 1) * strength
+    angle, scale = angle * math.radians(15), 1 + scale * 0.1
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    rows = [torch.stack([cos, -sin, x / 8], dim=1), torch.stack([sin, cos, y / 8], dim=1)]
+    grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
+    return F.grid_sample(images.float(), grid, align_corners=False).round().to(torch.uint8)
+
+
+class Digits(L.LightningDataModule):
+    """The 1,797 handwritten digits of the UCI set, 8x8 pixels, one channel; inside the package.
+
+    E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, 1998, CC BY 4.0,
+    https://doi.org/10.24432/C50P49. Of every seven images in the file's order the first validates,
+    the second tests and five train: 257, 257 and 1,283, the same for every seed, digits balanced.
+
+    Args:
+        batch_size: images in a batch of one process.
+        augment: strength of `random_affine` on the training images; 0 is off.
+        seed: of the order and the augmentation of the training data.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    def __init__(self, *, batch_size: int = 64, augment: float = 1.0, seed: int = 0) -> None:
+        super().__init__()
+        self.augment = check_number("data.augment", augment, example=1.0)
+        self.batch_size = check_integer("data.batch_size", batch_size, minimum=1, example=64)
+        self.seed = check_integer("seed", seed, minimum=0, example=0)
+        content = load_file(Path(__file__).with_name("digits.safetensors"))
+        images = content["images"].float().mul(255 / 16).round().to(torch.uint8)[:, None]
+        labels = content["labels"].long()
+        part = torch.arange(len(images)) % 7  # 7 and the period of the labels, 10, are coprime
+        self._train = images[part > 1], labels[part > 1]
+        self._val = images[part == 0], labels[part == 0]
+        self._test = images[part == 1], labels[part == 1]
+        if batch_size > len(self._train[0]):
+            raise ValueError(
+                f"data.batch_size={batch_size}: exceeds the {len(self._train[0])} training "
+                "images; type for example data.batch_size=64"
+            )
+        pixels = self._train[0].float() / 255
+        self.contract = DataContract(
+            classes=[str(digit) for digit in range(10)],
+            in_channels=1,
+            image_size=(8, 8),
+            mean=(pixels.mean().item(),),
+            std=(pixels.std().item(),),
+            interpolation="bilinear",
+        )
+        self._normalize = Normalize(self.contract.mean, self.contract.std)
+
+    def probe(self, count: int = 32) -> Batch:
+        """The first validation images and labels: (count, 1, 8, 8) uint8 and (count,)."""
+        images, labels = self._val
+        return images[:count], labels[:count]
+
+    def train_dataloader(self) -> Batches:
+        rank, world_size = 0, 1
+        if self.trainer is not None:
+            rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        return Batches(
+            *self._train,
+            batch_size=self.batch_size,
+            shuffle_seed=self.seed,
+            augment=functools.partial(random_affine, strength=self.augment),
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def val_dataloader(self) -> Batches:
+        return Batches(*self._val, batch_size=self.batch_size)
+
+    def test_dataloader(self) -> Batches:
+        return Batches(*self._test, batch_size=self.batch_size)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        images, labels = batch
+        return self._normalize.to(images.device)(images.float() / 255), labels

@@ -1,0 +1,151 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from repvgg.data import Batches, Digits, random_affine
+
+ROOT = Path(__file__).parents[1]
+
+
+def batches(**options) -> Batches:
+    images = torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1)
+    return Batches(images, torch.arange(10), **{"batch_size": 3, "shuffle_seed": 1, **options})
+
+
+def read(loader: Batches, epoch: int = 0) -> list[list[int]]:
+    loader.set_epoch(epoch)
+    return [labels.tolist() for _, labels in loader]
+
+
+def flat(read_batches: list[list[int]]) -> list[int]:
+    return [label for batch in read_batches for label in batch]
+
+
+def test_digits_are_the_1797_images_in_three_disjoint_parts():
+    digits = Digits()
+    sizes = [len(part[1]) for part in (digits._train, digits._val, digits._test)]
+
+    assert sizes == [1283, 257, 257]
+
+
+def test_the_embedded_file_is_what_the_script_builds(tmp_path):
+    made = tmp_path / "digits.safetensors"
+
+    subprocess.run([sys.executable, ROOT / "scripts" / "make_digits.py", made], check=True)
+
+    assert made.read_bytes() == (ROOT / "repvgg" / "digits.safetensors").read_bytes()
+
+
+def test_every_part_holds_every_digit_about_equally():
+    digits = Digits()
+
+    for _, labels in (digits._train, digits._val, digits._test):
+        share = labels.bincount(minlength=10) / len(labels)
+        assert (share - 0.1).abs().max() < 0.03
+
+
+def test_prepared_training_images_have_mean_0_and_deviation_1():
+    digits = Digits()
+
+    images, _ = digits.on_after_batch_transfer(digits._train, 0)
+
+    torch.testing.assert_close(images.mean().item(), 0.0, rtol=0, atol=1e-5)
+    torch.testing.assert_close(images.std().item(), 1.0, rtol=0, atol=1e-5)
+
+
+def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch():
+    first = read(batches(batch_size=5))
+
+    assert sorted(flat(first)) == list(range(10))
+    assert read(batches(batch_size=5)) == first
+    assert read(batches(batch_size=5), epoch=1) != first
+    assert read(batches(batch_size=5, shuffle_seed=2)) != first
+
+
+def test_training_drops_the_small_batch_and_evaluation_keeps_it():
+    assert [len(batch) for batch in read(batches())] == [3, 3, 3]
+    assert read(batches(shuffle_seed=None)) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+    assert (len(batches()), len(batches(shuffle_seed=None))) == (3, 4)
+
+
+def test_processes_share_an_epoch_without_overlap():
+    shares = [flat(read(batches(batch_size=5, rank=r, world_size=2))) for r in (0, 1)]
+
+    assert sorted(shares[0] + shares[1]) == list(range(10))
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2])
+def test_a_restored_loader_goes_on_where_the_other_stopped(stop):
+    whole = read(batches(), epoch=4)
+    interrupted = batches()
+    interrupted.set_epoch(4)
+    reader = iter(interrupted)
+    for _ in range(stop):
+        next(reader)
+
+    restored = batches()
+    restored.load_state_dict(interrupted.state_dict())
+
+    assert read(restored, epoch=4) == whole[stop:]
+    assert read(restored, epoch=5) == read(batches(), epoch=5)
+
+
+def test_a_loader_restored_at_the_end_of_an_epoch_gives_the_next_one_whole():
+    finished = batches()
+    read(finished, epoch=4)
+    restored = batches()
+    restored.load_state_dict(finished.state_dict())
+
+    assert read(restored, epoch=5) == read(batches(), epoch=5)
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_batch():
+    images = torch.randint(0, 256, (10, 1, 8, 8), dtype=torch.uint8)
+
+    def first(epoch, position=0):
+        loader = Batches(
+            images,
+            torch.arange(10),
+            batch_size=2,
+            shuffle_seed=1,
+            augment=lambda batch, generator: torch.rand(2, generator=generator),
+        )
+        loader.set_epoch(epoch)
+        return list(loader)[position][0].tolist()
+
+    assert first(0) == first(0)
+    assert first(0) != first(1)
+    assert first(0) != first(0, position=1)
+
+
+def test_augmentation_of_strength_zero_changes_nothing():
+    images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
+
+    assert torch.equal(random_affine(images, torch.Generator(), strength=0.0), images)
+
+
+def test_augmentation_moves_each_image_of_a_batch_by_itself():
+    image = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    image[..., 2:6, 3:5] = 255
+    moved = random_affine(image.repeat(6, 1, 1, 1), torch.Generator(), strength=1.0)
+
+    assert len({tuple(one.flatten().tolist()) for one in moved}) == 6
+    assert moved.dtype == torch.uint8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "data.batch_size=0: must be an integer of at least 1"),
+        ({"batch_size": "many"}, "data.batch_size='many'"),
+        ({"batch_size": 5000}, "data.batch_size=5000: exceeds the 1283 training images"),
+        ({"augment": -1}, "data.augment=-1: must be a number of at least 0"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_key(options, message):
+    with pytest.raises(ValueError, match=message):
+        Digits(**options)

@@ -1,0 +1,195 @@
+"""What happens around the training loop: checkpoints, interruption, throughput."""
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps `best.ckpt`, of the highest validation accuracy; the lower loss decides a tie.
+
+    On a small validation set ties are the rule, and the first of them is an early, lucky epoch.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            folder,
+            filename="best",
+            monitor="val/accuracy",
+            mode="max",
+            enable_version_counter=False,
+        )
+        self.best_loss = math.inf
+
+    def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
+        loss = trainer.callback_metrics["val/loss"].item()
+        tie = current is not None and current == self.best_model_score
+        better = super().check_monitor_top_k(trainer, current) or bool(
+            tie and loss < self.best_loss
+        )
+        if better:
+            self.best_loss = loss
+        return better
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "best_loss": self.best_loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.best_loss = state_dict["best_loss"]
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps `last.ckpt`, of every epoch.
+
+    By a callback of its own: `save_last=True` on the other would write it beside a new best only.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            folder,
+            filename="last",
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+
+
+class WholeFileIO(TorchCheckpointIO):
+    """Writes a checkpoint whole or not at all: beside its place, then renamed into it."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class SelfDescribing(Callback):
+    """Adds to every checkpoint the entry that makes it self-describing.
+
+    Args:
+        key: of the entry.
+        describe: makes the entry from the network.
+    """
+
+    def __init__(self, key: str, describe: Callable[[torch.nn.Module], dict[str, Any]]) -> None:
+        self.key = key
+        self.describe = describe
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[self.key] = self.describe(pl_module.net)  # type: ignore[arg-type]
+
+
+class Interrupted(Exception):  # noqa: N818 - it is not an error
+    """Training stopped at the end of a step because a signal asked for it.
+
+    Attributes:
+        signum: the signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+class SaveOnSignal(Callback):
+    """On Ctrl-C or SIGTERM, finishes the step, saves `last.ckpt` and raises `Interrupted`.
+
+    A second signal stops at once, with what the last save holds. After the last step of an epoch
+    the signal waits for validation and the first step of the next epoch.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._signum: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Here and not earlier: Lightning installs its own SIGTERM handler before this hook.
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._previous[signum] = signal.signal(signum, self._note)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if self._signum is not None and not trainer.is_last_batch:
+            trainer.save_checkpoint(self.path)
+            raise Interrupted(self._signum)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._restore()
+        if self._signum is not None:
+            raise Interrupted(self._signum)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self._restore()
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self._signum is not None:
+            raise Interrupted(signum)
+        self._signum = signum
+
+    def _restore(self) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous = {}
+
+
+class Throughput(Callback):
+    """Logs `train/images_per_second`, a mean over the epoch so far, data loading included.
+
+    Validation does not count. On a GPU the first steps of an epoch read high: they are queued, not
+    done.
+    """
+
+    def __init__(self) -> None:
+        self._images = 0
+        self._start: float | None = None
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._start is None or batch_idx == 0:  # a resumed run starts anywhere
+            self._images, self._start = 0, time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        assert self._start is not None
+        self._images += len(batch[0]) * trainer.world_size
+        seconds = time.perf_counter() - self._start
+        pl_module.log("train/images_per_second", self._images / seconds)

@@ -1,0 +1,169 @@
+import os
+import signal
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from repvgg.callbacks import BestCheckpoint, Interrupted, LastCheckpoint, SaveOnSignal, WholeFileIO
+from repvgg.data import Digits
+from repvgg.module import Classifier
+
+MODEL = {
+    "name": "repvgg_tiny",
+    "num_classes": 10,
+    "in_channels": 1,
+    "strides": [1, 1, 2, 2, 1],
+    "depths": [1, 1, 1, 1],
+    "dropout": 0.2,
+}
+
+
+def classifier() -> Classifier:
+    torch.manual_seed(0)
+    return Classifier(
+        MODEL,
+        lr=0.02,
+        momentum=0.9,
+        weight_decay=1e-4,
+        num_steps=15,
+        num_warmup_steps=2,
+        rdrop=1.0,
+    )
+
+
+def trainer(folder: Path, *callbacks: L.Callback, epochs: int = 3) -> L.Trainer:
+    return L.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        plugins=[WholeFileIO()],
+        callbacks=[*callbacks, BestCheckpoint(folder), LastCheckpoint(folder)],
+    )
+
+
+def weights(module: Classifier) -> list[torch.Tensor]:
+    return [value.clone() for value in module.state_dict().values()]
+
+
+class SignalAt(L.Callback):
+    """Sends this process a signal in the middle of a step, as a user or a scheduler would."""
+
+    def __init__(self, step: int, signum: int = signal.SIGINT) -> None:
+        self.step, self.signum = step, signum
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.signum)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> list[torch.Tensor]:
+    module = classifier()
+    trainer(tmp_path_factory.mktemp("whole")).fit(module, datamodule=Digits(batch_size=256))
+    return weights(module)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* not empty:UserWarning")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [0, 3, 4, 7, 9], ids=lambda step: f"step {step} of 5 an epoch")
+def test_a_run_stopped_by_a_signal_and_resumed_ends_with_the_same_weights(
+    step, signum, tmp_path, uninterrupted
+):
+    last = tmp_path / "last.ckpt"
+    with pytest.raises(Interrupted) as stopped:
+        trainer(tmp_path, SignalAt(step, signum), SaveOnSignal(last)).fit(
+            classifier(), datamodule=Digits(batch_size=256)
+        )
+
+    resumed = classifier()
+    trainer(tmp_path).fit(
+        resumed, datamodule=Digits(batch_size=256), ckpt_path=last, weights_only=True
+    )
+
+    assert stopped.value.signum == signum
+    assert all(torch.equal(a, b) for a, b in zip(weights(resumed), uninterrupted, strict=True))
+
+
+def test_a_signal_in_the_last_epoch_leaves_a_finished_run(tmp_path, uninterrupted):
+    last = tmp_path / "last.ckpt"
+    module = classifier()
+    with pytest.raises(Interrupted):
+        trainer(tmp_path, SignalAt(14), SaveOnSignal(last)).fit(
+            module, datamodule=Digits(batch_size=256)
+        )
+
+    saved = torch.load(last, weights_only=True)["state_dict"].values()
+    assert all(torch.equal(a, b) for a, b in zip(saved, uninterrupted, strict=True))
+
+
+def test_signal_handlers_are_given_back(tmp_path):
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
+    trainer(tmp_path, SaveOnSignal(tmp_path / "last.ckpt"), epochs=1).fit(
+        classifier(), datamodule=Digits(batch_size=256)
+    )
+
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_run_keeps_the_best_and_the_last_checkpoint_and_nothing_else(tmp_path):
+    trainer(tmp_path).fit(classifier(), datamodule=Digits(batch_size=256))
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    ("history", "kept"),
+    [
+        ([(0.9, 0.3), (0.8, 0.1)], 0),
+        ([(0.9, 0.3), (0.95, 0.5)], 1),
+        ([(0.9, 0.3), (0.9, 0.2), (0.9, 0.25)], 1),
+        ([(0.9, 0.3), (0.95, 0.5), (0.95, 0.5), (0.95, 0.4)], 3),
+    ],
+    ids=["first", "more accurate", "tie, lower loss", "both"],
+)
+def test_the_best_is_the_most_accurate_and_of_those_the_lowest_loss(history, kept, tmp_path):
+    class Scripted(L.LightningModule):
+        """Reports a given history, and remembers the epoch in its one weight."""
+
+        def __init__(self):
+            super().__init__()
+            self.epoch = torch.nn.Parameter(torch.zeros(1))
+
+        def training_step(self, batch, batch_idx):
+            self.epoch.data.fill_(self.current_epoch)
+            return self.epoch.sum() * 0
+
+        def validation_step(self, batch, batch_idx):
+            accuracy, loss = history[self.current_epoch]
+            self.log_dict({"val/accuracy": accuracy, "val/loss": loss}, batch_size=1)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    data = Digits(batch_size=512)
+    trainer(tmp_path, epochs=len(history)).fit(Scripted(), datamodule=data)
+
+    saved = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    assert saved["state_dict"]["epoch"].item() == kept
+
+
+def test_a_failed_write_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    WholeFileIO().save_checkpoint({"step": 1}, path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        WholeFileIO().save_checkpoint({"step": 2}, path)
+
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]

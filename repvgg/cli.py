@@ -1,0 +1,157 @@
+"""What the command lines share: Hydra, arguments it can parse, mistakes told in one line.
+
+Hydra's grammar cannot take every path, and Hydra and Python tell mistakes in many lines. `run`
+prepares the one and shortens the other; everything else stays Hydra's.
+"""
+
+import difflib
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+PATH_KEYS = ("ckpt", "out", "resume", "init", "data.root")
+FULL_ERROR = "HYDRA_FULL_ERROR"
+
+Job = Callable[[dict[str, Any], Path], None]
+
+
+def run(
+    job: Job,
+    config: Path,
+    *,
+    prepare: Callable[[list[str]], list[str]] = list,
+) -> None:
+    """Compose a configuration from the command line and do a job with it.
+
+    A user's mistake ends in one line on stderr and status 1; with HYDRA_FULL_ERROR=1 in a
+    traceback. In a sweep (`-m`) a job that fails does not keep the others from running.
+
+    Args:
+        job: called with the configuration, of plain types, and the folder of the run.
+        config: the file of the root configuration.
+        prepare: rewrites the arguments, after paths among them were quoted.
+    """
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import DictConfig, OmegaConf
+
+    failure: Exception | None = None
+
+    @hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)
+    def main(composed: DictConfig) -> None:
+        nonlocal failure
+        plain = OmegaConf.to_container(composed, resolve=True)
+        assert isinstance(plain, dict)
+        try:
+            job({str(key): value for key, value in plain.items()}, _folder())
+        except Exception as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            failure = error  # raised below: from here, Hydra would announce it in its own words
+
+    def _folder() -> Path:
+        return Path(HydraConfig.get().runtime.output_dir)
+
+    show_traceback = os.environ.get(FULL_ERROR) == "1"
+    os.environ[FULL_ERROR] = "1"  # makes Hydra raise its errors instead of printing them
+    try:
+        sys.argv[1:] = prepare([quote_path(argument) for argument in sys.argv[1:]])
+        main()
+        if failure is not None:
+            raise failure
+    except KeyboardInterrupt:
+        fail("stopped by Ctrl-C", 128 + signal.SIGINT)
+    except Exception as error:
+        message = explain(error, config)
+        if message is None or show_traceback:
+            raise
+        fail(message)
+
+
+def fail(message: str, status: int = 1) -> NoReturn:
+    """Print one line on stderr and exit."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def quote_path(argument: str) -> str:
+    """Quote the value of `key=path`, and expand `~` in it, so that Hydra takes it as it is."""
+    key, equals, value = argument.partition("=")
+    if not equals or key.lstrip("+") not in PATH_KEYS or value in ("", "null", "auto"):
+        return argument
+    if value[0] == value[-1] and value[0] in "'\"" and len(value) > 1:
+        value = value[1:-1]
+    value = os.path.expanduser(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{value}'"
+
+
+def explain(error: Exception, config: Path) -> str | None:
+    """One line for a mistake of the user, None for an error that is not one."""
+    from hydra.errors import (
+        ConfigCompositionException,
+        HydraException,
+        MissingConfigException,
+        OverrideParseException,
+    )
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, given = str(error.missing_cfg_file).rpartition("/")
+        return (
+            f"{group}={given}: there is no such choice; {_did_you_mean(given, error.options)}"
+            f"allowed are {', '.join(error.options)}"
+        )
+    if isinstance(error, OverrideParseException):
+        return (
+            f"cannot parse '{error.override}'; type key=value, and quote a value that holds "
+            f"spaces or any of = , ( ) [ ] {{ }}, as in \"key='a b'\""
+        )
+    if isinstance(error, ConfigCompositionException):
+        unknown = re.search(r"Could not override '([^']+)'", str(error))
+        if unknown:
+            given, keys = unknown[1], known_keys(config)
+            siblings = [key for key in keys if key.rpartition(".")[0] == given.rpartition(".")[0]]
+            return (
+                f"{given}: there is no such key; {_did_you_mean(given, keys)}"
+                f"allowed beside it are {', '.join(siblings or keys)}"
+            )
+    cause = error.__cause__
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        # A constructor's own refusal is the cause; Hydra wraps it with the name of the class.
+        return _one_line(cause if isinstance(cause, ValueError) else error)
+    if isinstance(error, ValueError | OSError):
+        return _one_line(error)
+    return None
+
+
+def known_keys(config: Path) -> list[str]:
+    """Every key of a root configuration, dotted, and its groups."""
+    import hydra
+    from omegaconf import OmegaConf
+
+    with hydra.initialize_config_dir(str(config.parent), version_base="1.3"):
+        composed = hydra.compose(config.stem)
+    keys: list[str] = []
+
+    def collect(node: Any, prefix: str) -> None:
+        for key, value in node.items():
+            keys.append(prefix + key)
+            if isinstance(value, dict):
+                collect(value, f"{prefix}{key}.")
+
+    collect(OmegaConf.to_container(composed, resolve=False), "")
+    return keys
+
+
+def _did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    close = difflib.get_close_matches(given, list(allowed), n=1)
+    return f"did you mean {close[0]}? " if close else ""
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

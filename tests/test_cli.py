@@ -1,0 +1,122 @@
+import sys
+
+import pytest
+
+from repvgg import cli
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("ckpt=runs/a b/best.ckpt", "ckpt='runs/a b/best.ckpt'"),
+        ("ckpt=x=y,z(1).ckpt", "ckpt='x=y,z(1).ckpt'"),
+        ("ckpt=it's.ckpt", r"ckpt='it\'s.ckpt'"),
+        ("ckpt='quoted.ckpt'", "ckpt='quoted.ckpt'"),
+        ("+init=ä.ckpt", "+init='ä.ckpt'"),
+        ("resume=null", "resume=null"),
+        ("model=repvgg_a0", "model=repvgg_a0"),
+        ("--help", "--help"),
+    ],
+)
+def test_paths_are_quoted_for_hydra_and_nothing_else_is(argument, expected):
+    assert cli.quote_path(argument) == expected
+
+
+def test_a_tilde_in_a_path_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/somebody")
+
+    assert cli.quote_path("out=~/models") == "out='/somebody/models'"
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """A job of a configuration with one key and a group, run with the arguments given."""
+    (tmp_path / "configs" / "size").mkdir(parents=True)
+    (tmp_path / "configs" / "root.yaml").write_text(
+        "defaults: [_self_, {size: small}]\nalpha: 1\nout: null\n"
+        "hydra: {output_subdir: null, run: {dir: .}}\n"
+    )
+    for name in ("small", "large"):
+        (tmp_path / "configs" / "size" / f"{name}.yaml").write_text(f"width: {len(name)}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(cli.FULL_ERROR, "0")
+
+    def run(job, *arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        cli.run(job, tmp_path / "configs" / "root.yaml")
+
+    return run
+
+
+def raising(error):
+    def job(config, folder):
+        raise error
+
+    return job
+
+
+def test_a_job_gets_the_composed_configuration_as_plain_types(command):
+    seen = []
+
+    command(lambda config, folder: seen.append(config), "alpha=3", "size=large", "out=a b")
+
+    assert seen == [{"alpha": 3, "out": "a b", "size": {"width": 5}}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "line"),
+    [
+        ([], ValueError("rdrop=-1:\n  must be at least 0"), "rdrop=-1: must be at least 0"),
+        ([], OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (
+            ["size=smal"],
+            None,
+            "size=smal: there is no such choice; did you mean small? allowed are large, small",
+        ),
+        (
+            ["alpah=2"],
+            None,
+            "alpah: there is no such key; did you mean alpha? allowed beside it are alpha, out, "
+            "size",
+        ),
+        (
+            ["size.widht=2"],
+            None,
+            "size.widht: there is no such key; did you mean size.width? allowed beside it are "
+            "size.width",
+        ),
+        (
+            ["alpha"],
+            None,
+            "cannot parse 'alpha'; type key=value, and quote a value that holds spaces or any of "
+            "= , ( ) [ ] { }, as in \"key='a b'\"",
+        ),
+    ],
+)
+def test_a_mistake_of_the_user_ends_in_one_line_and_status_1(
+    command, capsys, arguments, error, line
+):
+    with pytest.raises(SystemExit) as stopped:
+        command(raising(error), *arguments)
+
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == f"train.py: {line}\n"
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(command):
+    with pytest.raises(KeyError, match="a bug"):
+        command(raising(KeyError("a bug")))
+
+
+def test_the_traceback_of_a_mistake_can_be_asked_for(command, monkeypatch):
+    monkeypatch.setenv(cli.FULL_ERROR, "1")
+
+    with pytest.raises(ValueError, match="rdrop=-1"):
+        command(raising(ValueError("rdrop=-1")))
+
+
+def test_ctrl_c_ends_with_its_own_status(command):
+    with pytest.raises(SystemExit) as stopped:
+        command(raising(KeyboardInterrupt()))
+
+    assert stopped.value.code == 130

@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import deploy
+import repvgg
+from repvgg.export import FORMATS
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
+DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
+
+
+def compose(name: str, *overrides: str) -> dict:
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return OmegaConf.to_container(hydra.compose(name, list(overrides)), resolve=True)
+
+
+def test_every_variant_has_its_file_and_every_file_its_variant():
+    assert sorted(repvgg.list_models()) == MODELS
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_composes_with_every_data_set(model, data):
+    config = compose("train", f"model={model}", f"data={data}")
+
+    assert config["model"]["name"] == model
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_model_file_is_its_size_and_its_name(model):
+    first, second = (CONFIGS / "model" / f"{model}.yaml").read_text().splitlines()
+
+    with torch.device("meta"):
+        network = repvgg.create_model(model)
+    sizes = [
+        f"{sum(p.numel() for p in form.parameters()) / 1e6:.2f}"
+        for form in (network, repvgg.switch_to_deploy(network))
+    ]
+    assert first.startswith(f"# {sizes[0]} / {sizes[1]} M parameters")
+    assert second == f"name: {model}"
+
+
+@pytest.mark.parametrize(
+    ("typed", "weight"), [("false", False), ("true", True), ("0.3", 0.3), ("2", 2)]
+)
+def test_rdrop_is_one_scalar(typed, weight):
+    assert compose("train", f"rdrop={typed}")["rdrop"] == weight
+
+
+def test_the_command_line_wins_over_the_data_config():
+    config = compose("train", "model.strides=[2,2,2,2,2]", "trainer.max_epochs=3", "optim.lr=0.5")
+
+    assert config["model"]["strides"] == [2, 2, 2, 2, 2]
+    assert (config["trainer"]["max_epochs"], config["optim"]["lr"]) == (3, 0.5)
+
+
+def test_the_seed_reaches_the_data():
+    assert compose("train", "seed=7")["data"]["seed"] == 7
+
+
+def test_the_deployment_composes():
+    assert compose("deploy")["formats"] == ["safetensors", "onnx"]
+
+
+def test_the_formats_that_the_command_line_knows_are_those_of_the_package():
+    assert list(deploy.CHOICES) == list(FORMATS)

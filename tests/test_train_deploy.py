@@ -1,0 +1,355 @@
+"""The two commands of the project, as a user types them, on a short run."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import deploy
+import repvgg
+from repvgg.export import FORMATS, Format
+
+ROOT = Path(__file__).parents[1]
+SHORT = ("model=repvgg_tiny", "rdrop=true", "trainer.max_epochs=3", "data.batch_size=128")
+
+
+def run(program: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", *quiet(), ROOT / program, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def quiet() -> list[str]:
+    """The one warning of the stack itself, which train.py silences too, but later."""
+    return ["-W", "ignore:`isinstance(treespec, LeafSpec)`:FutureWarning"]
+
+
+def tree(folder: Path) -> dict[str, int]:
+    """Every file below a folder with the time of its last change."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def trained(home) -> subprocess.CompletedProcess[str]:
+    done = run("train.py", *SHORT, cwd=home)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(trained, home) -> Path:
+    (folder,) = (home / "runs" / "digits-repvgg_tiny").iterdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def deployed(folder, home) -> subprocess.CompletedProcess[str]:
+    path = (folder / "checkpoints" / "best.ckpt").relative_to(home)
+    done = run("deploy.py", f"ckpt={path}", cwd=home)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def events(folder) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    return accumulator
+
+
+def test_training_ends_with_accuracy_checkpoint_and_the_next_commands(trained, folder, home):
+    path = (folder / "checkpoints" / "best.ckpt").relative_to(home)
+
+    assert trained.stdout.splitlines()[-4:] == [
+        re.search(r"test accuracy 0\.\d{4}, loss \d\.\d{4}", trained.stdout)[0],
+        f"checkpoint    {path}",
+        f"deploy it     python deploy.py ckpt={path}",
+        "watch it      tensorboard --logdir runs",
+    ]
+
+
+def test_training_shows_its_progress(trained):
+    assert "Epoch 2" in trained.stdout + trained.stderr
+
+
+def test_a_run_keeps_configuration_events_and_two_checkpoints(folder):
+    names = {re.sub(r"events\..*", "events", path) for path in tree(folder)}
+
+    assert names - {"deploy/report.json", "deploy/report.md"} >= {
+        ".hydra/config.yaml",
+        ".hydra/overrides.yaml",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "events",
+    }
+    assert not [path for path in names if path.endswith(".log")]
+
+
+def test_tensorboard_shows_what_training_is_about(events):
+    assert set(events.Tags()["scalars"]) >= {
+        "train/loss",
+        "train/cross_entropy",
+        "train/kl",
+        "train/accuracy",
+        "train/learning_rate",
+        "train/images_per_second",
+        "val/loss",
+        "val/accuracy",
+        "test/accuracy",
+    }
+
+
+def test_tensorboard_has_the_divergence_above_zero_and_the_rate_falling(events):
+    kl = [event.value for event in events.Scalars("train/kl")]
+    rate = [event.value for event in events.Scalars("train/learning_rate")]
+
+    assert min(kl) > 0
+    assert rate[-1] < max(rate) / 10
+
+
+def test_tensorboard_shows_hyperparameters_with_the_final_metric(events, trained):
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    settings = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+
+    assert settings["rdrop"].number_value == 1.0
+    assert settings["model.name"].string_value == "repvgg_tiny"
+    accuracy = events.Scalars("test/accuracy")[-1].value
+    assert f"test accuracy {accuracy:.4f}" in trained.stdout
+
+
+def test_a_checkpoint_holds_plain_types_and_no_more(folder):
+    content = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+    assert content["repvgg"]["model"]["name"] == "repvgg_tiny"
+
+
+def test_the_checkpoint_opens_without_lightning(folder):
+    restored = repvgg.checkpoint.load(folder / "checkpoints" / "best.ckpt")
+
+    logits = restored.predictor(repvgg.checkpoint.to_float(restored.probe.images))
+    assert restored.data.classes == [str(digit) for digit in range(10)]
+    torch.testing.assert_close(logits, restored.probe.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_deploying_writes_both_formats_and_a_report(deployed, folder):
+    assert sorted(path.name for path in (folder / "deploy").iterdir()) == [
+        "model.onnx",
+        "model.safetensors",
+        "report.json",
+        "report.md",
+    ]
+
+
+def test_the_report_certifies_every_step(deployed, folder):
+    report = json.loads((folder / "deploy" / "report.json").read_text())
+
+    assert report["verdict"] == "passed"
+    assert report["verdicts"]["folded, float64"]["error"] <= 1e-10
+    for name in ("folded, float32", "model.safetensors", "model.onnx"):
+        assert report["verdicts"][name]["error"] <= 1e-5
+        assert report["verdicts"][name]["agreement"] == 1.0
+    assert len(report["blocks"]["float64"]) == 7
+    assert max(report["blocks"]["float64"].values()) <= 1e-10
+    assert report["size"]["deployed"]["parameters"] < report["size"]["multi-branch"]["parameters"]
+    assert report["latency"]["milliseconds"]["deployed, torch"]["median"] > 0
+
+
+def test_the_report_for_people_is_what_is_printed(deployed, folder):
+    assert (folder / "deploy" / "report.md").read_text().strip() in deployed.stdout
+
+
+def test_the_deployed_graph_has_one_convolution_a_block(deployed, folder):
+    nodes = [node.op_type for node in onnx.load(folder / "deploy" / "model.onnx").graph.node]
+
+    assert (nodes.count("Conv"), nodes.count("Relu"), nodes.count("Gemm")) == (7, 7, 1)
+    assert not {"BatchNormalization", "Add"} & set(nodes)
+
+
+def test_deploying_leaves_nothing_in_the_working_folder(deployed, home):
+    assert [path.name for path in home.iterdir()] == ["runs"]
+
+
+def test_an_existing_deployment_is_kept_unless_it_may_be_replaced(deployed, folder, home):
+    path = folder / "checkpoints" / "best.ckpt"
+    before = tree(folder)
+
+    refused = run("deploy.py", f"ckpt={path}", cwd=home)
+    unchanged = tree(folder) == before
+    replaced = run(
+        "deploy.py",
+        f"ckpt={path}",
+        "overwrite=true",
+        "formats=[safetensors]",
+        "benchmark=false",
+        cwd=home,
+    )
+
+    assert refused.returncode == 1
+    assert "type overwrite=true" in refused.stderr
+    assert unchanged
+    assert replaced.returncode == 0, replaced.stderr
+    assert not (folder / "deploy" / "model.onnx").exists()
+    assert not [path for path in folder.iterdir() if path.name.startswith(".deploy")]
+
+
+def test_a_deployment_goes_where_it_is_told(folder, home):
+    out = home / "a folder, with (signs)=ä"
+
+    done = run(
+        "deploy.py",
+        f"ckpt={folder / 'checkpoints' / 'last.ckpt'}",
+        f"out={out}",
+        "formats=[safetensors]",
+        "benchmark=false",
+        cwd=home,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert (out / "model.safetensors").is_file()
+    deploy.shutil.rmtree(out)
+
+
+def test_a_failed_verdict_leaves_nothing_behind(folder, tmp_path, monkeypatch):
+    whole = FORMATS["safetensors"]
+
+    def spoil(network, path, description):
+        with torch.no_grad():
+            network[1].stem.reparam.bias.add_(1e-3)
+        whole.save(network, path, description)
+
+    monkeypatch.setitem(FORMATS, "safetensors", Format(whole.filename, spoil, whole.load))
+    config = {
+        "ckpt": str(folder / "checkpoints" / "best.ckpt"),
+        "out": str(tmp_path / "out"),
+        "formats": ["safetensors"],
+        "benchmark": False,
+        "overwrite": False,
+    }
+
+    with pytest.raises(ValueError, match=r"verification failed.*model\.safetensors"):
+        deploy.main(config, tmp_path)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_whose_logits_are_not_its_own_is_not_deployed(folder, tmp_path):
+    content = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    content["state_dict"]["net.linear.bias"][3] += 0.1
+    torch.save(content, tmp_path / "best.ckpt")
+
+    done = run("deploy.py", "ckpt=best.ckpt", cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert "verification failed, nothing was written: probe" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["best.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        ("train.py", ["model=repvgg_a"], "did you mean repvgg_a"),
+        ("train.py", ["trainer.max_epoch=3"], "did you mean trainer.max_epochs?"),
+        ("train.py", ["rdrop=maybe"], "rdrop='maybe': must be a number"),
+        ("train.py", ["rdrop=true", "model.dropout=0"], "type for example model.dropout=0.2"),
+        ("train.py", ["model.num_classes=7"], "type model.num_classes=10"),
+        ("train.py", ["data.batch_size=0"], "data.batch_size=0: must be an integer"),
+        ("train.py", ["trainer.max_epochs=soon"], "trainer.max_epochs='soon': must be an integer"),
+        ("train.py", ["trainer.devices=999"], "trainer.devices=999"),
+        ("train.py", ["trainer.precision=9"], "Precision 9 is invalid"),
+        ("train.py", ["resume=nowhere.ckpt"], "resume=nowhere.ckpt: there is no such file"),
+        ("deploy.py", [], "ckpt is missing: type python deploy.py ckpt="),
+        ("deploy.py", ["ckpt=nowhere.ckpt"], "ckpt=nowhere.ckpt: there is no file of that name"),
+        ("deploy.py", ["ckpt=x.ckpt", "formats=[onnxx]"], "must be a list of safetensors, onnx"),
+        ("deploy.py", ["ckpt=x.ckpt", "benchmark=yess"], "benchmark=yess: must be true or false"),
+        ("deploy.py", ["chkpt=x.ckpt"], "did you mean ckpt?"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_and_nothing_is_written(
+    program, arguments, message, tmp_path
+):
+    done = run(program, *arguments, cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["truncated", "foreign", "code"])
+def test_a_file_that_is_no_checkpoint_of_ours_is_refused_in_one_line(kind, folder, tmp_path):
+    path = tmp_path / "bad.ckpt"
+    if kind == "truncated":
+        path.write_bytes((folder / "checkpoints" / "best.ckpt").read_bytes()[:100_000])
+    else:
+        torch.save({"weights": torch.ones(1)} if kind == "foreign" else {"f": Path}, path)
+
+    done = run("deploy.py", "ckpt=bad.ckpt", cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert re.match(r"deploy\.py: 'bad\.ckpt' .*\n$", done.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.ckpt"]
+
+
+def test_ctrl_c_saves_and_resuming_ends_with_the_weights_of_an_undisturbed_run(
+    trained, folder, tmp_path
+):
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *SHORT, "hydra.run.dir=run"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    command = said.splitlines()[-1].partition("resume with: python train.py ")[2]
+
+    resumed = run("train.py", command, cwd=tmp_path)
+
+    assert process.returncode == 128 + signal.SIGINT
+    assert command == "resume=run/checkpoints/last.ckpt"
+    assert resumed.returncode == 0, resumed.stderr
+    assert os.listdir(tmp_path) == ["run"]
+    expected, given = (
+        torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for path in (folder, tmp_path / "run")
+    )
+    assert all(torch.equal(expected[key], given[key]) for key in expected)
+
+
+@pytest.mark.parametrize("program", ["train.py", "deploy.py"])
+def test_help_shows_the_keys_and_writes_nothing(program, tmp_path):
+    done = run(program, "--help", cwd=tmp_path)
+
+    assert done.returncode == 0
+    assert "python " + program in done.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -41,8 +41,9 @@ def measure_latency(
 ) -> dict[str, Latency]:
     """Time several predictors on the same images in one run, a call of each in every round.
 
-    Interleaving makes their ratios hold when the machine's speed drifts. Time the same predictor
-    under two names to see how much of a ratio is noise.
+    Interleaving makes their ratios hold when the machine's speed drifts, and a call that is not
+    timed before each one that is keeps one predictor from paying for the threads and caches of
+    another. Time the same predictor under two names to see how much of a ratio is noise.
 
     Args:
         predictors: by name; called with `images`.
@@ -56,6 +57,7 @@ def measure_latency(
     done = 0
     while done < warmup + 10 or (deadline is not None and time.perf_counter() < deadline):
         for name, predict in predictors.items():
+            predict(images)
             start = time.perf_counter()
             predict(images)
             times[name].append(1000 * (time.perf_counter() - start))

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 PATH_KEYS = ("ckpt", "out", "resume", "init", "data.root")
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -45,17 +45,13 @@ def run(
     @hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)
     def main(composed: DictConfig) -> None:
         nonlocal failure
-        plain = OmegaConf.to_container(composed, resolve=True)
-        assert isinstance(plain, dict)
+        plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
         try:
-            job({str(key): value for key, value in plain.items()}, _folder())
+            job(plain, Path(HydraConfig.get().runtime.output_dir))
         except Exception as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise
             failure = error  # raised below: from here, Hydra would announce it in its own words
-
-    def _folder() -> Path:
-        return Path(HydraConfig.get().runtime.output_dir)
 
     show_traceback = os.environ.get(FULL_ERROR) == "1"
     os.environ[FULL_ERROR] = "1"  # makes Hydra raise its errors instead of printing them

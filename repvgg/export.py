@@ -125,10 +125,15 @@ def save_onnx(network: nn.Sequential, path: Path, description: Description) -> N
 
 
 def load_onnx(path: Path) -> Predictor:
-    """Open an ONNX file in onnxruntime, on the CPU."""
+    """Open an ONNX file in onnxruntime, on the CPU.
+
+    Its threads do not spin between calls: they would slow whatever else the process runs.
+    """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def predict(images: Tensor) -> Tensor:
         (logits,) = session.run(None, {"images": images.contiguous().numpy()})

@@ -44,7 +44,7 @@ def main(config: dict[str, Any], _: Path) -> None:
 def check_arguments(config: dict[str, Any]) -> tuple[Path, Path]:
     """Refuse what can be refused before anything is loaded; the checkpoint and the folder."""
     if config["ckpt"] is None:
-        found = sorted(Path("runs").glob("*/*/checkpoints/best.ckpt"), key=os.path.getmtime)
+        found = sorted(Path("runs").rglob("best.ckpt"), key=os.path.getmtime)
         newest = found[-1] if found else "runs/.../checkpoints/best.ckpt"
         raise ValueError(f"ckpt is missing: type python deploy.py ckpt={newest}")
     path = Path(str(config["ckpt"]))
@@ -52,7 +52,7 @@ def check_arguments(config: dict[str, Any]) -> tuple[Path, Path]:
         if not isinstance(config[key], bool):
             raise ValueError(f"{key}={config[key]}: must be true or false")
     formats = config["formats"]
-    if not isinstance(formats, list) or not formats or not set(formats) <= set(CHOICES):
+    if not isinstance(formats, list) or not formats or any(f not in CHOICES for f in formats):
         raise ValueError(
             f"formats={formats}: must be a list of {', '.join(CHOICES)}; "
             f"type for example formats=[{CHOICES[0]}]"
@@ -72,7 +72,14 @@ def check_arguments(config: dict[str, Any]) -> tuple[Path, Path]:
         raise ValueError(f"{out} exists: type overwrite=true to replace it, or out=OTHER_FOLDER")
     if out.exists() and not (out / "report.json").is_file():
         raise ValueError(f"{out} is not a deployment, so it is not replaced: type out=OTHER_FOLDER")
-    return path, out
+    return path, out.resolve()
+
+
+def one_run(arguments: list[str]) -> list[str]:
+    """Refuse a sweep: every deployment is certified by itself."""
+    if {"-m", "--multirun"} & set(arguments):
+        raise ValueError("-m: one checkpoint at a time; type python deploy.py ckpt=PATH")
+    return arguments
 
 
 def deploy(path: Path, folder: Path, *, formats: list[str], benchmark: bool) -> dict[str, Any]:
@@ -90,10 +97,11 @@ def deploy(path: Path, folder: Path, *, formats: list[str], benchmark: bool) -> 
     import repvgg
     from repvgg import checkpoint, verify
     from repvgg.export import FORMATS, Description
+    from repvgg.model import to_float
 
     restored = checkpoint.load(path)
     trained = restored.predictor  # normalization, then the multi-branch network
-    images = checkpoint.to_float(restored.probe.images)
+    images = to_float(restored.probe.images)
     probe = verify.compare(
         lambda _: restored.probe.logits, trained, images, tolerance=verify.PROBE_TOLERANCE
     )
@@ -227,7 +235,11 @@ def publish(work: Path, out: Path) -> None:
     if out.exists():
         old = work.with_name(work.name + "-old")
         out.rename(old)
-        work.rename(out)
+        try:
+            work.rename(out)
+        except BaseException:
+            old.rename(out)
+            raise
         shutil.rmtree(old)
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -279,4 +291,4 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, CONFIG)
+    cli.run(main, CONFIG, prepare=one_run)

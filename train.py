@@ -7,8 +7,6 @@ runs/<data>-<model>/<time>/: its configuration, TensorBoard events and checkpoin
 import math
 import os
 import shlex
-import shutil
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,30 +19,32 @@ CONFIG = Path(__file__).absolute().parent / "configs" / "train.yaml"
 def main(config: dict[str, Any], folder: Path) -> None:
     try:
         train(config, folder)
-    except BaseException:
-        discard_if_nothing_ran(folder)
-        raise
+    finally:
+        discard_if_empty(folder)
 
 
 def train(config: dict[str, Any], folder: Path) -> None:
     """Fit, keep the best and the last checkpoint, test the best, say where everything is."""
-    import lightning as L  # here, so that --help answers at once
+    check_settings(config)  # before the imports below, which take seconds
+    resume = config["resume"]
+    last = folder / "checkpoints" / "last.ckpt"
+    if resume is None and (folder / ".hydra").exists():
+        path = shlex.quote(relative(last))
+        raise ValueError(
+            f"{relative(folder)} belongs to another run: type resume={path} to go on from it, or "
+            "give another hydra.run.dir"
+        )
+
+    import lightning as L
     from hydra.utils import instantiate
     from lightning.pytorch.callbacks import TQDMProgressBar
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from repvgg import callbacks, checkpoint
-    from repvgg.arguments import check_integer
     from repvgg.module import Classifier
 
     quieten()
-    check_integer("seed", config["seed"], minimum=0, example=0)
     L.seed_everything(config["seed"], verbose=False)
-    resume = config["resume"]
-    last = folder / "checkpoints" / "last.ckpt"
-    if resume is None and last.exists():
-        raise ValueError(f"{last} exists: type resume={shlex.quote(str(last))} to go on from it")
-    check_devices(config["trainer"]["devices"])
     data = instantiate(config["data"])
     model = config["model"]
     check_fit(model, data.contract)
@@ -71,7 +71,7 @@ def train(config: dict[str, Any], folder: Path) -> None:
     progress_bar = []
     if config["trainer"]["enable_progress_bar"]:
         # In a file or a pipe, one line an epoch.
-        rate = 1 if sys.stderr.isatty() else batches
+        rate = 1 if sys.stdout.isatty() else batches
         progress_bar = [TQDMProgressBar(refresh_rate=rate)]
     trainer: L.Trainer = instantiate(
         config["trainer"],
@@ -98,14 +98,14 @@ def train(config: dict[str, Any], folder: Path) -> None:
         f"{model['name']}: {sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters, "
         f"{num_steps} steps of {data.batch_size} images, R-Drop {module.rdrop:g}, into {folder}"
     )
-    if resume is not None:
-        record_arguments(config, folder)
+    record(config, folder)
+    best = last.with_name("best.ckpt")
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-        best = last.with_name("best.ckpt")
-        (metrics,) = trainer.test(
-            module, datamodule=data, ckpt_path=best, weights_only=True, verbose=False
-        )
+        with callbacks.interruptible():
+            trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+            (metrics,) = trainer.test(
+                module, datamodule=data, ckpt_path=best, weights_only=True, verbose=False
+            )
     except callbacks.Interrupted as interrupted:
         path = shlex.quote(relative(last))
         saved = f"saved {path}; resume with: python train.py resume={path}"
@@ -123,15 +123,36 @@ def train(config: dict[str, Any], folder: Path) -> None:
     print(f"watch it      tensorboard --logdir {shlex.quote(logs)}")
 
 
-def check_devices(devices: Any) -> None:
-    """Refuse more processes than there is anything to run them on."""
+def check_settings(config: dict[str, Any]) -> None:
+    """Refuse what the constructors would accept, or refuse only after hours of training."""
     import torch
 
-    gpus, processors = torch.accelerator.device_count(), os.cpu_count() or 1
-    if isinstance(devices, int) and devices > max(gpus, processors):
-        raise ValueError(
-            f"trainer.devices={devices}: this machine has {gpus} GPUs and {processors} "
-            "processors; type for example trainer.devices=1"
+    from repvgg.arguments import check_integer, refusal
+
+    for section in ("model", "optim", "trainer", "data"):
+        if not isinstance(config[section], dict):
+            raise ValueError(
+                f"{section}={config[section]}: must be keys, as in {section}.KEY=VALUE"
+            )
+    check_integer("seed", config["seed"], minimum=0, example=0)
+    settings = config["trainer"]
+    epochs = check_integer("trainer.max_epochs", settings["max_epochs"], minimum=1, example=24)
+    every = settings["check_val_every_n_epoch"]
+    check_integer("trainer.check_val_every_n_epoch", every, minimum=1, example=1)
+    if every > epochs:
+        raise refusal(
+            "trainer.check_val_every_n_epoch", every, f"must be at most max_epochs={epochs}", 1
+        )
+    if settings["devices"] != 1:
+        raise refusal("trainer.devices", settings["devices"], "training uses one device so far", 1)
+    on_gpu = settings["accelerator"] != "cpu" and torch.accelerator.is_available()
+    precisions = ["32-true", "bf16-mixed", *(["16-mixed"] if on_gpu else [])]
+    if settings["precision"] not in precisions:
+        raise refusal(
+            "trainer.precision",
+            settings["precision"],
+            f"must be one of {', '.join(precisions)} on this device",
+            "32-true",
         )
 
 
@@ -149,10 +170,9 @@ def check_fit(model: dict[str, Any], contract: Any) -> None:
 
 def count_steps(config: dict[str, Any], data: Any) -> tuple[int, int, int]:
     """Optimizer steps of the run, of them warm-up, and batches in an epoch."""
-    from repvgg.arguments import check_integer, check_number
+    from repvgg.arguments import check_integer, check_number, refusal
 
     settings = config["trainer"]
-    epochs = check_integer("trainer.max_epochs", settings["max_epochs"], minimum=1, example=24)
     accumulated = check_integer(
         "trainer.accumulate_grad_batches",
         settings["accumulate_grad_batches"],
@@ -160,9 +180,16 @@ def count_steps(config: dict[str, Any], data: Any) -> tuple[int, int, int]:
         example=1,
     )
     warmup = check_number("optim.warmup_epochs", config["optim"]["warmup_epochs"], example=1)
+    if warmup > settings["max_epochs"]:
+        raise refusal(
+            "optim.warmup_epochs",
+            warmup,
+            f"must be at most trainer.max_epochs={settings['max_epochs']}",
+            0,
+        )
     batches = len(data.train_dataloader())
     steps = math.ceil(batches / accumulated)
-    return epochs * steps, round(warmup * steps), batches
+    return settings["max_epochs"] * steps, round(warmup * steps), batches
 
 
 def quieten() -> None:
@@ -196,48 +223,58 @@ def relative(path: Path) -> str:
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def discard_if_nothing_ran(folder: Path) -> None:
-    """Remove the folder Hydra made for a run that was refused before it began."""
-    if folder.is_dir() and [entry.name for entry in folder.iterdir()] == [".hydra"]:
-        shutil.rmtree(folder)
-        for parent in (folder.parent, folder.parent.parent):
-            if not any(parent.iterdir()):
-                parent.rmdir()
+def record(config: dict[str, Any], folder: Path) -> None:
+    """Write down what the run was given, for the reader and for `resume`."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    (folder / ".hydra").mkdir(exist_ok=config["resume"] is not None)
+    OmegaConf.save(HydraConfig.get().overrides.task, folder / ".hydra" / "overrides.yaml")
+    OmegaConf.save(config, folder / ".hydra" / "config.yaml")
+
+
+def discard_if_empty(folder: Path) -> None:
+    """Remove the folder Hydra made for a run that was refused, and empty ones above it in runs/."""
+    runs = Path("runs").absolute()
+    for path in (folder, *(above for above in folder.parents if above.is_relative_to(runs))):
+        if path == Path.cwd() or not path.is_dir() or any(path.iterdir()):
+            return
+        path.rmdir()
+
+
+# Keys that do what they say beside `resume`; the others are part of what is resumed.
+RESUMABLE = (
+    "trainer.max_epochs",
+    "trainer.accelerator",
+    "trainer.check_val_every_n_epoch",
+    "trainer.log_every_n_steps",
+    "trainer.enable_progress_bar",
+)
 
 
 def continue_run(arguments: list[str]) -> list[str]:
-    """For `resume=PATH`: repeat that run's own arguments first, and run in its folder.
-
-    Arguments typed beside `resume` win over those of the run.
-    """
+    """For `resume=PATH`: repeat that run's own arguments first, and run in its folder."""
     from omegaconf import OmegaConf
 
     typed = {argument.partition("=")[0]: argument for argument in arguments}
     if typed.get("resume", "resume=null") == "resume=null":
         return arguments
-    path = Path(typed["resume"].partition("=")[2].strip("'"))
+    path = Path(typed["resume"].partition("=")[2].strip("'\"")).expanduser()
     if not path.is_file():
         raise ValueError(f"resume={path}: there is no such file; give a run's last.ckpt")
     folder = path.absolute().parent.parent
-    record = folder / ".hydra" / "overrides.yaml"
-    if not record.is_file():
-        raise ValueError(f"resume={path}: not in the folder of a run, which holds {record}")
-    recorded = {entry.partition("=")[0]: entry for entry in OmegaConf.load(record)}
-    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    # Hydra would overwrite the record before anything is checked: `record_arguments` does it.
-    hydra = ["hydra.output_subdir=null", f"hydra.run.dir='{quoted}'"]
-    return [*(recorded | typed).values(), *hydra]
-
-
-def record_arguments(config: dict[str, Any], folder: Path) -> None:
-    """Write down what a resumed run was given, for the next `resume`."""
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
-
-    OmegaConf.save(HydraConfig.get().overrides.task, folder / ".hydra" / "overrides.yaml")
-    OmegaConf.save(config, folder / ".hydra" / "config.yaml")
+    source = folder / ".hydra" / "overrides.yaml"
+    if not source.is_file():
+        raise ValueError(f"resume={path}: not in the folder of a run, which holds {source}")
+    recorded = {entry.partition("=")[0]: entry for entry in OmegaConf.load(source)}
+    for key, argument in typed.items():
+        if key not in ("resume", *RESUMABLE) and recorded.get(key) != argument:
+            raise ValueError(
+                f"{argument}: a resumed run keeps what it was started with; allowed beside "
+                f"resume are {', '.join(RESUMABLE)}"
+            )
+    return [*(recorded | typed).values(), f"hydra.run.dir={folder}"]
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     cli.run(main, CONFIG, prepare=continue_run)

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-Predictor = Callable[[Tensor], Tensor]
-
 
 @dataclass(frozen=True)
 class Latency:
@@ -37,7 +35,7 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
 
 @torch.inference_mode()
 def measure_latency(
-    predictors: Mapping[str, Predictor], images: Tensor, *, seconds: float = 3.0
+    predictors: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor, *, seconds: float = 3.0
 ) -> dict[str, Latency]:
     """Time several predictors on the same images in one run, a call of each in every round.
 

@@ -1,10 +1,12 @@
 """What happens around the training loop: checkpoints, interruption, throughput."""
 
+import contextlib
+import io
 import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,6 +16,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -46,7 +50,16 @@ class BestCheckpoint(ModelCheckpoint):
         return {**super().state_dict(), "best_loss": self.best_loss}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        # The paths in it are those of the saving run, whose folder may have moved since.
+        assert self.dirpath is not None
+        path, score = str(Path(self.dirpath) / "best.ckpt"), state_dict["best_model_score"]
+        moved = {
+            "dirpath": self.dirpath,
+            "best_model_path": path,
+            "kth_best_model_path": path,
+            "best_k_models": {} if score is None else {path: score},
+        }
+        super().load_state_dict({**state_dict, **moved})
         self.best_loss = state_dict["best_loss"]
 
 
@@ -64,6 +77,9 @@ class LastCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing of it is needed: the next epoch is written in any case."""
+
 
 class WholeFileIO(TorchCheckpointIO):
     """Writes a checkpoint whole or not at all: beside its place, then renamed into it."""
@@ -74,9 +90,11 @@ class WholeFileIO(TorchCheckpointIO):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        content = io.BytesIO()  # torch.save hides what goes wrong with a file behind its own error
+        torch.save(checkpoint, content)
         try:
             with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
+                file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)
@@ -114,11 +132,27 @@ class Interrupted(Exception):  # noqa: N818 - it is not an error
         self.signum = signum
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise `Interrupted` on Ctrl-C or SIGTERM, where Lightning would exit in its own way."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(signum)
+
+    previous = {signum: signal.signal(signum, stop) for signum in SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
 class SaveOnSignal(Callback):
     """On Ctrl-C or SIGTERM, finishes the step, saves `last.ckpt` and raises `Interrupted`.
 
-    A second signal stops at once, with what the last save holds. After the last step of an epoch
-    the signal waits for validation and the first step of the next epoch.
+    A step ends with the optimizer's, so a signal waits for the gradients that are accumulated;
+    in the last step of an epoch it waits for validation and the epoch's own save. A second signal
+    stops at once, with what the last save holds.
     """
 
     def __init__(self, path: Path) -> None:
@@ -128,7 +162,7 @@ class SaveOnSignal(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Here and not earlier: Lightning installs its own SIGTERM handler before this hook.
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in SIGNALS:
             self._previous[signum] = signal.signal(signum, self._note)
 
     def on_train_batch_end(
@@ -139,8 +173,13 @@ class SaveOnSignal(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if self._signum is not None and not trainer.is_last_batch:
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if self._signum is not None and stepped and not trainer.is_last_batch:
             trainer.save_checkpoint(self.path)
+            raise Interrupted(self._signum)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._signum is not None:  # since the last step of the epoch that was just saved
             raise Interrupted(self._signum)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -190,6 +229,6 @@ class Throughput(Callback):
         batch_idx: int,
     ) -> None:
         assert self._start is not None
-        self._images += len(batch[0]) * trainer.world_size
+        self._images += len(batch[0])
         seconds = time.perf_counter() - self._start
         pl_module.log("train/images_per_second", self._images / seconds)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from repvgg.model import DataContract, Normalize
+from repvgg.model import DataContract, Normalize, to_float
 from repvgg.zoo import create_model
 
 KEY = "repvgg"  # of our entry beside what Lightning stores
@@ -57,11 +57,6 @@ class Checkpoint(NamedTuple):
     @property
     def predictor(self) -> nn.Module:
         return nn.Sequential(Normalize(self.data.mean, self.data.std), self.model).eval()
-
-
-def to_float(images: Tensor) -> Tensor:
-    """Scale stored images to what predictors take: uint8 in 0..255 to float32 in [0, 1]."""
-    return images.float() / 255
 
 
 def describe(
@@ -136,7 +131,10 @@ def load(path: str | Path) -> Checkpoint:
             if key.startswith(NETWORK_PREFIX)
         }
         model.load_state_dict(weights)
-        return Checkpoint(model.eval(), config, data, Probe(**probe))
+        probe = Probe(**probe)
+        if probe.images.ndim != 4 or len(probe.logits) != len(probe.images):
+            raise ValueError(f"'{path}' has a damaged probe")
+        return Checkpoint(model.eval(), config, data, probe)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"'{path}' has a damaged description: {error!r}") from error
     except RuntimeError as error:  # what load_state_dict raises; its second line names a key

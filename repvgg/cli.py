@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-PATH_KEYS = ("ckpt", "out", "resume", "init", "data.root")
+PATH_KEYS = ("ckpt", "out", "resume", "hydra.run.dir")
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
 Job = Callable[[dict[str, Any], Path], None]
@@ -33,33 +33,40 @@ def run(
     Args:
         job: called with the configuration, of plain types, and the folder of the run.
         config: the file of the root configuration.
-        prepare: rewrites the arguments, after paths among them were quoted.
+        prepare: rewrites the arguments as they were typed.
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import DictConfig, OmegaConf
 
-    failure: Exception | None = None
+    failures: list[Exception] = []
+    sweep = False
 
     @hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)
     def main(composed: DictConfig) -> None:
-        nonlocal failure
+        nonlocal sweep
+        sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
         try:
             job(plain, Path(HydraConfig.get().runtime.output_dir))
         except Exception as error:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                raise
-            failure = error  # raised below: from here, Hydra would announce it in its own words
+            # Raised below: from here, Hydra would announce it in its own words.
+            failures.append(error)
+            if sweep:
+                overrides = " ".join(HydraConfig.get().overrides.task)
+                print(f"{overrides}: {explain(error, config) or repr(error)}", file=sys.stderr)
 
     show_traceback = os.environ.get(FULL_ERROR) == "1"
     os.environ[FULL_ERROR] = "1"  # makes Hydra raise its errors instead of printing them
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        sys.argv[1:] = prepare([quote_path(argument) for argument in sys.argv[1:]])
+        sys.argv[1:] = [quote_path(argument) for argument in prepare(sys.argv[1:])]
         main()
-        if failure is not None:
-            raise failure
+        if failures and sweep and not show_traceback:
+            fail(f"{len(failures)} of the sweep's jobs failed")
+        if failures:
+            raise failures[0]
     except KeyboardInterrupt:
         fail("stopped by Ctrl-C", 128 + signal.SIGINT)
     except Exception as error:
@@ -78,10 +85,9 @@ def fail(message: str, status: int = 1) -> NoReturn:
 def quote_path(argument: str) -> str:
     """Quote the value of `key=path`, and expand `~` in it, so that Hydra takes it as it is."""
     key, equals, value = argument.partition("=")
-    if not equals or key.lstrip("+") not in PATH_KEYS or value in ("", "null", "auto"):
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    if not equals or key.lstrip("+") not in PATH_KEYS or value in ("", "null") or quoted:
         return argument
-    if value[0] == value[-1] and value[0] in "'\"" and len(value) > 1:
-        value = value[1:-1]
     value = os.path.expanduser(value).replace("\\", "\\\\").replace("'", "\\'")
     return f"{key}='{value}'"
 
@@ -114,7 +120,7 @@ def explain(error: Exception, config: Path) -> str | None:
             siblings = [key for key in keys if key.rpartition(".")[0] == given.rpartition(".")[0]]
             return (
                 f"{given}: there is no such key; {_did_you_mean(given, keys)}"
-                f"allowed beside it are {', '.join(siblings or keys)}"
+                f"allowed beside it are {', '.join(siblings or keys)}; +{given}=... adds a key"
             )
     cause = error.__cause__
     if isinstance(error, HydraException | OmegaConfBaseException):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from repvgg.arguments import check_integer, check_number
-from repvgg.model import DataContract, Normalize
+from repvgg.model import DataContract, Normalize, to_float
 
 Batch = tuple[Tensor, Tensor]
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
@@ -34,7 +34,6 @@ class Batches:
         shuffle_seed: None keeps the order and the last, smaller batch. A number shuffles, anew
             every epoch, and drops the last batch where it is smaller.
         augment: changes the images of a shuffled batch, with randomness from the generator alone.
-        rank, world_size: which share of every shuffled epoch this process reads.
     """
 
     batch_sampler = None  # Lightning asks for it where there is a sampler
@@ -47,16 +46,12 @@ class Batches:
         batch_size: int,
         shuffle_seed: int | None = None,
         augment: Augmentation | None = None,
-        rank: int = 0,
-        world_size: int = 1,
     ) -> None:
         self.images = images
         self.labels = labels
         self.batch_size = batch_size
         self.shuffle_seed = shuffle_seed
         self.augment = augment
-        self.rank = rank
-        self.world_size = world_size
         self.epoch = 0
         self._yielded = 0  # batches of the current epoch
         self._resume_at = (-1, 0)  # epoch, batch
@@ -72,7 +67,7 @@ class Batches:
     def __len__(self) -> int:
         if self.shuffle_seed is None:
             return math.ceil(len(self.images) / self.batch_size)
-        return len(self.images) // self.world_size // self.batch_size
+        return len(self.images) // self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         # A generator: nothing happens before the first batch is asked for. Lightning makes
@@ -84,7 +79,7 @@ class Batches:
             self._yielded = i + 1
             images = self.images[rows]
             if self.augment is not None:
-                images = self.augment(images, self._generator(i, self.rank))
+                images = self.augment(images, self._generator(i))
             yield images, self.labels[rows]
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,8 +91,7 @@ class Batches:
     def _order(self) -> Tensor:
         if self.shuffle_seed is None:
             return torch.arange(len(self.images))
-        order = torch.randperm(len(self.images), generator=self._generator())
-        return order[self.rank :: self.world_size]
+        return torch.randperm(len(self.images), generator=self._generator())
 
     def _generator(self, *position: int) -> torch.Generator:
         """Randomness as a function of (seed, epoch) and a position in the epoch."""
@@ -129,7 +123,7 @@ class Digits(L.LightningDataModule):
     the second tests and five train: 257, 257 and 1,283, the same for every seed, digits balanced.
 
     Args:
-        batch_size: images in a batch of one process.
+        batch_size: images in a batch.
         augment: strength of `random_affine` on the training images; 0 is off.
         seed: of the order and the augmentation of the training data.
 
@@ -154,7 +148,7 @@ class Digits(L.LightningDataModule):
                 f"data.batch_size={batch_size}: exceeds the {len(self._train[0])} training "
                 "images; type for example data.batch_size=64"
             )
-        pixels = self._train[0].float() / 255
+        pixels = to_float(self._train[0])
         self.contract = DataContract(
             classes=[str(digit) for digit in range(10)],
             in_channels=1,
@@ -171,16 +165,11 @@ class Digits(L.LightningDataModule):
         return images[:count], labels[:count]
 
     def train_dataloader(self) -> Batches:
-        rank, world_size = 0, 1
-        if self.trainer is not None:
-            rank, world_size = self.trainer.global_rank, self.trainer.world_size
         return Batches(
             *self._train,
             batch_size=self.batch_size,
             shuffle_seed=self.seed,
             augment=functools.partial(random_affine, strength=self.augment),
-            rank=rank,
-            world_size=world_size,
         )
 
     def val_dataloader(self) -> Batches:
@@ -191,4 +180,4 @@ class Digits(L.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         images, labels = batch
-        return self._normalize.to(images.device)(images.float() / 255), labels
+        return self._normalize.to(images.device)(to_float(images)), labels

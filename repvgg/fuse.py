@@ -11,7 +11,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def switch_to_deploy(model: Model) -> Model:
     """Copy a network and fold every re-parameterizable block of the copy.
 
-    Every module that has a method `switch_to_deploy()` is switched, outermost first. The copy
+    Every module that has a method `switch_to_deploy()` is switched, innermost first. The copy
     computes what `model` computes in eval mode; `model` itself does not change, so its optimizer
     and EMA stay valid.
 
@@ -19,15 +19,23 @@ def switch_to_deploy(model: Model) -> Model:
         the copy, in eval mode.
 
     Raises:
-        ValueError: the network has nothing to switch, or a BatchNorm without running statistics.
+        ValueError: the network has nothing to switch, or a BatchNorm without running statistics;
+            the block is named.
     """
     model = copy.deepcopy(model)
-    switches = [module for module in model.modules() if hasattr(module, "switch_to_deploy")]
+    switches = [
+        (name, module)
+        for name, module in model.named_modules()
+        if hasattr(module, "switch_to_deploy")
+    ]
     if not switches:
         raise ValueError(
             f"{type(model).__name__} has no block to switch: "
             "no module of it has a method switch_to_deploy()"
         )
-    for module in switches:
-        module.switch_to_deploy()  # type: ignore[operator]
+    for name, module in reversed(switches):
+        try:
+            module.switch_to_deploy()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     return model.eval()

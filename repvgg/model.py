@@ -69,6 +69,12 @@ class RepVGG(nn.Module):
         check_number("model.bn_eps", bn_eps, example=1e-5)
         check_integer("model.se_before_relu", se_before_relu, minimum=0, example=16)
         check_integer("model.se_after_relu", se_after_relu, minimum=0, example=4)
+        if not isinstance(auxiliary_heads, bool):
+            raise refusal("model.auxiliary_heads", auxiliary_heads, "must be true or false", "true")
+        if auxiliary_heads and depths[2] < 2:
+            raise refusal(
+                "model.depths", depths, "auxiliary heads halve stage 3, so it needs 2", "[1,1,2,1]"
+            )
         if any(width % groups for width in widths):
             raise refusal("model.groups", groups, f"must divide all of widths {widths}", 1)
         self.num_classes = num_classes
@@ -185,6 +191,11 @@ class DataContract:
     mean: Sequence[float]
     std: Sequence[float]
     interpolation: str
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Scale stored images to what predictors take: uint8 in 0..255 to float32 in [0, 1]."""
+    return images.float() / 255
 
 
 class Normalize(nn.Module):

@@ -81,8 +81,8 @@ class Classifier(L.LightningModule):
         return self.net(images)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # Noise is a function of (seed, epoch, batch, rank), so nothing of it needs to be saved.
-        position = (self.seed, self.current_epoch, batch_idx, self.global_rank)
+        # Noise is a function of (seed, epoch, batch), so nothing of it needs to be saved.
+        position = (self.seed, self.current_epoch, batch_idx)
         torch.manual_seed(zlib.crc32(repr(position).encode()))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -143,13 +143,12 @@ class Classifier(L.LightningModule):
         images, targets = batch
         logits = self.net(images)
         size = len(targets)
-        self.log(f"{stage}/loss", F.cross_entropy(logits, targets), batch_size=size, sync_dist=True)
+        self.log(f"{stage}/loss", F.cross_entropy(logits, targets), batch_size=size)
         self.log(
             f"{stage}/accuracy",
             _accuracy(logits, targets),
             batch_size=size,
             prog_bar=True,
-            sync_dist=True,
         )
 
 

@@ -1,4 +1,5 @@
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -33,9 +34,12 @@ def classifier() -> Classifier:
     )
 
 
-def trainer(folder: Path, *callbacks: L.Callback, epochs: int = 3) -> L.Trainer:
+def trainer(
+    folder: Path, *callbacks: L.Callback, epochs: int = 3, accumulate: int = 1
+) -> L.Trainer:
     return L.Trainer(
         max_epochs=epochs,
+        accumulate_grad_batches=accumulate,
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
@@ -101,6 +105,58 @@ def test_a_signal_in_the_last_epoch_leaves_a_finished_run(tmp_path, uninterrupte
     assert all(torch.equal(a, b) for a, b in zip(saved, uninterrupted, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* not empty:UserWarning")
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "step"),
+    [(256, 2, 1), (128, 3, 2), (128, 3, 5), (1283, 1, 0)],
+    ids=["every 2 of 5", "every 3 of 10", "every 3 of 10, later", "one batch an epoch"],
+)
+def test_a_stop_between_accumulated_gradients_or_epochs_loses_nothing(
+    batch_size, accumulate, step, tmp_path
+):
+    class SignalInBatch(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.fit_loop.epoch_loop.total_batch_idx == step * accumulate:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    def data() -> Digits:
+        return Digits(batch_size=batch_size)
+
+    whole, resumed = classifier(), classifier()
+    trainer(tmp_path / "whole", accumulate=accumulate).fit(whole, datamodule=data())
+    last = tmp_path / "last.ckpt"
+    with pytest.raises(Interrupted):
+        trainer(tmp_path, SignalInBatch(), SaveOnSignal(last), accumulate=accumulate).fit(
+            classifier(), datamodule=data()
+        )
+    stopped_in_epoch = torch.load(last, weights_only=True)["epoch"]
+
+    trainer(tmp_path, accumulate=accumulate).fit(
+        resumed, datamodule=data(), ckpt_path=last, weights_only=True
+    )
+
+    assert stopped_in_epoch < 2
+    assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(whole), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* not empty:UserWarning")
+def test_a_run_that_was_moved_keeps_its_best_checkpoint(tmp_path):
+    trainer(tmp_path / "here", epochs=1).fit(classifier(), datamodule=Digits(batch_size=256))
+    (tmp_path / "here").rename(tmp_path / "there")
+    last = tmp_path / "there" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    (key,) = [key for key in content["callbacks"] if key.startswith("BestCheckpoint")]
+    content["callbacks"][key]["best_model_score"] = torch.tensor(2.0)  # never to be beaten
+    torch.save(content, last)
+    before = (tmp_path / "there" / "best.ckpt").read_bytes()
+
+    trainer(tmp_path / "there", epochs=2).fit(
+        classifier(), datamodule=Digits(batch_size=256), ckpt_path=last, weights_only=True
+    )
+
+    assert (tmp_path / "there" / "best.ckpt").read_bytes() == before
+
+
 def test_signal_handlers_are_given_back(tmp_path):
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 
@@ -154,16 +210,16 @@ def test_the_best_is_the_most_accurate_and_of_those_the_lowest_loss(history, kep
     assert saved["state_dict"]["epoch"].item() == kept
 
 
-def test_a_failed_write_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
-    path = tmp_path / "last.ckpt"
+def test_a_failed_write_leaves_the_old_checkpoint_whole(tmp_path):
+    path, limits = tmp_path / "last.ckpt", resource.getrlimit(resource.RLIMIT_FSIZE)
     WholeFileIO().save_checkpoint({"step": 1}, path)
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        WholeFileIO().save_checkpoint({"step": 2}, path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # a disk with 1000 bytes left
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            WholeFileIO().save_checkpoint({"step": 2, "weights": torch.ones(10_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]

@@ -1,3 +1,4 @@
+import signal
 import sys
 
 import pytest
@@ -12,7 +13,7 @@ from repvgg import cli
         ("ckpt=x=y,z(1).ckpt", "ckpt='x=y,z(1).ckpt'"),
         ("ckpt=it's.ckpt", r"ckpt='it\'s.ckpt'"),
         ("ckpt='quoted.ckpt'", "ckpt='quoted.ckpt'"),
-        ("+init=ä.ckpt", "+init='ä.ckpt'"),
+        ("+resume=ä.ckpt", "+resume='ä.ckpt'"),
         ("resume=null", "resume=null"),
         ("model=repvgg_a0", "model=repvgg_a0"),
         ("--help", "--help"),
@@ -45,7 +46,9 @@ def command(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         cli.run(job, tmp_path / "configs" / "root.yaml")
 
-    return run
+    before = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, before)
 
 
 def raising(error):
@@ -77,13 +80,13 @@ def test_a_job_gets_the_composed_configuration_as_plain_types(command):
             ["alpah=2"],
             None,
             "alpah: there is no such key; did you mean alpha? allowed beside it are alpha, out, "
-            "size",
+            "size; +alpah=... adds a key",
         ),
         (
             ["size.widht=2"],
             None,
             "size.widht: there is no such key; did you mean size.width? allowed beside it are "
-            "size.width",
+            "size.width; +size.widht=... adds a key",
         ),
         (
             ["alpha"],
@@ -120,3 +123,22 @@ def test_ctrl_c_ends_with_its_own_status(command):
         command(raising(KeyboardInterrupt()))
 
     assert stopped.value.code == 130
+
+
+def test_a_sweep_goes_on_after_a_failed_job_and_says_which_failed(command, capsys):
+    done = []
+
+    def job(config, folder):
+        if config["alpha"] < 0:
+            raise ValueError(f"alpha={config['alpha']}: must be positive")
+        done.append(config["alpha"])
+
+    with pytest.raises(SystemExit) as stopped:
+        command(job, "-m", "alpha=-1,2,-3,4", "hydra.sweep.dir=sweep")
+
+    assert (done, stopped.value.code) == ([2, 4], 1)
+    assert capsys.readouterr().err.splitlines() == [
+        "alpha=-1: alpha=-1: must be positive",
+        "alpha=-3: alpha=-3: must be positive",
+        "train.py: 2 of the sweep's jobs failed",
+    ]

@@ -71,12 +71,6 @@ def test_training_drops_the_small_batch_and_evaluation_keeps_it():
     assert (len(batches()), len(batches(shuffle_seed=None))) == (3, 4)
 
 
-def test_processes_share_an_epoch_without_overlap():
-    shares = [flat(read(batches(batch_size=5, rank=r, world_size=2))) for r in (0, 1)]
-
-    assert sorted(shares[0] + shares[1]) == list(range(10))
-
-
 @pytest.mark.parametrize("stop", [0, 1, 2])
 def test_a_restored_loader_goes_on_where_the_other_stopped(stop):
     whole = read(batches(), epoch=4)

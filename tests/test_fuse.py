@@ -74,3 +74,11 @@ def test_switching_a_switched_network_gives_it_back():
 def test_a_network_without_blocks_is_refused():
     with pytest.raises(ValueError, match="Linear has no block to switch"):
         repvgg.switch_to_deploy(nn.Linear(2, 2))
+
+
+def test_a_block_that_cannot_be_folded_is_named():
+    model = settle(repvgg.create_model("repvgg_a0", **SMALL))
+    model.stages[1][0].branch_1x1.bn = nn.BatchNorm2d(16, track_running_stats=False)
+
+    with pytest.raises(ValueError, match=r"stages\.1\.0: cannot fold .* running statistics"):
+        repvgg.switch_to_deploy(model)

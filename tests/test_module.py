@@ -93,7 +93,7 @@ def test_auxiliary_classifiers_add_a_tenth_of_their_cross_entropies():
 def test_noise_depends_on_the_step_and_the_seed_alone():
     def drawn(seed: int, step: int) -> float:
         module = classifier(seed=seed)
-        module._trainer = type("T", (), {"current_epoch": 2, "global_rank": 0})
+        module._trainer = type("T", (), {"current_epoch": 2})
         torch.rand(step)  # whatever was drawn before
         module.on_train_batch_start(None, step)
         return torch.rand(1).item()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,31 +194,25 @@ def test_deploying_leaves_nothing_in_the_working_folder(deployed, home):
     assert [path.name for path in home.iterdir()] == ["runs"]
 
 
-def test_an_existing_deployment_is_kept_unless_it_may_be_replaced(deployed, folder, home):
-    path = folder / "checkpoints" / "best.ckpt"
-    before = tree(folder)
+def test_an_existing_deployment_is_kept_unless_it_may_be_replaced(folder, tmp_path):
+    arguments = [f"ckpt={folder / 'checkpoints' / 'best.ckpt'}", "out=out", "benchmark=false"]
+    first = run("deploy.py", *arguments, "formats=[onnx]", cwd=tmp_path)
+    before = tree(tmp_path)
 
-    refused = run("deploy.py", f"ckpt={path}", cwd=home)
-    unchanged = tree(folder) == before
-    replaced = run(
-        "deploy.py",
-        f"ckpt={path}",
-        "overwrite=true",
-        "formats=[safetensors]",
-        "benchmark=false",
-        cwd=home,
-    )
+    refused = run("deploy.py", *arguments, cwd=tmp_path)
+    unchanged = tree(tmp_path) == before
+    replaced = run("deploy.py", *arguments, "formats=[safetensors]", "overwrite=true", cwd=tmp_path)
 
+    assert first.returncode == 0, first.stderr
     assert refused.returncode == 1
     assert "type overwrite=true" in refused.stderr
     assert unchanged
     assert replaced.returncode == 0, replaced.stderr
-    assert not (folder / "deploy" / "model.onnx").exists()
-    assert not [path for path in folder.iterdir() if path.name.startswith(".deploy")]
+    assert set(tree(tmp_path)) == {"out/model.safetensors", "out/report.json", "out/report.md"}
 
 
-def test_a_deployment_goes_where_it_is_told(folder, home):
-    out = home / "a folder, with (signs)=ä"
+def test_a_deployment_goes_where_it_is_told(folder, tmp_path):
+    out = tmp_path / "new" / "it's a folder, with (signs)=ä"
 
     done = run(
         "deploy.py",
@@ -225,12 +220,11 @@ def test_a_deployment_goes_where_it_is_told(folder, home):
         f"out={out}",
         "formats=[safetensors]",
         "benchmark=false",
-        cwd=home,
+        cwd=tmp_path,
     )
 
     assert done.returncode == 0, done.stderr
     assert (out / "model.safetensors").is_file()
-    deploy.shutil.rmtree(out)
 
 
 def test_a_failed_verdict_leaves_nothing_behind(folder, tmp_path, monkeypatch):
@@ -273,19 +267,20 @@ def test_a_checkpoint_whose_logits_are_not_its_own_is_not_deployed(folder, tmp_p
     [
         ("train.py", ["model=repvgg_a"], "did you mean repvgg_a"),
         ("train.py", ["trainer.max_epoch=3"], "did you mean trainer.max_epochs?"),
-        ("train.py", ["rdrop=maybe"], "rdrop='maybe': must be a number"),
         ("train.py", ["rdrop=true", "model.dropout=0"], "type for example model.dropout=0.2"),
         ("train.py", ["model.num_classes=7"], "type model.num_classes=10"),
-        ("train.py", ["data.batch_size=0"], "data.batch_size=0: must be an integer"),
         ("train.py", ["trainer.max_epochs=soon"], "trainer.max_epochs='soon': must be an integer"),
-        ("train.py", ["trainer.devices=999"], "trainer.devices=999"),
-        ("train.py", ["trainer.precision=9"], "Precision 9 is invalid"),
+        ("train.py", ["trainer.devices=2"], "trainer.devices=2: training uses one device so far"),
+        ("train.py", ["trainer.precision=64-true"], "trainer.precision='64-true': must be one of"),
+        ("train.py", ["trainer.accelerator=abacus"], "accelerator='abacus'"),
+        ("train.py", ["optim=5"], "optim=5: must be keys"),
         ("train.py", ["resume=nowhere.ckpt"], "resume=nowhere.ckpt: there is no such file"),
         ("deploy.py", [], "ckpt is missing: type python deploy.py ckpt="),
         ("deploy.py", ["ckpt=nowhere.ckpt"], "ckpt=nowhere.ckpt: there is no file of that name"),
         ("deploy.py", ["ckpt=x.ckpt", "formats=[onnxx]"], "must be a list of safetensors, onnx"),
         ("deploy.py", ["ckpt=x.ckpt", "benchmark=yess"], "benchmark=yess: must be true or false"),
         ("deploy.py", ["chkpt=x.ckpt"], "did you mean ckpt?"),
+        ("deploy.py", ["-m", "ckpt=x.ckpt"], "-m: one checkpoint at a time"),
     ],
 )
 def test_a_mistake_is_told_in_one_line_and_nothing_is_written(
@@ -344,6 +339,42 @@ def test_ctrl_c_saves_and_resuming_ends_with_the_weights_of_an_undisturbed_run(
         for path in (folder, tmp_path / "run")
     )
     assert all(torch.equal(expected[key], given[key]) for key in expected)
+
+
+def test_another_run_is_not_started_in_a_folder_that_has_one(trained, folder, home):
+    before = tree(folder)
+
+    done = run("train.py", "model=repvgg_a0", f"hydra.run.dir={folder}", cwd=home)
+
+    assert done.returncode == 1
+    assert "belongs to another run: type resume=" in done.stderr
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize("typed", ["optim.lr=0.5", "rdrop=0.3", "model=repvgg_a0", "seed=4", "-m"])
+def test_a_resumed_run_keeps_what_it_was_started_with(typed, trained, folder, home):
+    before = tree(folder)
+
+    done = run("train.py", f"resume={folder / 'checkpoints' / 'last.ckpt'}", typed, cwd=home)
+
+    assert done.returncode == 1
+    assert f"{typed}: a resumed run keeps what it was started with" in done.stderr
+    assert tree(folder) == before
+
+
+def test_a_finished_run_can_be_made_longer(trained, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "it's moved")
+
+    done = run(
+        "train.py",
+        "resume=it's moved/checkpoints/last.ckpt",
+        "trainer.max_epochs=4",
+        cwd=tmp_path,
+    )
+
+    assert done.returncode == 0, done.stderr
+    last = torch.load(tmp_path / "it's moved" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["epoch"] == 3
 
 
 @pytest.mark.parametrize("program", ["train.py", "deploy.py"])

@@ -53,6 +53,8 @@ class BestCheckpoint(ModelCheckpoint):
         # The paths in it are those of the saving run, whose folder may have moved since.
         assert self.dirpath is not None
         path, score = str(Path(self.dirpath) / "best.ckpt"), state_dict["best_model_score"]
+        if not Path(path).exists():
+            return  # what was best stayed behind
         moved = {
             "dirpath": self.dirpath,
             "best_model_path": path,

@@ -157,6 +157,20 @@ def test_a_run_that_was_moved_keeps_its_best_checkpoint(tmp_path):
     assert (tmp_path / "there" / "best.ckpt").read_bytes() == before
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* not empty:UserWarning")
+def test_a_run_that_left_its_best_checkpoint_behind_keeps_a_new_one(tmp_path):
+    trainer(tmp_path / "here", epochs=1).fit(classifier(), datamodule=Digits(batch_size=256))
+    (tmp_path / "there").mkdir()
+    last = (tmp_path / "here" / "last.ckpt").rename(tmp_path / "there" / "last.ckpt")
+
+    trainer(tmp_path / "there", epochs=2).fit(
+        classifier(), datamodule=Digits(batch_size=256), ckpt_path=last, weights_only=True
+    )
+
+    best = torch.load(tmp_path / "there" / "best.ckpt", weights_only=True)
+    assert best["epoch"] == 1
+
+
 def test_signal_handlers_are_given_back(tmp_path):
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 

@@ -123,7 +123,7 @@ def deploy(path: Path, folder: Path, *, formats: list[str], benchmark: bool) -> 
         errors = verify.compare_blocks(reference, candidate, images)
         worst = max(errors, key=errors.__getitem__)
         verdicts[f"worst block, {name} ({worst.removeprefix('1.')})"] = verify.Verdict(
-            errors[worst], verify.TOLERANCE[precision], 1.0
+            errors[worst], verify.TOLERANCE[precision]
         )
         blocks[name] = {block.removeprefix("1."): error for block, error in errors.items()}
 
@@ -260,9 +260,9 @@ def as_markdown(report: dict[str, Any]) -> str:
     ]
     probe = {"restored network and recorded logits": report["probe"]}
     for name, verdict in (probe | report["verdicts"]).items():
+        agreement = "" if verdict["agreement"] is None else f"{verdict['agreement']:.1%}"
         lines.append(
-            f"| {name} | {verdict['error']:.1e} | {verdict['tolerance']:.0e} "
-            f"| {verdict['agreement']:.1%} |"
+            f"| {name} | {verdict['error']:.1e} | {verdict['tolerance']:.0e} | {agreement} |"
         )
     lines += ["", "| | parameters | multiply-accumulates |", "|---|---|---|"]
     for name, value in size.items():

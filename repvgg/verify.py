@@ -29,12 +29,13 @@ class Verdict:
     Attributes:
         error: largest absolute difference divided by the largest absolute reference value.
         tolerance: the largest error that passes.
-        agreement: share of rows whose largest entry is the same class, in [0, 1].
+        agreement: share of rows whose largest entry is the same class, in [0, 1]; None where the
+            outputs are no logits.
     """
 
     error: float
     tolerance: float
-    agreement: float
+    agreement: float | None = None
 
     @property
     def passed(self) -> bool:

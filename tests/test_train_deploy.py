@@ -341,6 +341,18 @@ def test_ctrl_c_saves_and_resuming_ends_with_the_weights_of_an_undisturbed_run(
     assert all(torch.equal(expected[key], given[key]) for key in expected)
 
 
+def test_a_sweep_makes_one_run_folder_a_job_and_names_the_job_that_failed(tmp_path):
+    done = run(
+        "train.py", "-m", "model=repvgg_tiny", "trainer.max_epochs=1", "rdrop=-1,0.5", cwd=tmp_path
+    )
+
+    assert done.returncode == 1
+    assert "rdrop=-1: must be a number of at least 0" in done.stderr
+    assert done.stderr.splitlines()[-1] == "train.py: 1 of the sweep's jobs failed"
+    assert len(list(tmp_path.glob("runs/digits-repvgg_tiny/*/checkpoints/best.ckpt"))) == 1
+    assert len(list(tmp_path.glob("runs/digits-repvgg_tiny/*"))) == 1
+
+
 def test_another_run_is_not_started_in_a_folder_that_has_one(trained, folder, home):
     before = tree(folder)
 

@@ -206,7 +206,7 @@ class SaveOnSignal(Callback):
 
 
 class Throughput(Callback):
-    """Logs `train/images_per_second`, a mean over the epoch so far, data loading included.
+    """Logs `train/images_per_second`, a mean over the epoch so far, loading between steps included.
 
     Validation does not count. On a GPU the first steps of an epoch read high: they are queued, not
     done.

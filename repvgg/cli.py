@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -55,7 +56,10 @@ def run(
             failures.append(error)
             if sweep:
                 overrides = " ".join(HydraConfig.get().overrides.task)
-                print(f"{overrides}: {explain(error, config) or repr(error)}", file=sys.stderr)
+                message = explain(error, config)
+                print(f"{overrides}: {message or repr(error)}", file=sys.stderr)
+                if message is None:
+                    traceback.print_exception(error)
 
     show_traceback = os.environ.get(FULL_ERROR) == "1"
     os.environ[FULL_ERROR] = "1"  # makes Hydra raise its errors instead of printing them

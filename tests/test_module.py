@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from repvgg.data import Batches
 from repvgg.losses import rdrop_loss
 from repvgg.module import Classifier, parameter_groups
 
@@ -100,6 +101,16 @@ def test_noise_depends_on_the_step_and_the_seed_alone():
 
     assert drawn(0, 5) == drawn(0, 5)
     assert len({drawn(0, 5), drawn(0, 6), drawn(1, 5)}) == 3
+
+
+def test_dropout_and_augmentation_of_a_batch_do_not_share_their_noise():
+    module = classifier(seed=1)
+    module._trainer = type("T", (), {"current_epoch": 2})
+    module.on_train_batch_start(None, 5)
+    loader = Batches(torch.zeros(1), torch.zeros(1), batch_size=1, shuffle_seed=1)
+    loader.set_epoch(2)
+
+    assert torch.rand(1) != torch.rand(1, generator=loader._generator(5))
 
 
 def test_weight_decay_follows_the_papers_recipe():

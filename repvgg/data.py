@@ -115,7 +115,66 @@ def random_affine(images: Tensor, generator: torch.Generator, *, strength: float
     return F.grid_sample(images.float(), grid, align_corners=False).round().to(torch.uint8)
 
 
-class Digits(L.LightningDataModule):
+class InMemory(L.LightningDataModule):
+    """A data set that fits in memory.
+
+    Args:
+        train, val, test: images (N, C, H, W), uint8, and labels (N,), int64.
+        contract: what the images are; its mean and std normalize them.
+        batch_size: images in a batch.
+        augment: of the training images; None is off.
+        seed: of the order and the augmentation of the training data.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    def __init__(
+        self,
+        train: Batch,
+        val: Batch,
+        test: Batch,
+        contract: DataContract,
+        *,
+        batch_size: int,
+        augment: Augmentation | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.train, self.val, self.test = train, val, test
+        self.contract = contract
+        self.batch_size = check_integer("data.batch_size", batch_size, minimum=1, example=64)
+        self.augment = augment
+        self.seed = check_integer("seed", seed, minimum=0, example=0)
+        if batch_size > len(train[0]):
+            raise ValueError(
+                f"data.batch_size={batch_size}: exceeds the {len(train[0])} training images; type "
+                f"for example data.batch_size={min(64, len(train[0]))}"
+            )
+        self._normalize = Normalize(contract.mean, contract.std)
+
+    def probe(self, count: int = 32) -> Batch:
+        """The first validation images and labels: (count, C, H, W) uint8 and (count,)."""
+        images, labels = self.val
+        return images[:count], labels[:count]
+
+    def train_dataloader(self) -> Batches:
+        return Batches(
+            *self.train, batch_size=self.batch_size, shuffle_seed=self.seed, augment=self.augment
+        )
+
+    def val_dataloader(self) -> Batches:
+        return Batches(*self.val, batch_size=self.batch_size)
+
+    def test_dataloader(self) -> Batches:
+        return Batches(*self.test, batch_size=self.batch_size)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        images, labels = batch
+        return self._normalize.to(images.device)(to_float(images)), labels
+
+
+def digits(*, augment: float = 1.0, **options: Any) -> InMemory:
     """The 1,797 handwritten digits of the UCI set, 8x8 pixels, one channel; inside the package.
 
     E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, 1998, CC BY 4.0,
@@ -124,61 +183,32 @@ class Digits(L.LightningDataModule):
     13 % of each part.
 
     Args:
-        batch_size: images in a batch.
         augment: strength of `random_affine` on the training images; 0 is off.
-        seed: of the order and the augmentation of the training data.
+        options: batch_size and seed, of `InMemory`.
 
     Raises:
         ValueError: a value is outside its range.
     """
-
-    def __init__(self, *, batch_size: int = 64, augment: float = 1.0, seed: int = 0) -> None:
-        super().__init__()
-        self.augment = check_number("data.augment", augment, example=1.0)
-        self.batch_size = check_integer("data.batch_size", batch_size, minimum=1, example=64)
-        self.seed = check_integer("seed", seed, minimum=0, example=0)
-        content = load_file(Path(__file__).with_name("digits.safetensors"))
-        images = content["images"].float().mul(255 / 16).round().to(torch.uint8)[:, None]
-        labels = content["labels"].long()
-        part = torch.arange(len(images)) % 7  # 7 and the period of the labels, 10, are coprime
-        self._train = images[part > 1], labels[part > 1]
-        self._val = images[part == 0], labels[part == 0]
-        self._test = images[part == 1], labels[part == 1]
-        if batch_size > len(self._train[0]):
-            raise ValueError(
-                f"data.batch_size={batch_size}: exceeds the {len(self._train[0])} training "
-                "images; type for example data.batch_size=64"
-            )
-        pixels = to_float(self._train[0])
-        self.contract = DataContract(
-            classes=[str(digit) for digit in range(10)],
-            in_channels=1,
-            image_size=(8, 8),
-            mean=(pixels.mean().item(),),
-            std=(pixels.std().item(),),
-            interpolation="bilinear",
-        )
-        self._normalize = Normalize(self.contract.mean, self.contract.std)
-
-    def probe(self, count: int = 32) -> Batch:
-        """The first validation images and labels: (count, 1, 8, 8) uint8 and (count,)."""
-        images, labels = self._val
-        return images[:count], labels[:count]
-
-    def train_dataloader(self) -> Batches:
-        return Batches(
-            *self._train,
-            batch_size=self.batch_size,
-            shuffle_seed=self.seed,
-            augment=functools.partial(random_affine, strength=self.augment),
-        )
-
-    def val_dataloader(self) -> Batches:
-        return Batches(*self._val, batch_size=self.batch_size)
-
-    def test_dataloader(self) -> Batches:
-        return Batches(*self._test, batch_size=self.batch_size)
-
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        images, labels = batch
-        return self._normalize.to(images.device)(to_float(images)), labels
+    check_number("data.augment", augment, example=1.0)
+    content = load_file(Path(__file__).with_name("digits.safetensors"))
+    images = content["images"].float().mul(255 / 16).round().to(torch.uint8)[:, None]
+    labels = content["labels"].long()
+    part = torch.arange(len(images)) % 7  # 7 and the period of the labels, 10, are coprime
+    train, val, test = ((images[rows], labels[rows]) for rows in (part > 1, part == 0, part == 1))
+    pixels = to_float(train[0])
+    contract = DataContract(
+        classes=[str(digit) for digit in range(10)],
+        in_channels=1,
+        image_size=(8, 8),
+        mean=(pixels.mean().item(),),
+        std=(pixels.std().item(),),
+        interpolation="bilinear",
+    )
+    return InMemory(
+        train,
+        val,
+        test,
+        contract,
+        augment=functools.partial(random_affine, strength=augment),
+        **{"batch_size": 64, **options},
+    )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from repvgg.callbacks import BestCheckpoint, Interrupted, LastCheckpoint, SaveOnSignal, WholeFileIO
-from repvgg.data import Digits
+from repvgg.data import InMemory, digits
 from repvgg.module import Classifier
 
 MODEL = {
@@ -68,7 +68,7 @@ class SignalAt(L.Callback):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> list[torch.Tensor]:
     module = classifier()
-    trainer(tmp_path_factory.mktemp("whole")).fit(module, datamodule=Digits(batch_size=256))
+    trainer(tmp_path_factory.mktemp("whole")).fit(module, datamodule=digits(batch_size=256))
     return weights(module)
 
 
@@ -81,12 +81,12 @@ def test_a_run_stopped_by_a_signal_and_resumed_ends_with_the_same_weights(
     last = tmp_path / "last.ckpt"
     with pytest.raises(Interrupted) as stopped:
         trainer(tmp_path, SignalAt(step, signum), SaveOnSignal(last)).fit(
-            classifier(), datamodule=Digits(batch_size=256)
+            classifier(), datamodule=digits(batch_size=256)
         )
 
     resumed = classifier()
     trainer(tmp_path).fit(
-        resumed, datamodule=Digits(batch_size=256), ckpt_path=last, weights_only=True
+        resumed, datamodule=digits(batch_size=256), ckpt_path=last, weights_only=True
     )
 
     assert stopped.value.signum == signum
@@ -98,7 +98,7 @@ def test_a_signal_in_the_last_epoch_leaves_a_finished_run(tmp_path, uninterrupte
     module = classifier()
     with pytest.raises(Interrupted):
         trainer(tmp_path, SignalAt(14), SaveOnSignal(last)).fit(
-            module, datamodule=Digits(batch_size=256)
+            module, datamodule=digits(batch_size=256)
         )
 
     saved = torch.load(last, weights_only=True)["state_dict"].values()
@@ -119,8 +119,8 @@ def test_a_stop_between_accumulated_gradients_or_epochs_loses_nothing(
             if trainer.fit_loop.epoch_loop.total_batch_idx == step * accumulate:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    def data() -> Digits:
-        return Digits(batch_size=batch_size)
+    def data() -> InMemory:
+        return digits(batch_size=batch_size)
 
     whole, resumed = classifier(), classifier()
     trainer(tmp_path / "whole", accumulate=accumulate).fit(whole, datamodule=data())
@@ -141,7 +141,7 @@ def test_a_stop_between_accumulated_gradients_or_epochs_loses_nothing(
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* not empty:UserWarning")
 def test_a_run_that_was_moved_keeps_its_best_checkpoint(tmp_path):
-    trainer(tmp_path / "here", epochs=1).fit(classifier(), datamodule=Digits(batch_size=256))
+    trainer(tmp_path / "here", epochs=1).fit(classifier(), datamodule=digits(batch_size=256))
     (tmp_path / "here").rename(tmp_path / "there")
     last = tmp_path / "there" / "last.ckpt"
     content = torch.load(last, weights_only=True)
@@ -151,7 +151,7 @@ def test_a_run_that_was_moved_keeps_its_best_checkpoint(tmp_path):
     before = (tmp_path / "there" / "best.ckpt").read_bytes()
 
     trainer(tmp_path / "there", epochs=2).fit(
-        classifier(), datamodule=Digits(batch_size=256), ckpt_path=last, weights_only=True
+        classifier(), datamodule=digits(batch_size=256), ckpt_path=last, weights_only=True
     )
 
     assert (tmp_path / "there" / "best.ckpt").read_bytes() == before
@@ -159,12 +159,12 @@ def test_a_run_that_was_moved_keeps_its_best_checkpoint(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* not empty:UserWarning")
 def test_a_run_that_left_its_best_checkpoint_behind_keeps_a_new_one(tmp_path):
-    trainer(tmp_path / "here", epochs=1).fit(classifier(), datamodule=Digits(batch_size=256))
+    trainer(tmp_path / "here", epochs=1).fit(classifier(), datamodule=digits(batch_size=256))
     (tmp_path / "there").mkdir()
     last = (tmp_path / "here" / "last.ckpt").rename(tmp_path / "there" / "last.ckpt")
 
     trainer(tmp_path / "there", epochs=2).fit(
-        classifier(), datamodule=Digits(batch_size=256), ckpt_path=last, weights_only=True
+        classifier(), datamodule=digits(batch_size=256), ckpt_path=last, weights_only=True
     )
 
     best = torch.load(tmp_path / "there" / "best.ckpt", weights_only=True)
@@ -175,14 +175,14 @@ def test_signal_handlers_are_given_back(tmp_path):
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 
     trainer(tmp_path, SaveOnSignal(tmp_path / "last.ckpt"), epochs=1).fit(
-        classifier(), datamodule=Digits(batch_size=256)
+        classifier(), datamodule=digits(batch_size=256)
     )
 
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_run_keeps_the_best_and_the_last_checkpoint_and_nothing_else(tmp_path):
-    trainer(tmp_path).fit(classifier(), datamodule=Digits(batch_size=256))
+    trainer(tmp_path).fit(classifier(), datamodule=digits(batch_size=256))
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 2
@@ -217,7 +217,7 @@ def test_the_best_is_the_most_accurate_and_of_those_the_lowest_loss(history, kep
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.0)
 
-    data = Digits(batch_size=512)
+    data = digits(batch_size=512)
     trainer(tmp_path, epochs=len(history)).fit(Scripted(), datamodule=data)
 
     saved = torch.load(tmp_path / "best.ckpt", weights_only=True)

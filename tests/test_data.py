@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from repvgg.data import Batches, Digits, random_affine
+from repvgg.data import Batches, digits, random_affine
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,8 +25,8 @@ def flat(read_batches: list[list[int]]) -> list[int]:
 
 
 def test_digits_are_the_1797_images_in_three_disjoint_parts():
-    digits = Digits()
-    sizes = [len(part[1]) for part in (digits._train, digits._val, digits._test)]
+    data = digits()
+    sizes = [len(part[1]) for part in (data.train, data.val, data.test)]
 
     assert sizes == [1283, 257, 257]
 
@@ -40,17 +40,17 @@ def test_the_embedded_file_is_what_the_script_builds(tmp_path):
 
 
 def test_every_part_holds_every_digit_about_equally():
-    digits = Digits()
+    data = digits()
 
-    for _, labels in (digits._train, digits._val, digits._test):
+    for _, labels in (data.train, data.val, data.test):
         share = labels.bincount(minlength=10) / len(labels)
         assert (share - 0.1).abs().max() < 0.03
 
 
 def test_prepared_training_images_have_mean_0_and_deviation_1():
-    digits = Digits()
+    data = digits()
 
-    images, _ = digits.on_after_batch_transfer(digits._train, 0)
+    images, _ = data.on_after_batch_transfer(data.train, 0)
 
     torch.testing.assert_close(images.mean().item(), 0.0, rtol=0, atol=1e-5)
     torch.testing.assert_close(images.std().item(), 1.0, rtol=0, atol=1e-5)
@@ -142,4 +142,4 @@ def test_augmentation_moves_each_image_of_a_batch_by_itself():
 )
 def test_a_bad_value_is_refused_with_its_key(options, message):
     with pytest.raises(ValueError, match=message):
-        Digits(**options)
+        digits(**options)

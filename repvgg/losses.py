@@ -1,11 +1,13 @@
 """The training losses.
 
 R-Drop (Liang et al., 2021, arXiv:2106.14448): two predictions of one network for one image, made
-under different dropout masks, are pulled together.
+under different noise, are pulled together. `repvgg.rdrop` makes the two predictions.
 """
 
+import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,7 +20,38 @@ class RDropLoss(NamedTuple):
     kl: Tensor
 
 
-def symmetric_kl(logits1: Tensor, logits2: Tensor) -> Tensor:
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, weights: Tensor | None = None
+) -> Tensor:
+    """Average the cross-entropy over the batch, in float32 at least.
+
+    Args:
+        logits: (N, K).
+        targets: (N,) class indices, or (N, K) probabilities (mixup, cutmix, distillation).
+        label_smoothing: in [0, 1).
+        weights: (N,), one for each image; the sum of weighted terms is divided by N, not by the sum
+            of the weights, so that splitting a batch does not change the loss.
+
+    Returns:
+        a scalar, in nats.
+
+    Raises:
+        ValueError: the targets are no classes or probabilities of these logits, or the weights do
+            not fit. The values of class indices and weights are looked at on the CPU alone: on a
+            GPU that would stall each step, and a wrong index ends in the GPU's own error.
+    """
+    _check_targets(logits, targets)
+    _check_weights(logits, weights)
+    terms = F.cross_entropy(
+        _at_least_float32(logits),
+        targets,
+        label_smoothing=label_smoothing,
+        reduction="mean" if weights is None else "none",
+    )
+    return terms if weights is None else (weights * terms).mean()
+
+
+def symmetric_kl(logits1: Tensor, logits2: Tensor, *, weights: Tensor | None = None) -> Tensor:
     """Average the two directed Kullback-Leibler divergences of two predictions (R-Drop, eq. 2).
 
     1/2 (KL(p1 || p2) + KL(p2 || p1)), averaged over the batch. Both directions carry gradient. It
@@ -27,15 +60,25 @@ def symmetric_kl(logits1: Tensor, logits2: Tensor) -> Tensor:
 
     Args:
         logits1, logits2: (N, K).
+        weights: (N,), as in `cross_entropy`.
 
     Returns:
         a scalar, in nats; 0 exactly when the logits are equal.
+
+    Raises:
+        ValueError: the two predictions differ in shape, or the weights do not fit.
     """
+    if logits1.shape != logits2.shape:
+        raise ValueError(
+            f"the two predictions differ in shape: {tuple(logits1.shape)}, {tuple(logits2.shape)}"
+        )
+    _check_weights(logits1, weights)
     log_p = F.log_softmax(_at_least_float32(logits1), dim=1)
     log_q = F.log_softmax(_at_least_float32(logits2), dim=1)
-    forward = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)  # KL(p || q)
-    backward = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)  # KL(q || p)
-    return (forward + backward) / 2
+    forward = F.kl_div(log_q, log_p, reduction="none", log_target=True)  # KL(p || q), by class
+    backward = F.kl_div(log_p, log_q, reduction="none", log_target=True)  # KL(q || p)
+    terms = (forward + backward).sum(1) / 2
+    return terms.mean() if weights is None else (weights * terms).mean()
 
 
 def rdrop_loss(
@@ -45,35 +88,78 @@ def rdrop_loss(
     *,
     alpha: float,
     label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
 ) -> RDropLoss:
     """Add the consistency of two predictions to their mean cross-entropy (R-Drop, eq. 3 and 4).
 
     L = 1/2 (CE1 + CE2) + alpha * 1/2 (KL(p1 || p2) + KL(p2 || p1)), every term a mean over the
-    batch, so that alpha means the same for every batch size. The paper sums the two
-    cross-entropies: its alpha is twice this one.
+    batch, so that alpha means the same for every batch size, every way to accumulate a batch and
+    every number of devices. The paper and its authors' programs scale the terms in other ways. For
+    the strength of theirs, alpha here is
+
+        the paper's (it sums the two cross-entropies)                  its alpha / 2
+        the snippet in their README (its KL sums over the batch)       its alpha * batch size
+        their ViT program (its KL sums over a micro-batch)             its alpha * micro-batch
+                                                                       (0.3 with 32 images: 9.6)
 
     Args:
         logits1, logits2: (N, K), of the same images under different noise.
         targets: (N,) class indices, or (N, K) probabilities.
         alpha: weight of the divergence, 0 or more.
         label_smoothing: of both cross-entropies, in [0, 1).
+        weights: (N,), one for each image, in both terms: see `cross_entropy`.
 
     Raises:
-        ValueError: `alpha` is negative, or the two predictions differ in shape.
+        ValueError: `alpha` is negative or not finite, the two predictions differ in shape, or the
+            targets or weights do not fit them.
     """
-    if not alpha >= 0:
-        raise ValueError(f"alpha={alpha}: the weight of the KL term must be at least 0")
-    if logits1.shape != logits2.shape:
-        raise ValueError(
-            f"the two predictions differ in shape: {tuple(logits1.shape)}, {tuple(logits2.shape)}"
-        )
-    cross_entropy = (
-        F.cross_entropy(_at_least_float32(logits1), targets, label_smoothing=label_smoothing)
-        + F.cross_entropy(_at_least_float32(logits2), targets, label_smoothing=label_smoothing)
-    ) / 2
-    kl = symmetric_kl(logits1, logits2)
-    return RDropLoss(cross_entropy + alpha * kl, cross_entropy, kl)
+    if not 0 <= alpha < math.inf:
+        raise ValueError(f"alpha={alpha}: the weight of the KL term must be a number of at least 0")
+    kl = symmetric_kl(logits1, logits2, weights=weights)
+    first = cross_entropy(logits1, targets, label_smoothing=label_smoothing, weights=weights)
+    second = cross_entropy(logits2, targets, label_smoothing=label_smoothing, weights=weights)
+    mean = (first + second) / 2
+    return RDropLoss(mean + alpha * kl, mean, kl)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype.itemsize < 4 else logits
+
+
+def _check_targets(logits: Tensor, targets: Tensor) -> None:
+    """Refuse what torch would train on, or tell in words that do not name the mistake."""
+    num_classes = logits.shape[1]
+    if targets.is_floating_point():
+        if targets.shape != logits.shape:
+            raise ValueError(
+                f"targets of shape {tuple(targets.shape)} do not fit logits of shape "
+                f"{tuple(logits.shape)}: probabilities need one column for each of "
+                f"model.num_classes={num_classes}"
+            )
+        if not ((targets >= 0) & (targets < math.inf)).all():
+            raise ValueError("targets hold NaN, infinity or a negative number: not probabilities")
+        return
+    if targets.shape != logits.shape[:1]:
+        raise ValueError(
+            f"targets of shape {tuple(targets.shape)} do not fit logits of shape "
+            f"{tuple(logits.shape)}: class indices need one for each image"
+        )
+    if targets.device.type == "cpu" and len(targets):
+        low, high = (int(bound) for bound in targets.aminmax())
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"targets hold class {low if low < 0 else high}: model.num_classes={num_classes} "
+                f"allows 0 to {num_classes - 1}"
+            )
+
+
+def _check_weights(logits: Tensor, weights: Tensor | None) -> None:
+    if weights is None:
+        return
+    if weights.shape != logits.shape[:1]:
+        raise ValueError(
+            f"weights of shape {tuple(weights.shape)} do not fit logits of shape "
+            f"{tuple(logits.shape)}: one for each image"
+        )
+    if weights.device.type == "cpu" and not (torch.isfinite(weights) & (weights >= 0)).all():
+        raise ValueError("weights must be finite numbers of at least 0")

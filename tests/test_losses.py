@@ -1,11 +1,12 @@
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from repvgg.losses import rdrop_loss, symmetric_kl
+from repvgg.losses import cross_entropy, rdrop_loss, symmetric_kl
 
 
 def logits(seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -34,6 +35,76 @@ def test_the_loss_is_the_papers_formula_written_out(alpha):
     np.testing.assert_allclose(loss.total.item(), cross_entropy + alpha * kl, rtol=1e-12)
     np.testing.assert_allclose(loss.cross_entropy.item(), cross_entropy, rtol=1e-12)
     np.testing.assert_allclose(loss.kl.item(), kl, rtol=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_soft_targets_and_weights_follow_the_formula_too(smoothing):
+    a, b = logits(1), logits(2)
+    p, q = softmax(a.numpy()), softmax(b.numpy())
+    generator = np.random.default_rng(0)
+    targets = generator.dirichlet(np.ones(5), size=6)
+    weights = generator.uniform(0, 2, size=6)
+    smooth = (1 - smoothing) * targets + smoothing / 5
+    cross_entropy = -(smooth * (np.log(p) + np.log(q))).sum(1) / 2
+    kl = ((p - q) * np.log(p / q)).sum(1) / 2
+
+    loss = rdrop_loss(
+        a,
+        b,
+        torch.from_numpy(targets),
+        alpha=0.7,
+        label_smoothing=smoothing,
+        weights=torch.from_numpy(weights),
+    )
+
+    np.testing.assert_allclose(
+        loss.total.item(), (weights * (cross_entropy + 0.7 * kl)).mean(), rtol=1e-12
+    )
+
+
+# The authors' scales, written out: (loss of the two logits, its alpha, of N images).
+def paper(a: torch.Tensor, b: torch.Tensor, alpha: float) -> torch.Tensor:
+    nll = -(a.log_softmax(1) + b.log_softmax(1))[range(6), TARGETS]
+    return (nll + alpha * divergences(a, b)).mean()
+
+
+def snippet(a: torch.Tensor, b: torch.Tensor, alpha: float) -> torch.Tensor:
+    return (F.cross_entropy(a, TARGETS) + F.cross_entropy(b, TARGETS)) / 2 + alpha * divergences(
+        a, b
+    ).sum()
+
+
+def vit(a: torch.Tensor, b: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Gradient accumulation over two micro-batches of 3."""
+    parts = zip(a.split(3), b.split(3), TARGETS.split(3), strict=True)
+    return torch.stack(
+        [
+            (F.cross_entropy(x, y) + F.cross_entropy(z, y)) / 2 + alpha * divergences(x, z).sum()
+            for x, z, y in parts
+        ]
+    ).mean()
+
+
+def divergences(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    p, q = a.softmax(1), b.softmax(1)
+    return ((p * (p / q).log()).sum(1) + (q * (q / p).log()).sum(1)) / 2
+
+
+@pytest.mark.parametrize(
+    ("theirs", "alpha", "ours", "scale"),
+    [(paper, 4.0, 4.0 / 2, 2.0), (snippet, 0.3, 0.3 * 6, 1.0), (vit, 0.3, 0.3 * 3, 1.0)],
+    ids=["alpha / 2", "alpha * batch", "alpha * micro-batch"],
+)
+def test_the_alphas_of_the_authors_convert(
+    theirs: Callable[..., torch.Tensor], alpha: float, ours: float, scale: float
+):
+    """At the converted weight the gradients are theirs, up to the scale of the whole loss."""
+    a, b = logits(1).requires_grad_(), logits(2).requires_grad_()
+
+    expected = torch.autograd.grad(theirs(a, b, alpha), (a, b))
+    given = torch.autograd.grad(rdrop_loss(a, b, TARGETS, alpha=ours).total * scale, (a, b))
+
+    torch.testing.assert_close(given, expected, rtol=1e-10, atol=1e-14)
 
 
 def test_equal_predictions_have_no_divergence():
@@ -82,9 +153,58 @@ def test_label_smoothing_applies_to_both_cross_entropies():
     torch.testing.assert_close(loss.cross_entropy, expected, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("alpha", [-1.0, math.nan])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("sizes", [[3, 3], [2, 2, 2], [1] * 6], ids=str)
+def test_the_loss_of_a_batch_is_the_mean_over_its_equal_parts(sizes, weighted):
+    a, b = logits(1), logits(2)
+    weights = torch.linspace(0, 2, 6).double() if weighted else torch.ones(6).double()
+
+    whole = rdrop_loss(a, b, TARGETS, alpha=2.0, weights=weights).total
+    tensors = (a, b, TARGETS, weights)
+    parts = [
+        rdrop_loss(x, y, t, alpha=2.0, weights=w).total
+        for x, y, t, w in zip(*(tensor.split(sizes) for tensor in tensors), strict=True)
+    ]
+
+    torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-13, atol=0)
+
+
+def test_weights_of_one_change_nothing():
+    plain = rdrop_loss(logits(1), logits(2), TARGETS, alpha=1.0)
+    weighted = rdrop_loss(logits(1), logits(2), TARGETS, alpha=1.0, weights=torch.ones(6).double())
+
+    torch.testing.assert_close(weighted.total, plain.total, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (torch.tensor([0, 1, 2, 3, 4, 5]), "class 5: model.num_classes=5 allows 0 to 4"),
+        (torch.tensor([0, 1, 2, 3, 4, -1]), "class -1: model.num_classes=5"),
+        (torch.tensor([0, 1]), r"shape \(2,\) do not fit logits of shape \(6, 5\)"),
+        (torch.full((6, 4), 0.25), r"shape \(6, 4\).*model.num_classes=5"),
+        (torch.full((6, 5), math.nan), "hold NaN"),
+        (torch.full((6, 5), -0.2), "a negative number"),
+        (torch.full((6,), math.nan), r"shape \(6,\)"),
+    ],
+)
+@pytest.mark.parametrize(
+    "loss", [cross_entropy, lambda x, targets: rdrop_loss(x, x, targets, alpha=1.0)]
+)
+def test_targets_that_do_not_fit_are_refused(targets, message, loss):
+    with pytest.raises(ValueError, match=message):
+        loss(logits(1), targets)
+
+
+@pytest.mark.parametrize("weights", [torch.ones(5), torch.full((6,), math.nan), -torch.ones(6)])
+def test_weights_that_are_none_are_refused(weights):
+    with pytest.raises(ValueError, match="weights"):
+        rdrop_loss(logits(1), logits(2), TARGETS, alpha=1.0, weights=weights)
+
+
+@pytest.mark.parametrize("alpha", [-1.0, math.nan, math.inf])
 def test_a_weight_that_is_no_weight_is_refused(alpha):
-    with pytest.raises(ValueError, match="must be at least 0"):
+    with pytest.raises(ValueError, match="must be a number of at least 0"):
         rdrop_loss(logits(1), logits(2), TARGETS, alpha=alpha)
 
 

@@ -5,11 +5,13 @@ RepVGG (Ding et al., 2021, arXiv:2101.03697), section 3.2 and figure 4:
     y = ReLU(BN3(W3 * x) + BN1(W1 * x) + BN0(x))
 
 The identity branch exists where channels and size stay. The only way to the deployed form is to
-build the block and call `switch_to_deploy()`.
+build the block and call `switch_to_deploy()`. While it trains, a block can drop branches at random;
+the deployed convolution is the expectation over what was dropped.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from repvgg.reparam import Affine, bare_affine, fold_bn, identity_kernel, merge, pad_kernel
 
@@ -36,6 +38,32 @@ class SqueezeExcite(nn.Module):
         gate = x.mean((2, 3), keepdim=True)  # (N, C, 1, 1)
         gate = self.excite(self.squeeze(gate).relu()).sigmoid()
         return x * gate
+
+
+class DropRows(nn.Module):
+    """Zeroes whole images of a batch at random while it trains, and scales up the others.
+
+    A kept image is multiplied by 1 / (1 - p): the expectation is the input. On a residual branch
+    this is stochastic depth (Huang et al., 2016, arXiv:1603.09382), "drop path".
+
+    Shapes: (N, ...) -> (N, ...).
+
+    Args:
+        p: probability in [0, 1).
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        ones = x.new_ones((len(x),) + (1,) * (x.ndim - 1))
+        return x * F.dropout(ones, self.p)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p:g}"
 
 
 class Branch(nn.Module):
@@ -73,12 +101,17 @@ class RepVGGBlock(nn.Module):
             ReLU(W3 * x + W1 * x + x).
         bias: give the two convolutions a bias.
         bn_eps: added to the variance by every BatchNorm.
+        branch_drop: probability with which the 1x1 and the identity branch are dropped, each by
+            itself and for each image, while the block trains; 0 is off.
+        drop_path: probability with which the 3x3 and 1x1 branches are dropped together, so that
+            the identity remains; 0 is off. Needs the identity branch.
         se_before_relu: reduction of a squeeze-and-excite gate between the sum and the ReLU
             (RepVGG-D2se); 0 is none.
         se_after_relu: reduction of one behind the ReLU (RepVGGplus); 0 is none.
 
     Raises:
-        ValueError: torch's, where groups do not divide the channels or a padding mode is unknown.
+        ValueError: `drop_path` without an identity branch; torch's, where groups do not divide the
+            channels or a padding mode is unknown.
     """
 
     def __init__(
@@ -93,6 +126,8 @@ class RepVGGBlock(nn.Module):
         bn: bool = True,
         bias: bool = False,
         bn_eps: float = 1e-5,
+        branch_drop: float = 0.0,
+        drop_path: float = 0.0,
         se_before_relu: int = 0,
         se_after_relu: int = 0,
     ) -> None:
@@ -118,6 +153,13 @@ class RepVGGBlock(nn.Module):
         self.branch_identity: nn.Module | None = None
         if in_channels == out_channels and stride == 1:
             self.branch_identity = normalization() or nn.Identity()
+        elif drop_path > 0:
+            raise ValueError(
+                f"drop_path={drop_path}: a block from {in_channels} to {out_channels} channels "
+                f"with stride {stride} has no identity branch to fall back on; give drop_path=0"
+            )
+        self.branch_drop = DropRows(branch_drop) if branch_drop else nn.Identity()
+        self.drop_path = DropRows(drop_path) if drop_path else nn.Identity()
         self.reparam: nn.Conv2d | None = None
 
         self.se_before_relu = (
@@ -185,6 +227,7 @@ class RepVGGBlock(nn.Module):
             reparam.bias = nn.Parameter(bias)
             self.reparam = reparam
             self.branch_3x3 = self.branch_1x1 = self.branch_identity = None
+            self.branch_drop = self.drop_path = nn.Identity()
         self.eval()
 
     def extra_repr(self) -> str:
@@ -207,8 +250,10 @@ class RepVGGBlock(nn.Module):
         # A 1x1 convolution of stride s in channels_last corrupts the heap in its weight gradient
         # on CPU (torch 2.13 and 2.15). Subsampling first is the same function, and safe.
         point = x if self.stride == 1 else x[..., :: self.stride, :: self.stride]
-        y = self.branch_3x3(x) + self.branch_1x1(point)
-        return y if self.branch_identity is None else y + self.branch_identity(x)
+        y = self.branch_3x3(x) + self.branch_drop(self.branch_1x1(point))
+        if self.branch_identity is None:
+            return y
+        return self.drop_path(y) + self.branch_drop(self.branch_identity(x))
 
     def _deployed(self, x: Tensor) -> Tensor:
         if self.training:

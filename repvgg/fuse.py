@@ -1,9 +1,12 @@
 """Whole networks: from the form that trains to the form that is deployed."""
 
 import copy
+from collections.abc import Iterable
 from typing import TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,3 +42,52 @@ def switch_to_deploy(model: Model) -> Model:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return model.eval()
+
+
+@torch.no_grad()
+def reestimate_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replace the running statistics of every BatchNorm by those of given images, in place.
+
+    All but the BatchNorms is in eval mode meanwhile, so the statistics are those of the network
+    without its training noise: what is folded after training with `branch_drop` or `drop_path`.
+    They are plain averages over the batches ("precise BN", Wu and Johnson, 2021, arXiv:2105.07576,
+    section 3). Weights, modes and momenta stay, and the statistics of a BatchNorm that no image
+    reaches.
+
+    Args:
+        batches: of images (N, C, H, W), as the network takes them; a few thousand images suffice.
+
+    Raises:
+        ValueError: there is no batch. Whatever is raised, the statistics are then the old ones.
+    """
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    ]
+    modes = {module: module.training for module in model.modules()}
+    momenta = [bn.momentum for bn in norms]
+    old = [[buffer.clone() for buffer in bn.buffers()] for bn in norms]
+    model.eval()
+    for bn in norms:
+        bn.reset_running_stats()
+        bn.train()
+        bn.momentum = None  # a plain average
+    done = False
+    try:
+        for images in batches:
+            model(images)
+            done = True
+        if not done:
+            raise ValueError("there is no batch of images to estimate statistics from")
+    except BaseException:
+        done = False
+        raise
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for bn, momentum, buffers in zip(norms, momenta, old, strict=True):
+            bn.momentum = momentum
+            if not done or bn.num_batches_tracked == 0:  # an auxiliary classifier's did not run
+                for buffer, before in zip(bn.buffers(), buffers, strict=True):
+                    buffer.copy_(before)

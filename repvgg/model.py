@@ -33,6 +33,11 @@ class RepVGG(nn.Module):
         num_classes: K.
         in_channels: channels of the images.
         dropout: probability in front of the linear layer; 0 is off.
+        branch_drop: of every block: see `RepVGGBlock`; 0 is off.
+        drop_path: of the last block; it grows linearly from the stem, as in stochastic depth
+            (Huang et al., 2016, arXiv:1603.09382). Blocks without identity branch have none; 0 is
+            off. This and `branch_drop` are noise in front of BatchNorms, whose statistics are to be
+            re-estimated without it before folding: see `repvgg.fuse.reestimate_bn`.
         bn_eps: added to the variance by every BatchNorm.
         se_before_relu: reduction of the squeeze-and-excite gates in front of the ReLUs; 0 is none.
         se_after_relu: reduction of those behind the ReLUs; 0 is none.
@@ -53,6 +58,8 @@ class RepVGG(nn.Module):
         num_classes: int = 1000,
         in_channels: int = 3,
         dropout: float = 0.0,
+        branch_drop: float = 0.0,
+        drop_path: float = 0.0,
         bn_eps: float = 1e-5,
         se_before_relu: int = 0,
         se_after_relu: int = 0,
@@ -66,6 +73,8 @@ class RepVGG(nn.Module):
         check_integer("model.in_channels", in_channels, minimum=1, example=3)
         check_integer("model.groups", groups, minimum=1, example=2)
         check_number("model.dropout", dropout, below=1, example=0.2)
+        check_number("model.branch_drop", branch_drop, below=1, example=0.1)
+        check_number("model.drop_path", drop_path, below=1, example=0.1)
         check_number("model.bn_eps", bn_eps, example=1e-5)
         check_integer("model.se_before_relu", se_before_relu, minimum=0, example=16)
         check_integer("model.se_after_relu", se_after_relu, minimum=0, example=4)
@@ -80,36 +89,40 @@ class RepVGG(nn.Module):
         self.num_classes = num_classes
         self.in_channels = in_channels
 
-        def block(in_width: int, out_width: int, stride: int, groups: int = 1) -> RepVGGBlock:
+        def block(number: int, in_width: int, out_width: int, stride: int) -> RepVGGBlock:
+            """The stem has number 0."""
+            has_identity = in_width == out_width and stride == 1
             return RepVGGBlock(
                 in_width,
                 out_width,
                 stride=stride,
-                groups=groups,
+                groups=groups if number > 0 and number % 2 == 0 else 1,
                 bn_eps=bn_eps,
+                branch_drop=branch_drop,
+                drop_path=drop_path * (number + 1) / (1 + sum(depths)) if has_identity else 0.0,
                 se_before_relu=se_before_relu,
                 se_after_relu=se_after_relu,
             )
 
         width = min(MAX_STEM_WIDTH, widths[0])
-        self.stem = block(in_channels, width, strides[0])
+        self.stem = block(0, in_channels, width, strides[0])
         stages = []
-        number = 0  # of the block, counted from the first one after the stem
+        number = 0
         for depth, out_width, stride in zip(depths, widths, strides[1:], strict=True):
             stage = []
             for i in range(depth):
                 number += 1
-                stage.append(
-                    block(
-                        width,
-                        out_width,
-                        stride=stride if i == 0 else 1,
-                        groups=groups if number % 2 == 0 else 1,
-                    )
-                )
+                stage.append(block(number, width, out_width, stride if i == 0 else 1))
                 width = out_width
             stages.append(nn.Sequential(*stage))
         self.stages = nn.Sequential(*stages)
+        if drop_path > 0 and not any(
+            isinstance(module, RepVGGBlock) and module.branch_identity is not None
+            for module in self.modules()
+        ):
+            raise refusal(
+                "model.drop_path", drop_path, "this network has no block with an identity branch", 0
+            )
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(width, num_classes)
 
@@ -129,7 +142,10 @@ class RepVGG(nn.Module):
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Run the trunk, which is deterministic: (N, C, H, W) -> (N, widths[3], h, w)."""
+        """Run the trunk: (N, C, H, W) -> (N, widths[3], h, w).
+
+        Deterministic, unless `branch_drop` or `drop_path` is on in training mode.
+        """
         return self.stages(self.stem(images))
 
     def forward_head(self, features: Tensor) -> Tensor:
@@ -203,7 +219,7 @@ class Normalize(nn.Module):
 
     It is never folded into the stem: the border is padded with zeros after it, not before.
 
-    Shapes: (N, C, H, W) -> (N, C, H, W); images in [0, 1].
+    Shapes: (..., C, H, W) -> (..., C, H, W); images in [0, 1].
 
     Args:
         mean, std: C numbers each.

@@ -35,6 +35,10 @@ CASES = {
     "eps": {"in_channels": 8, "out_channels": 8, "bn_eps": 1e-1},
     "se before": {"in_channels": 8, "out_channels": 8, "se_before_relu": 4},
     "se after": {"in_channels": 8, "out_channels": 8, "se_after_relu": 4},
+    "branch_drop": {"in_channels": 8, "out_channels": 8, "branch_drop": 0.3},
+    "branch_drop, stride": {"in_channels": 8, "out_channels": 8, "branch_drop": 0.3, "stride": 2},
+    "drop_path": {"in_channels": 8, "out_channels": 8, "drop_path": 0.3},
+    "both drops": {"in_channels": 8, "out_channels": 8, "branch_drop": 0.3, "drop_path": 0.3},
     "both se": {"in_channels": 8, "out_channels": 8, "se_before_relu": 2, "se_after_relu": 2},
 }
 
@@ -206,3 +210,70 @@ for seed in range(3):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def shares_of_branches(case: str, rows: int) -> list[torch.Tensor]:
+    """How much of each branch (3x3, 1x1, identity) is in each image of a block that trains."""
+    block = build(case).double().train()
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    x = torch.randn(rows, 8, 4, 4, generator=torch.Generator().manual_seed(1)).double()
+    parts = [block.branch_3x3(x), block.branch_1x1(x), block.branch_identity(x)]
+    columns = torch.stack([part.flatten(1) for part in parts], dim=2)  # (N, CHW, 3)
+    torch.manual_seed(0)
+    y = block._sum_of_branches(x).flatten(1).unsqueeze(2)
+    return list(torch.linalg.lstsq(columns, y).solution[:, :, 0].detach().T.round(decimals=6))
+
+
+SCALED = round(1 / 0.7, 6)
+
+
+@pytest.mark.parametrize(
+    ("case", "allowed"),
+    [
+        ("identity", [{1.0}, {1.0}, {1.0}]),
+        ("branch_drop", [{1.0}, {0.0, SCALED}, {0.0, SCALED}]),
+        ("drop_path", [{0.0, SCALED}, {0.0, SCALED}, {1.0}]),
+        ("both drops", [{0.0, SCALED}, {0.0, SCALED**2}, {0.0, SCALED}]),
+    ],
+)
+def test_whole_branches_of_single_images_are_dropped_and_the_others_scaled_up(case, allowed):
+    shares = shares_of_branches(case, 200)
+
+    found = [{abs(round(share, 4)) for share in branch.tolist()} for branch in shares]
+    assert found == [{round(share, 4) for share in branch} for branch in allowed]
+
+
+@pytest.mark.parametrize("case", ["branch_drop", "drop_path", "both drops"])
+def test_the_deployed_convolution_is_the_expectation_over_what_is_dropped(case):
+    rows = 20_000
+    shares = torch.stack(shares_of_branches(case, rows))
+
+    # Each share has mean 1 and a deviation of at most 1.1: 5 standard errors.
+    assert (shares.mean(1) - 1).abs().max() < 5 * 1.1 / rows**0.5
+
+
+def test_the_two_branches_are_dropped_independently():
+    _, point, same = shares_of_branches("branch_drop", 20_000)
+
+    joint = ((point == 0) & (same == 0)).double().mean()
+    assert abs(joint - 0.09) < 5 * (0.09 * 0.91 / 20_000) ** 0.5
+
+
+def test_drop_path_drops_both_convolutions_together():
+    dense, point, _ = shares_of_branches("drop_path", 200)
+
+    assert torch.equal(dense == 0, point == 0)
+
+
+def test_a_block_that_evaluates_drops_nothing():
+    block, x = build("both drops").double(), images()
+
+    assert torch.equal(block(x), block(x))
+
+
+@pytest.mark.parametrize("options", [{"stride": 2}, {"out_channels": 12}])
+def test_drop_path_without_an_identity_branch_is_refused(options):
+    with pytest.raises(ValueError, match=r"drop_path=0\.1: .*no identity branch"):
+        RepVGGBlock(**{"in_channels": 8, "out_channels": 8, "drop_path": 0.1, **options})

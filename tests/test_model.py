@@ -165,3 +165,36 @@ def test_auxiliary_classifiers_leave_the_features_as_they_are_and_go_with_the_sw
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (8, 8)])
 def test_any_image_size_gives_logits(size):
     assert small()(torch.randn(2, 3, *size)).shape == (2, 5)
+
+
+def test_drop_path_grows_linearly_from_the_stem_over_blocks_with_an_identity_branch():
+    network = repvgg.create_model("repvgg_a0", drop_path=0.22)  # 22 blocks
+
+    blocks = [network.stem, *network.blocks()]
+    found = {
+        number: round(block.drop_path.p, 12)
+        for number, block in enumerate(blocks, start=1)
+        if block.branch_identity is not None
+    }
+    assert found == {number: round(number / 100, 12) for number in found}
+    assert len(found) == 17
+
+
+def test_branch_drop_is_the_same_in_every_block():
+    network = repvgg.create_model("repvgg_a0", branch_drop=0.1)
+
+    assert [block.branch_drop.p for block in (network.stem, *network.blocks())] == [0.1] * 22
+
+
+def test_noise_adds_no_entry_to_the_weights():
+    plain, noisy = (
+        repvgg.create_model("repvgg_tiny", **options)
+        for options in ({}, {"dropout": 0.1, "branch_drop": 0.1, "drop_path": 0.1})
+    )
+
+    assert plain.state_dict().keys() == noisy.state_dict().keys()
+
+
+def test_drop_path_without_any_identity_branch_is_refused():
+    with pytest.raises(ValueError, match=r"model.drop_path=0.1: .*no block with an identity"):
+        repvgg.create_model("repvgg_a0", depths=[1, 1, 1, 1], drop_path=0.1)

@@ -16,12 +16,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
-from repvgg.arguments import check_integer, check_number
+from repvgg.arguments import check_integer, check_number, refusal
 from repvgg.model import DataContract, Normalize, to_float
 
 Batch = tuple[Tensor, Tensor]
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+Mixture = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Batches:
@@ -34,6 +36,9 @@ class Batches:
         shuffle_seed: None keeps the order and the last, smaller batch. A number shuffles, anew
             every epoch, and drops the last batch where it is smaller.
         augment: changes the images of a shuffled batch, with randomness from the generator alone.
+        views: 2 augments every image twice: images (N, 2, C, H, W).
+        mix: then blends the images of a batch and their labels, with torch's global randomness,
+            which is seeded for it and restored. Both views of an image are blended alike.
     """
 
     batch_sampler = None  # Lightning asks for it where there is a sampler
@@ -46,12 +51,16 @@ class Batches:
         batch_size: int,
         shuffle_seed: int | None = None,
         augment: Augmentation | None = None,
+        views: int = 1,
+        mix: Mixture | None = None,
     ) -> None:
         self.images = images
         self.labels = labels
         self.batch_size = batch_size
         self.shuffle_seed = shuffle_seed
         self.augment = augment
+        self.views = views
+        self.mix = mix
         self.epoch = 0
         self._yielded = 0  # batches of the current epoch
         self._resume_at = (-1, 0)  # epoch, batch
@@ -77,10 +86,13 @@ class Batches:
         for i in range(batch if epoch == self.epoch else 0, len(self)):
             rows = order[i * self.batch_size : (i + 1) * self.batch_size]
             self._yielded = i + 1
-            images = self.images[rows]
+            views, targets = [self.images[rows]], self.labels[rows]
             if self.augment is not None:
-                images = self.augment(images, self._generator(i))
-            yield images, self.labels[rows]
+                noises = [self._generator(i), self._generator(i, "second view")][: self.views]
+                views = [self.augment(views[0], noise) for noise in noises]
+            if self.mix is not None:
+                views, targets = self._mix(views, targets, i)
+            yield views[0] if self.views == 1 else torch.stack(views, dim=1), targets
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "batch": self._yielded}
@@ -93,10 +105,22 @@ class Batches:
             return torch.arange(len(self.images))
         return torch.randperm(len(self.images), generator=self._generator())
 
-    def _generator(self, *position: int) -> torch.Generator:
+    def _mix(self, views: list[Tensor], labels: Tensor, i: int) -> tuple[list[Tensor], Tensor]:
+        assert self.mix is not None
+        mixed = []
+        for view in views:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self._seed(i, "mix"))
+                images, targets = self.mix(view.float(), labels)
+            mixed.append(images)
+        return mixed, targets
+
+    def _generator(self, *position: int | str) -> torch.Generator:
+        return torch.Generator().manual_seed(self._seed(*position))
+
+    def _seed(self, *position: int | str) -> int:
         """Randomness as a function of (seed, epoch) and a position in the epoch."""
-        text = repr((self.shuffle_seed, self.epoch, *position)).encode()
-        return torch.Generator().manual_seed(zlib.crc32(text))
+        return zlib.crc32(repr((self.shuffle_seed, self.epoch, *position)).encode())
 
 
 def random_affine(images: Tensor, generator: torch.Generator, *, strength: float) -> Tensor:
@@ -123,10 +147,15 @@ class InMemory(L.LightningDataModule):
         contract: what the images are; its mean and std normalize them.
         batch_size: images in a batch.
         augment: of the training images; None is off.
+        views: 2 gives every training image in two augmentations, for R-Drop between them.
+        mixup: blends pairs of images and their labels in a proportion drawn from Beta(mixup,
+            mixup) (Zhang et al., 2018, arXiv:1710.09412); 0 is off.
+        cutmix: pastes a rectangle of one image into another, with an area drawn likewise (Yun et
+            al., 2019, arXiv:1905.04899); 0 is off. With both on, each batch takes one of the two.
         seed: of the order and the augmentation of the training data.
 
     Raises:
-        ValueError: a value is outside its range.
+        ValueError: a value is outside its range, or two views would be equal.
     """
 
     def __init__(
@@ -138,6 +167,9 @@ class InMemory(L.LightningDataModule):
         *,
         batch_size: int,
         augment: Augmentation | None = None,
+        views: int = 1,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -145,6 +177,18 @@ class InMemory(L.LightningDataModule):
         self.contract = contract
         self.batch_size = check_integer("data.batch_size", batch_size, minimum=1, example=64)
         self.augment = augment
+        self.views = check_integer("rdrop_views", views, minimum=1, example=2)
+        if views > 1 and augment is None:
+            raise refusal("rdrop_views", views, "without augmentation all views are equal", 1)
+        mixup = check_number("mixup", mixup, example=0.2)
+        cutmix = check_number("cutmix", cutmix, example=1.0)
+        num_classes = len(contract.classes)
+        mixtures: list[v2.Transform] = []
+        if mixup > 0:
+            mixtures.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
+        if cutmix > 0:
+            mixtures.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
+        self.mix = v2.RandomChoice(mixtures) if mixtures else None
         self.seed = check_integer("seed", seed, minimum=0, example=0)
         if batch_size > len(train[0]):
             raise ValueError(
@@ -160,7 +204,12 @@ class InMemory(L.LightningDataModule):
 
     def train_dataloader(self) -> Batches:
         return Batches(
-            *self.train, batch_size=self.batch_size, shuffle_seed=self.seed, augment=self.augment
+            *self.train,
+            batch_size=self.batch_size,
+            shuffle_seed=self.seed,
+            augment=self.augment,
+            views=self.views,
+            mix=self.mix,
         )
 
     def val_dataloader(self) -> Batches:
@@ -170,11 +219,11 @@ class InMemory(L.LightningDataModule):
         return Batches(*self.test, batch_size=self.batch_size)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        images, labels = batch
-        return self._normalize.to(images.device)(to_float(images)), labels
+        images, targets = batch
+        return self._normalize.to(images.device)(to_float(images)), targets
 
 
-def digits(*, augment: float = 1.0, **options: Any) -> InMemory:
+def digits(*, batch_size: int = 64, augment: float = 1.0, **options: Any) -> InMemory:
     """The 1,797 handwritten digits of the UCI set, 8x8 pixels, one channel; inside the package.
 
     E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, 1998, CC BY 4.0,
@@ -183,8 +232,9 @@ def digits(*, augment: float = 1.0, **options: Any) -> InMemory:
     13 % of each part.
 
     Args:
+        batch_size: images in a batch.
         augment: strength of `random_affine` on the training images; 0 is off.
-        options: batch_size and seed, of `InMemory`.
+        options: views, mixup, cutmix and seed, of `InMemory`.
 
     Raises:
         ValueError: a value is outside its range.
@@ -209,6 +259,7 @@ def digits(*, augment: float = 1.0, **options: Any) -> InMemory:
         val,
         test,
         contract,
-        augment=functools.partial(random_affine, strength=augment),
-        **{"batch_size": 64, **options},
+        batch_size=batch_size,
+        augment=functools.partial(random_affine, strength=augment) if augment > 0 else None,
+        **options,
     )

@@ -130,6 +130,96 @@ def test_augmentation_moves_each_image_of_a_batch_by_itself():
     assert moved.dtype == torch.uint8
 
 
+def mixed(**options) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Two epochs of prepared training batches."""
+    data = digits(**{"batch_size": 400, "seed": 3, **options})
+    loader = data.train_dataloader()
+    batches = []
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)
+        batches += list(loader)
+    return batches
+
+
+@pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1}])
+def test_a_mixture_blends_images_and_their_labels_in_the_same_share(options):
+    plain = mixed(augment=0)
+    for (images, targets), (pure, labels) in zip(mixed(augment=0, **options), plain, strict=True):
+        hot = torch.nn.functional.one_hot(labels, 10).float()
+        torch.testing.assert_close(targets.sum(1), torch.ones(400))
+        # Each row mixes with the one before it; its share is read off the targets.
+        share = ((targets - hot.roll(1, 0)) * hot).sum(1)[(labels != labels.roll(1))][0]
+        torch.testing.assert_close(targets, share * hot + (1 - share) * hot.roll(1, 0))
+        pixels = (
+            images.mean() - (share * pure.float() + (1 - share) * pure.float().roll(1, 0)).mean()
+        )
+        assert pixels.abs() < 3  # of 255; cutmix takes a rectangle, not a share of each pixel
+        assert 0 <= share <= 1
+
+
+def test_mixtures_are_no_copies():
+    batches = zip(mixed(cutmix=1.0), mixed(mixup=0.4), mixed(), strict=True)
+
+    for pasted, blended, (pure, _) in batches:
+        assert not torch.equal(blended[0], pure.float())
+        assert not torch.equal(blended[0], pasted[0])
+
+
+def test_mixing_is_a_function_of_seed_epoch_and_batch_and_leaves_the_global_noise_alone():
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = mixed(mixup=0.4, cutmix=1.0)
+
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    again, other = mixed(mixup=0.4, cutmix=1.0), mixed(mixup=0.4, cutmix=1.0, seed=4)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a[1], b[1]) for a, b in zip(first, other, strict=True))
+    assert len({tuple(targets[0].tolist()) for _, targets in first}) > 1
+
+
+def test_two_views_are_two_augmentations_of_the_same_image():
+    (views, labels), *_ = mixed(views=2)
+    (single, same), *_ = mixed()
+
+    assert views.shape == (400, 2, 1, 8, 8)
+    assert torch.equal(views[:, 0], single)
+    assert torch.equal(labels, same)
+    assert (views[:, 0] != views[:, 1]).flatten(1).any(1).all()
+    closeness = (views[:, 0].float() - views[:, 1].float()).abs().mean()
+    assert closeness < 0.7 * (views[:, 0].float() - views[:, 1].float().roll(1, 0)).abs().mean()
+
+
+def test_two_views_of_an_image_are_mixed_alike():
+    (views, targets), *_ = mixed(views=2, cutmix=1.0)
+    data = digits(batch_size=400, seed=3, views=2)
+    pure, _ = next(iter(data.train_dataloader()))
+    pasted = views != pure.float()  # where the rectangle of the other image is
+
+    other = torch.stack([pure[:, 0].roll(1, 0), pure[:, 1].roll(1, 0)], dim=1).float()
+    assert torch.equal(torch.where(pasted, other, pure.float()), views)
+    assert targets.shape == (400, 10)
+    rectangles = pasted.flatten(3).any(0).any(1)
+    assert torch.equal(rectangles[0], rectangles[1])
+
+
+def test_two_views_are_normalized_like_one():
+    data = digits(views=2)
+    images, labels = next(iter(data.train_dataloader()))
+
+    prepared, _ = data.on_after_batch_transfer((images, labels), 0)
+
+    assert torch.equal(prepared[:, 1], data.on_after_batch_transfer((images[:, 1], labels), 0)[0])
+
+
+def test_evaluation_is_neither_mixed_nor_doubled():
+    data = digits(views=2, mixup=1.0)
+
+    images, labels = next(iter(data.val_dataloader()))
+
+    assert (images.shape, images.dtype, labels.shape) == ((64, 1, 8, 8), torch.uint8, (64,))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -138,6 +228,10 @@ def test_augmentation_moves_each_image_of_a_batch_by_itself():
         ({"batch_size": 5000}, "data.batch_size=5000: exceeds the 1283 training images"),
         ({"augment": -1}, "data.augment=-1: must be a number of at least 0"),
         ({"seed": -1}, "seed=-1"),
+        ({"mixup": -0.1}, "mixup=-0.1: must be a number of at least 0"),
+        ({"cutmix": "yes"}, "cutmix='yes'"),
+        ({"views": 0}, "rdrop_views=0: must be an integer of at least 1"),
+        ({"views": 2, "augment": 0}, "rdrop_views=2: without augmentation all views are equal"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_key(options, message):

@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from repvgg import cli
 
@@ -48,15 +48,17 @@ def train(config: dict[str, Any], folder: Path) -> None:
     data = instantiate(config["data"])
     model = config["model"]
     check_fit(model, data.contract)
-    num_steps, num_warmup_steps, batches = count_steps(config, data)
+    steps = count_steps(config, data)
     module = Classifier(
         model,
         lr=config["optim"]["lr"],
         momentum=config["optim"]["momentum"],
         weight_decay=config["optim"]["weight_decay"],
-        num_steps=num_steps,
-        num_warmup_steps=num_warmup_steps,
+        num_steps=steps.total,
+        num_warmup_steps=steps.warmup,
         rdrop=config["rdrop"],
+        num_rdrop_warmup_steps=steps.rdrop_warmup,
+        rdrop_views=config["rdrop_views"],
         label_smoothing=config["label_smoothing"],
         seed=config["seed"],
     )
@@ -67,11 +69,11 @@ def train(config: dict[str, Any], folder: Path) -> None:
     images, labels = data.probe()
     logger = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
     if config["trainer"]["log_every_n_steps"] is None:
-        config["trainer"]["log_every_n_steps"] = max(1, batches // 10)
+        config["trainer"]["log_every_n_steps"] = max(1, steps.batches // 10)
     progress_bar = []
     if config["trainer"]["enable_progress_bar"]:
         # In a file or a pipe, one line an epoch.
-        rate = 1 if sys.stdout.isatty() else batches
+        rate = 1 if sys.stdout.isatty() else steps.batches
         progress_bar = [TQDMProgressBar(refresh_rate=rate)]
     trainer: L.Trainer = instantiate(
         config["trainer"],
@@ -86,6 +88,7 @@ def train(config: dict[str, Any], folder: Path) -> None:
             ),
             callbacks.SaveOnSignal(last),
             callbacks.Throughput(),
+            *([callbacks.ReestimateBN()] if model["branch_drop"] or model["drop_path"] else []),
             callbacks.BestCheckpoint(last.parent),
             callbacks.LastCheckpoint(last.parent),
             *progress_bar,
@@ -96,7 +99,7 @@ def train(config: dict[str, Any], folder: Path) -> None:
     )
     print(
         f"{model['name']}: {sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters, "
-        f"{num_steps} steps of {data.batch_size} images, R-Drop {module.rdrop:g}, into {folder}"
+        f"{steps.total} steps of {data.batch_size} images, R-Drop {module.rdrop:g}, into {folder}"
     )
     record(config, folder)
     best = last.with_name("best.ckpt")
@@ -168,8 +171,16 @@ def check_fit(model: dict[str, Any], contract: Any) -> None:
             )
 
 
-def count_steps(config: dict[str, Any], data: Any) -> tuple[int, int, int]:
-    """Optimizer steps of the run, of them warm-up, and batches in an epoch."""
+class Steps(NamedTuple):
+    """Optimizer steps of the run, those of the two warm-ups, and batches in an epoch."""
+
+    total: int
+    warmup: int
+    rdrop_warmup: int
+    batches: int
+
+
+def count_steps(config: dict[str, Any], data: Any) -> Steps:
     from repvgg.arguments import check_integer, check_number, refusal
 
     settings = config["trainer"]
@@ -179,17 +190,20 @@ def count_steps(config: dict[str, Any], data: Any) -> tuple[int, int, int]:
         minimum=1,
         example=1,
     )
-    warmup = check_number("optim.warmup_epochs", config["optim"]["warmup_epochs"], example=1)
-    if warmup > settings["max_epochs"]:
-        raise refusal(
-            "optim.warmup_epochs",
-            warmup,
-            f"must be at most trainer.max_epochs={settings['max_epochs']}",
-            0,
-        )
+    epochs = settings["max_epochs"]
+    warmups = []
+    for key, given in (
+        ("optim.warmup_epochs", config["optim"]["warmup_epochs"]),
+        ("rdrop_warmup", config["rdrop_warmup"]),
+    ):
+        warmups.append(check_number(key, given, example=1))
+        if given > epochs:
+            raise refusal(key, given, f"must be at most trainer.max_epochs={epochs}", 0)
+    if config["rdrop_warmup"] > 0 and not config["rdrop"]:
+        raise refusal("rdrop_warmup", config["rdrop_warmup"], "has no effect without rdrop", 0)
     batches = len(data.train_dataloader())
     steps = math.ceil(batches / accumulated)
-    return settings["max_epochs"] * steps, round(warmup * steps), batches
+    return Steps(epochs * steps, *(round(warmup * steps) for warmup in warmups), batches)
 
 
 def quieten() -> None:

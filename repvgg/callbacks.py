@@ -1,7 +1,8 @@
-"""What happens around the training loop: checkpoints, interruption, throughput."""
+"""What happens around the training loop: checkpoints, interruption, statistics, throughput."""
 
 import contextlib
 import io
+import itertools
 import math
 import os
 import signal
@@ -16,6 +17,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
+
+from repvgg.fuse import reestimate_bn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -203,6 +206,33 @@ class SaveOnSignal(Callback):
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
         self._previous = {}
+
+
+class ReestimateBN(Callback):
+    """Re-estimates BatchNorm's running statistics before each validation, without training noise.
+
+    For networks trained with noise in front of a BatchNorm: what is validated, saved and folded has
+    the statistics of the network as it will be deployed. Training itself does not read them.
+
+    Args:
+        num_images: of the training data, with their augmentation, at most.
+    """
+
+    def __init__(self, num_images: int = 2048) -> None:
+        self.num_images = num_images
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            return
+        loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+        count = math.ceil(self.num_images / loader.batch_size)
+
+        def images() -> Iterator[Tensor]:
+            for batch in itertools.islice(loader, count):
+                prepared = trainer.strategy.batch_to_device(batch)  # and the data's own hooks
+                yield prepared[0].flatten(0, -4)  # two views: one below the other
+
+        reestimate_bn(pl_module.net, images())  # type: ignore[arg-type]
 
 
 class Throughput(Callback):

@@ -1,27 +1,49 @@
-"""The Lightning module: a RepVGG that learns to classify, optionally with R-Drop.
+"""The Lightning module: a network that learns to classify, optionally with R-Drop.
 
-R-Drop (Liang et al., 2021, arXiv:2106.14448) wants two predictions under different noise. All
-noise of RepVGG is the dropout in front of the classifier, so the trunk runs once and the head
-twice: loss and gradients are those of two full passes, at about the price of one.
+R-Drop (Liang et al., 2021, arXiv:2106.14448) wants two predictions under different noise;
+`repvgg.rdrop` makes them in one forward.
 """
 
 import math
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics.classification import MulticlassCalibrationError
 
 from repvgg.arguments import check_integer, check_number, refusal
 from repvgg.block import RepVGGBlock
-from repvgg.losses import rdrop_loss
+from repvgg.losses import cross_entropy, rdrop_loss
+from repvgg.rdrop import Noise, find_noise, predict, predict_twice, predict_views
 from repvgg.zoo import create_model
 
 AUXILIARY_WEIGHT = 0.1  # of each auxiliary cross-entropy, in the RepVGGplus recipe
+NOISE_KEYS = ("dropout", "branch_drop", "drop_path")  # of a model
+NO_DIVERGENCE = 1e-9  # nats; below it two predictions differ by rounding alone
+
+
+class Losses(NamedTuple):
+    """What one training step computed. Scalars are means over the batch.
+
+    Attributes:
+        total: to be minimized: cross_entropy + alpha * kl + auxiliary terms.
+        cross_entropy: mean of both predictions'.
+        kl: None with one prediction.
+        logits: (N, K), of the first prediction.
+        agreement: share of images on whose class the two predictions agree; None with one.
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    kl: Tensor | None
+    logits: Tensor
+    agreement: Tensor | None
 
 
 class Classifier(L.LightningModule):
@@ -35,9 +57,16 @@ class Classifier(L.LightningModule):
         num_steps: optimizer steps of the whole run; the rate ends at 0 after them.
         num_warmup_steps: of them, with a rate that grows linearly.
         rdrop: weight alpha of the KL divergence between two predictions; 0 or False is off, True
-            is 1. Needs model.dropout above 0, else the predictions are equal.
+            is 1. Needs noise, else the predictions are equal: model.dropout (the trunk runs once),
+            model.branch_drop or model.drop_path (every image is taken twice), or two views.
+        num_rdrop_warmup_steps: optimizer steps over which the weight grows linearly from 0.
+        rdrop_views: 1, or 2 to compare two augmentations of each image, at twice the price. With
+            2, batches hold images (N, 2, C, H, W); where `rdrop` is 0 both are learned from alike.
         label_smoothing: in [0, 1).
         seed: of the noise; step k draws the same masks in every run, resumed or not.
+
+    Batches are (images, targets) or (images, targets, weights), targets and weights as in
+    `repvgg.losses.cross_entropy`.
 
     Raises:
         ValueError: a value is outside its range, or `rdrop` has no noise to work on.
@@ -53,6 +82,8 @@ class Classifier(L.LightningModule):
         num_steps: int,
         num_warmup_steps: int,
         rdrop: float = 0.0,
+        num_rdrop_warmup_steps: int = 0,
+        rdrop_views: int = 1,
         label_smoothing: float = 0.0,
         seed: int = 0,
     ) -> None:
@@ -63,19 +94,31 @@ class Classifier(L.LightningModule):
         self.num_steps = num_steps
         self.num_warmup_steps = num_warmup_steps
         self.rdrop = check_number("rdrop", _as_number(rdrop), example=1)
+        self.num_rdrop_warmup_steps = num_rdrop_warmup_steps
+        if rdrop_views not in (1, 2) or isinstance(rdrop_views, bool):
+            raise refusal("rdrop_views", rdrop_views, "must be 1 or 2", 2)
+        self.rdrop_views = rdrop_views
         self.label_smoothing = check_number(
             "label_smoothing", label_smoothing, below=1, example=0.1
         )
         self.seed = check_integer("seed", seed, minimum=0, example=0)
         self.net = create_model(**model)
-        if self.rdrop > 0 and self.net.dropout.p == 0:
+        silent = not any(model.get(key, 0) for key in NOISE_KEYS)
+        if self.rdrop > 0 and rdrop_views == 1 and silent:
             raise refusal(
                 "model.dropout",
-                self.net.dropout.p,
-                f"rdrop={self.rdrop:g} compares two predictions that differ by dropout alone, "
-                "so dropout must be above 0 (or set rdrop=false)",
+                model.get("dropout", 0.0),
+                f"rdrop={self.rdrop:g} compares two predictions that differ by noise alone, so "
+                f"one of model.{', model.'.join(NOISE_KEYS)} must be above 0, or rdrop_views 2 "
+                "(or set rdrop=false)",
                 0.2,
             )
+        self._noise: Noise | None = None
+        self._divergence: Tensor | None = None  # the largest of the epoch
+        num_classes = self.net.num_classes
+        self.calibration_error = nn.ModuleDict(
+            {stage: MulticlassCalibrationError(num_classes, n_bins=15) for stage in ("val", "test")}
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images)
@@ -86,33 +129,67 @@ class Classifier(L.LightningModule):
         position = ("dropout", self.seed, self.current_epoch, batch_idx)
         torch.manual_seed(zlib.crc32(repr(position).encode()))
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, targets = batch
-        features, auxiliary = self.net.forward_auxiliary(images)
-        logits = self.net.forward_head(features)
-        if self.rdrop > 0:
-            loss, cross_entropy, kl = rdrop_loss(
-                logits,
-                self.net.forward_head(features),
-                targets,
-                alpha=self.rdrop,
-                label_smoothing=self.label_smoothing,
-            )
-            self.log("train/kl", kl)
-        else:
-            loss = cross_entropy = self._cross_entropy(logits, targets)
-        for extra in auxiliary:
-            loss = loss + AUXILIARY_WEIGHT * self._cross_entropy(extra, targets)
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/cross_entropy", cross_entropy)
-        self.log("train/accuracy", _accuracy(logits, targets))
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        alpha = self.rdrop * self.rdrop_factor(self.trainer.global_step)
+        losses = self.losses(*batch, alpha=alpha)
+        self.log("train/loss", losses.total, prog_bar=True)
+        self.log("train/cross_entropy", losses.cross_entropy)
+        self.log("train/accuracy", _accuracy(losses.logits, batch[1]))
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
-        return loss
+        if losses.kl is not None and losses.agreement is not None:
+            self.log("train/kl", losses.kl)
+            self.log("train/kl_to_cross_entropy", losses.kl / losses.cross_entropy)
+            self.log("train/agreement", losses.agreement)
+            self.log("train/alpha", alpha)
+            kl = losses.kl.detach()
+            self._divergence = kl if self._divergence is None else self._divergence.maximum(kl)
+        return losses.total * self._share_of_window(batch_idx)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def losses(
+        self, images: Tensor, targets: Tensor, weights: Tensor | None = None, *, alpha: float
+    ) -> Losses:
+        """Compute what a training step minimizes, in one forward.
+
+        Args:
+            images: (N, C, H, W), or (N, 2, C, H, W) with two views.
+            targets, weights: as in `repvgg.losses.cross_entropy`.
+            alpha: weight of the KL divergence.
+
+        Raises:
+            ValueError: targets or weights do not fit, or `rdrop` finds no noise in the network.
+        """
+        options: dict[str, Any] = {"label_smoothing": self.label_smoothing, "weights": weights}
+        kl = agreement = None
+        if self.rdrop_views == 1 and self.rdrop == 0:
+            logits, auxiliary = predict(self.net, images)
+            total = mean = cross_entropy(logits, targets, **options)
+        else:
+            if self.rdrop_views == 2:
+                logits, second, auxiliary = predict_views(self.net, images)
+            else:
+                if self._noise is None:  # asked once a run
+                    self._noise = find_noise(self.net, images)
+                logits, second, auxiliary = predict_twice(self.net, images, noise=self._noise)
+            total, mean, kl = rdrop_loss(logits, second, targets, alpha=alpha, **options)
+            agreement = (logits.argmax(1) == second.argmax(1)).float().mean()
+        for extra in auxiliary:
+            for part in extra.split(len(targets)):
+                share = AUXILIARY_WEIGHT * len(part) / len(extra)
+                total = total + share * cross_entropy(part, targets, **options)
+        return Losses(total, mean, kl, logits, agreement)
+
+    def on_train_epoch_end(self) -> None:
+        if self.rdrop > 0 and self._divergence is not None and self._divergence < NO_DIVERGENCE:
+            rank_zero_warn(
+                f"train/kl was 0 in epoch {self.current_epoch}: the two predictions of an image do "
+                "not differ, so R-Drop does nothing; look at model.dropout and the classifier"
+            )
+        self._divergence = None
+
+    def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
         self._evaluate("val", batch)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
         self._evaluate("test", batch)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -137,14 +214,29 @@ class Classifier(L.LightningModule):
         progress = min(1.0, (step - self.num_warmup_steps) / rest)
         return (1 + math.cos(math.pi * progress)) / 2
 
-    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+    def rdrop_factor(self, step: int) -> float:
+        """Share of alpha at an optimizer step: linear warm-up."""
+        return min(1.0, (step + 1) / max(1, self.num_rdrop_warmup_steps))
 
-    def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
-        images, targets = batch
+    def _share_of_window(self, batch_idx: int) -> float:
+        """Corrects for the last window of accumulated gradients in an epoch, if it is short.
+
+        Lightning divides every loss by `accumulate_grad_batches`; in a shorter window that is not
+        the number of batches.
+        """
+        length = self.trainer.accumulate_grad_batches
+        rest = self.trainer.num_training_batches % length
+        short = rest > 0 and batch_idx >= self.trainer.num_training_batches - rest
+        return length / rest if short else 1.0
+
+    def _evaluate(self, stage: str, batch: tuple[Tensor, ...]) -> None:
+        images, targets = batch[:2]
         logits = self.net(images)
         size = len(targets)
         self.log(f"{stage}/loss", F.cross_entropy(logits, targets), batch_size=size)
+        error = cast(MulticlassCalibrationError, self.calibration_error[stage])
+        error.update(logits.softmax(1), targets)
+        self.log(f"{stage}/calibration_error", error, batch_size=size)
         self.log(
             f"{stage}/accuracy",
             _accuracy(logits, targets),
@@ -184,4 +276,7 @@ def _as_number(rdrop: object) -> object:
 
 
 def _accuracy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Share of images whose class was found; of a mixture, the class with the largest share."""
+    if targets.ndim == 2:
+        targets = targets.argmax(1)
     return (logits.argmax(1) == targets).float().mean()

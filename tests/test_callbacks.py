@@ -7,8 +7,16 @@ import lightning as L
 import pytest
 import torch
 
-from repvgg.callbacks import BestCheckpoint, Interrupted, LastCheckpoint, SaveOnSignal, WholeFileIO
+from repvgg.callbacks import (
+    BestCheckpoint,
+    Interrupted,
+    LastCheckpoint,
+    ReestimateBN,
+    SaveOnSignal,
+    WholeFileIO,
+)
 from repvgg.data import InMemory, digits
+from repvgg.fuse import reestimate_bn
 from repvgg.module import Classifier
 
 MODEL = {
@@ -21,10 +29,10 @@ MODEL = {
 }
 
 
-def classifier() -> Classifier:
+def classifier(**noise) -> Classifier:
     torch.manual_seed(0)
     return Classifier(
-        MODEL,
+        MODEL | noise,
         lr=0.02,
         momentum=0.9,
         weight_decay=1e-4,
@@ -222,6 +230,32 @@ def test_the_best_is_the_most_accurate_and_of_those_the_lowest_loss(history, kep
 
     saved = torch.load(tmp_path / "best.ckpt", weights_only=True)
     assert saved["state_dict"]["epoch"].item() == kept
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_statistics_are_reestimated_before_each_validation(views, tmp_path):
+    module, data = classifier(branch_drop=0.3), digits(batch_size=256, views=views)
+    module.rdrop_views = views
+    trainer(tmp_path, ReestimateBN(), epochs=1).fit(module, datamodule=data)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+
+    batches = (data.on_after_batch_transfer(batch, 0)[0] for batch in data.train_dataloader())
+    reestimate_bn(module.net, (images.flatten(0, -4) for images in batches))
+
+    for key, value in module.net.state_dict().items():
+        assert torch.equal(value, saved[f"net.{key}"]), key
+
+
+def test_training_is_the_same_with_and_without_the_reestimate(tmp_path):
+    def parameters(*callbacks: L.Callback) -> list[torch.Tensor]:
+        module = classifier(drop_path=0.3)
+        trainer(tmp_path / str(len(callbacks)), *callbacks).fit(
+            module, datamodule=digits(batch_size=256)
+        )
+        return [parameter.detach() for parameter in module.parameters()]
+
+    pairs = zip(parameters(), parameters(ReestimateBN()), strict=True)
+    assert all(torch.equal(without, with_it) for without, with_it in pairs)
 
 
 def test_a_failed_write_leaves_the_old_checkpoint_whole(tmp_path):

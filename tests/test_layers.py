@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"arguments", "reparam", "losses", "verify", "benchmark"},
+    {"arguments", "reparam", "losses", "rdrop", "verify", "benchmark"},
     {"block", "fuse"},
     {"model"},
     {"zoo"},
@@ -20,6 +20,7 @@ FRONTIERS = {
     "omegaconf": {"cli"},
     "lightning": {"module", "data", "callbacks"},
     "torchvision": {"data"},
+    "torchmetrics": {"module"},
     "onnx": {"export"},
     "onnxruntime": {"export"},
     "safetensors": {"export", "data"},

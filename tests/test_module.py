@@ -1,12 +1,15 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from repvgg.data import Batches
 from repvgg.losses import rdrop_loss
 from repvgg.module import Classifier, parameter_groups
+from repvgg.rdrop import Noise, predict_twice
 
 MODEL = {
     "name": "repvgg_tiny",
@@ -27,8 +30,15 @@ SETTINGS = {
 def classifier(model: dict | None = None, **options) -> Classifier:
     torch.manual_seed(0)
     module = Classifier({**MODEL, **(model or {})}, **{**SETTINGS, **options}).double()
-    module.log = lambda *args, **kwargs: None
-    module._trainer = type("T", (), {"optimizers": [type("O", (), {"param_groups": [{"lr": 0}]})]})
+    module.logged = {}
+    module.log = lambda name, value, **kwargs: module.logged.update({name: value})
+    module._trainer = SimpleNamespace(
+        optimizers=[SimpleNamespace(param_groups=[{"lr": 0}])],
+        global_step=1000,
+        current_epoch=0,
+        accumulate_grad_batches=1,
+        num_training_batches=10,
+    )
     return module.train()
 
 
@@ -37,30 +47,39 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(6, 1, 8, 8, generator=generator).double(), torch.arange(6) % 5
 
 
-def test_one_forward_gives_loss_and_gradients_of_two_full_passes():
-    module = classifier(rdrop=0.7)
+def two_predictions(module: Classifier, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the network says of each image twice; the twin keeps the statistics of the original."""
     twin = copy.deepcopy(module.net)
+    torch.manual_seed(seed)
+    first, second, _ = predict_twice(twin, batch()[0], noise=Noise(False, True))
+    return first, second
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_step_minimizes_the_rdrop_loss_of_two_predictions(options, soft, weighted):
+    module = classifier(rdrop=0.7, **options)
     images, targets = batch()
+    targets = 0.9 * nn.functional.one_hot(targets, 5).double() + 0.02 if soft else targets
+    weights = torch.linspace(0.5, 2, 6).double() if weighted else None
+    expected = rdrop_loss(
+        *two_predictions(module, 9), targets, alpha=0.7, weights=weights, **options
+    ).total
 
-    torch.manual_seed(9)  # the dropout masks of the head are the step's only random numbers
-    loss = module.training_step((images, targets), 0)
-    loss.backward()
-
+    module._noise = Noise(False, True)
     torch.manual_seed(9)
-    first, second = twin(images), twin(images)
-    expected = rdrop_loss(first, second, targets, alpha=0.7).total
-    expected.backward()
+    loss = module.training_step((images, targets, *([weights] if weighted else [])), 0)
 
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    for (name, ours), (_, theirs) in zip(
-        module.net.named_parameters(), twin.named_parameters(), strict=True
-    ):
-        scale = theirs.grad.abs().max()
-        assert (ours.grad - theirs.grad).abs().max() <= 1e-10 * scale.clamp_min(1e-3), name
 
 
-def test_running_statistics_advance_once_a_step():
-    module = classifier(rdrop=1.0)
+NOISES = [{}, {"dropout": 0.0, "branch_drop": 0.2}, {"dropout": 0.0, "drop_path": 0.2}]
+
+
+@pytest.mark.parametrize("noise", NOISES, ids=str)
+def test_running_statistics_advance_once_a_step(noise):
+    module = classifier(noise, rdrop=1.0)
 
     module.training_step(batch(), 0)
 
@@ -75,6 +94,165 @@ def test_without_rdrop_the_loss_is_the_cross_entropy():
     loss = module.training_step((images, targets), 0)
 
     expected = nn.functional.cross_entropy(module.net(images), targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+def test_the_auxiliary_terms_of_a_doubled_batch_are_means_over_both_halves():
+    module = classifier({"auxiliary_heads": True, "branch_drop": 0.2, "dropout": 0.0}, rdrop=1.0)
+    images, targets = batch()
+    twin = copy.deepcopy(module.net)
+    torch.manual_seed(4)
+    features, auxiliary = twin.forward_auxiliary(torch.cat([images, images]))
+    logits = twin.forward_head(features).chunk(2)
+    expected = rdrop_loss(*logits, targets, alpha=1.0).total
+    for both in auxiliary:
+        expected = expected + 0.1 * nn.functional.cross_entropy(both, targets.repeat(2))
+
+    module._noise = Noise(True, False)
+    torch.manual_seed(4)
+    loss = module.training_step((images, targets), 0)
+
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+def test_two_views_are_compared_without_other_noise():
+    module = classifier({"dropout": 0.0}, rdrop=1.0, rdrop_views=2)
+    images, targets = batch()
+    logits = copy.deepcopy(module.net)(torch.cat([images, images.flip(-1)])).chunk(2)
+
+    loss = module.training_step((torch.stack([images, images.flip(-1)], dim=1), targets), 0)
+
+    expected = rdrop_loss(*logits, targets, alpha=1.0).total
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    assert module.logged["train/kl"] > 0
+
+
+def test_two_views_without_rdrop_are_learned_from_alike():
+    module = classifier({"dropout": 0.0}, rdrop=0, rdrop_views=2)
+    images, targets = batch()
+    both = copy.deepcopy(module.net)(torch.cat([images, images.flip(-1)]))
+
+    loss = module.training_step((torch.stack([images, images.flip(-1)], dim=1), targets), 0)
+
+    expected = nn.functional.cross_entropy(both, targets.repeat(2))
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+def test_the_weight_of_the_divergence_warms_up_by_the_optimizer_step():
+    module = classifier(rdrop=2.0, num_rdrop_warmup_steps=4)
+    used = []
+    for step in (0, 1, 3, 9):
+        module.trainer.global_step = step
+        module.training_step(batch(), 0)
+        used.append(module.logged["train/alpha"])
+
+    assert used == [0.5, 1.0, 2.0, 2.0]
+
+
+def test_the_divergence_is_shown_beside_what_it_costs():
+    module = classifier(rdrop=1.0)
+
+    module.training_step(batch(), 0)
+
+    logged = module.logged
+    assert logged["train/kl"] > 0
+    assert logged["train/kl_to_cross_entropy"] == logged["train/kl"] / logged["train/cross_entropy"]
+    assert 0 <= logged["train/agreement"] <= 1
+
+
+def test_a_divergence_that_stays_zero_is_warned_about_at_the_end_of_the_epoch():
+    module = classifier(rdrop=1.0)
+    nn.init.zeros_(module.net.linear.weight)
+
+    module.training_step(batch(), 0)
+
+    with pytest.warns(UserWarning, match="train/kl was 0 in epoch 0.*model.dropout"):
+        module.on_train_epoch_end()
+
+
+def test_a_divergence_above_zero_is_not_warned_about(recwarn):
+    module = classifier(rdrop=1.0)
+
+    module.training_step(batch(), 0)
+    module.on_train_epoch_end()
+
+    assert not recwarn
+
+
+def frozen(module: Classifier) -> Classifier:
+    """Without BatchNorm's coupling of the images in a batch."""
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm2d):
+            child.eval()
+    return module
+
+
+class SameMasks(nn.Module):
+    """Dropout whose mask is a function of the image, however the batch is split."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        half = torch.arange(len(x)) >= len(x) // 2  # the second prediction
+        bits = (x.detach()[:, :1] * 1e6).long() + torch.arange(x.shape[1]) + 7 * half[:, None]
+        return x * (bits % 3 > 0) * 1.5
+
+
+@pytest.mark.parametrize("sizes", [[6], [3, 3], [2, 2, 2], [1] * 6], ids=str)
+def test_gradients_do_not_depend_on_how_a_batch_is_accumulated(sizes):
+    def gradients(sizes: list[int]) -> list[torch.Tensor]:
+        module = frozen(classifier(rdrop=3.0))
+        module.net.dropout = SameMasks()
+        module._noise = Noise(False, True)
+        module.trainer.accumulate_grad_batches = len(sizes)
+        parts = zip(*(part.split(sizes) for part in batch()), strict=True)
+        for i, part in enumerate(parts):
+            # Lightning divides by the number of accumulated batches.
+            (module.training_step(part, i) / len(sizes)).backward()
+        assert module.logged["train/kl"] > 0
+        return [p.grad for p in module.net.parameters()]
+
+    for split, whole in zip(gradients(sizes), gradients([6]), strict=True):
+        assert (split - whole).abs().max() <= 1e-12 * whole.abs().max()
+
+
+def test_a_short_last_window_of_accumulation_weighs_what_it_holds():
+    module = classifier({"dropout": 0.0})
+    module.trainer.accumulate_grad_batches = 4  # windows of 4, 4 and 2 batches
+    loss = module.losses(*batch(), alpha=0).total.item()
+
+    scales = [module.training_step(batch(), i).item() / loss for i in range(10)]
+
+    assert scales == pytest.approx([1] * 8 + [2] * 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_are_finite_under_autocast_when_probabilities_underflow(dtype):
+    module = classifier(rdrop=1.0).float()
+    with torch.no_grad():
+        module.net.linear.weight.mul_(3000)  # logits hundreds apart
+    images, targets = batch()
+
+    with torch.autocast("cpu", dtype=dtype):
+        losses = module.losses(images.float(), targets, alpha=1.0)
+    losses.total.backward()
+
+    assert losses.logits.dtype == dtype
+    assert losses.logits.float().std() > 200
+    assert losses.kl > 10
+    assert all(p.grad.isfinite().all() for p in module.net.parameters())
+
+
+def test_the_step_of_a_network_of_another_family_is_the_same():
+    module = classifier(rdrop=1.0)
+    module.net = torchvision.models.mobilenet_v2(num_classes=5, dropout=0.3).double()
+    images, targets = torch.randn(4, 3, 32, 32).double(), torch.arange(4)
+    twin = copy.deepcopy(module.net)
+    torch.manual_seed(2)
+    logits = predict_twice(twin, images)[:2]
+
+    torch.manual_seed(2)
+    loss = module.training_step((images, targets), 0)
+
+    expected = rdrop_loss(*logits, targets, alpha=1.0).total
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
 
@@ -94,7 +272,7 @@ def test_auxiliary_classifiers_add_a_tenth_of_their_cross_entropies():
 def test_noise_depends_on_the_step_and_the_seed_alone():
     def drawn(seed: int, step: int) -> float:
         module = classifier(seed=seed)
-        module._trainer = type("T", (), {"current_epoch": 2})
+        module._trainer = SimpleNamespace(current_epoch=2)
         torch.rand(step)  # whatever was drawn before
         module.on_train_batch_start(None, step)
         return torch.rand(1).item()
@@ -105,7 +283,7 @@ def test_noise_depends_on_the_step_and_the_seed_alone():
 
 def test_dropout_and_augmentation_of_a_batch_do_not_share_their_noise():
     module = classifier(seed=1)
-    module._trainer = type("T", (), {"current_epoch": 2})
+    module._trainer = SimpleNamespace(current_epoch=2)
     module.on_train_batch_start(None, 5)
     loader = Batches(torch.zeros(1), torch.zeros(1), batch_size=1, shuffle_seed=1)
     loader.set_epoch(2)
@@ -146,6 +324,10 @@ def test_rdrop_is_one_number_whose_zero_is_off(given):
     ("model", "options", "message"),
     [
         ({"dropout": 0.0}, {"rdrop": True}, r"model.dropout=0.0: .*set rdrop=false"),
+        ({}, {"rdrop_views": 3}, "rdrop_views=3: must be 1 or 2"),
+        ({}, {"rdrop_views": True}, "rdrop_views=True"),
+        ({"branch_drop": 1}, {}, "model.branch_drop=1"),
+        ({"drop_path": -0.1}, {}, "model.drop_path=-0.1"),
         ({}, {"rdrop": -1}, "rdrop=-1: must be a number of at least 0"),
         ({}, {"rdrop": "maybe"}, "rdrop='maybe'"),
         ({}, {"rdrop": float("nan")}, "rdrop=nan"),

@@ -99,7 +99,8 @@ def train(config: dict[str, Any], folder: Path) -> None:
     )
     print(
         f"{model['name']}: {sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters, "
-        f"{steps.total} steps of {data.batch_size} images, R-Drop {module.rdrop:g}, into {folder}"
+        f"{steps.total} steps of {data.batch_size} images, {describe_rdrop(config, module.rdrop)}, "
+        f"into {folder}"
     )
     record(config, folder)
     best = last.with_name("best.ckpt")
@@ -169,6 +170,19 @@ def check_fit(model: dict[str, Any], contract: Any) -> None:
             raise ValueError(
                 f"model.{key}={model[key]}: the data has {wanted}; type model.{key}={wanted}"
             )
+
+
+def describe_rdrop(config: dict[str, Any], alpha: float) -> str:
+    """What R-Drop does in this run, and what it costs."""
+    if config["rdrop_views"] == 2:
+        return f"R-Drop {alpha:g} between two views, each step at the price of two"
+    if alpha == 0:
+        return "no R-Drop"
+    noisy = [key for key in ("branch_drop", "drop_path") if config["model"][key] > 0]
+    if noisy:
+        keys = " and ".join(f"model.{key}" for key in noisy)
+        return f"R-Drop {alpha:g} with {keys}: each image twice, each step at the price of two"
+    return f"R-Drop {alpha:g} in one forward"
 
 
 class Steps(NamedTuple):

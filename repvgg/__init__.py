@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from repvgg import checkpoint, losses, reparam, verify
+    from repvgg import checkpoint, losses, rdrop, reparam, verify
     from repvgg.block import RepVGGBlock
-    from repvgg.fuse import switch_to_deploy
+    from repvgg.fuse import reestimate_bn, switch_to_deploy
     from repvgg.model import RepVGG
     from repvgg.zoo import create_model, list_models
 
@@ -24,6 +24,8 @@ __all__ = [
     "create_model",
     "list_models",
     "losses",
+    "rdrop",
+    "reestimate_bn",
     "reparam",
     "switch_to_deploy",
     "verify",
@@ -34,6 +36,7 @@ _HOME = {
     "RepVGGBlock": "block",
     "create_model": "zoo",
     "list_models": "zoo",
+    "reestimate_bn": "fuse",
     "switch_to_deploy": "fuse",
 }
 

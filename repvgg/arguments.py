@@ -10,10 +10,15 @@ def refusal(key: str, given: object, allowed: str, example: object) -> ValueErro
     return ValueError(f"{key}={shown}: {allowed}; type for example {key}={example}")
 
 
-def check_integer(key: str, given: object, *, minimum: int, example: int) -> int:
-    """Return `given` if it is an integer of at least `minimum`, else raise ValueError."""
-    if isinstance(given, bool) or not isinstance(given, int) or given < minimum:
-        raise refusal(key, given, f"must be an integer of at least {minimum}", example)
+def check_integer(
+    key: str, given: object, *, minimum: int, maximum: float = math.inf, example: int
+) -> int:
+    """Return `given` if it is an integer in [minimum, maximum], else raise ValueError."""
+    allowed = f"must be an integer of at least {minimum}"
+    if maximum != math.inf:
+        allowed += f" and at most {maximum}"
+    if isinstance(given, bool) or not isinstance(given, int) or not minimum <= given <= maximum:
+        raise refusal(key, given, allowed, example)
     return given
 
 

@@ -177,7 +177,7 @@ class InMemory(L.LightningDataModule):
         self.contract = contract
         self.batch_size = check_integer("data.batch_size", batch_size, minimum=1, example=64)
         self.augment = augment
-        self.views = check_integer("rdrop_views", views, minimum=1, example=2)
+        self.views = check_integer("rdrop_views", views, minimum=1, maximum=2, example=2)
         if views > 1 and augment is None:
             raise refusal("rdrop_views", views, "without augmentation all views are equal", 1)
         mixup = check_number("mixup", mixup, example=0.2)

@@ -37,7 +37,7 @@ class RepVGG(nn.Module):
         drop_path: of the last block; it grows linearly from the stem, as in stochastic depth
             (Huang et al., 2016, arXiv:1603.09382). Blocks without identity branch have none; 0 is
             off. This and `branch_drop` are noise in front of BatchNorms, whose statistics are to be
-            re-estimated without it before folding: see `repvgg.fuse.reestimate_bn`.
+            re-estimated without it before folding: see `repvgg.reestimate_bn`.
         bn_eps: added to the variance by every BatchNorm.
         se_before_relu: reduction of the squeeze-and-excite gates in front of the ReLUs; 0 is none.
         se_after_relu: reduction of those behind the ReLUs; 0 is none.

@@ -95,9 +95,9 @@ class Classifier(L.LightningModule):
         self.num_warmup_steps = num_warmup_steps
         self.rdrop = check_number("rdrop", _as_number(rdrop), example=1)
         self.num_rdrop_warmup_steps = num_rdrop_warmup_steps
-        if rdrop_views not in (1, 2) or isinstance(rdrop_views, bool):
-            raise refusal("rdrop_views", rdrop_views, "must be 1 or 2", 2)
-        self.rdrop_views = rdrop_views
+        self.rdrop_views = check_integer(
+            "rdrop_views", rdrop_views, minimum=1, maximum=2, example=2
+        )
         self.label_smoothing = check_number(
             "label_smoothing", label_smoothing, below=1, example=0.1
         )

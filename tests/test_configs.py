@@ -63,6 +63,12 @@ def test_the_seed_reaches_the_data():
     assert compose("train", "seed=7")["data"]["seed"] == 7
 
 
+def test_what_a_batch_holds_reaches_the_data():
+    data = compose("train", "rdrop_views=2", "mixup=0.2", "cutmix=1")["data"]
+
+    assert (data["views"], data["mixup"], data["cutmix"]) == (2, 0.2, 1)
+
+
 def test_the_deployment_composes():
     assert compose("deploy")["formats"] == ["safetensors", "onnx"]
 

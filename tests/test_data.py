@@ -230,7 +230,7 @@ def test_evaluation_is_neither_mixed_nor_doubled():
         ({"seed": -1}, "seed=-1"),
         ({"mixup": -0.1}, "mixup=-0.1: must be a number of at least 0"),
         ({"cutmix": "yes"}, "cutmix='yes'"),
-        ({"views": 0}, "rdrop_views=0: must be an integer of at least 1"),
+        ({"views": 0}, "rdrop_views=0: must be an integer of at least 1 and at most 2"),
         ({"views": 2, "augment": 0}, "rdrop_views=2: without augmentation all views are equal"),
     ],
 )

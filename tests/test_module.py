@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -179,6 +180,22 @@ def test_a_divergence_above_zero_is_not_warned_about(recwarn):
     assert not recwarn
 
 
+def test_rdrop_pulls_the_two_predictions_together():
+    def divergence(alpha: float) -> float:
+        """What is left between two predictions after a few steps."""
+        module = classifier(rdrop=0.1).float()  # above 0, for two predictions
+        optimizer = torch.optim.SGD(module.net.parameters(), lr=0.05)
+        images, targets = (part.repeat(4, *[1] * (part.ndim - 1)) for part in batch())
+        for _ in range(30):
+            losses = module.losses(images.float(), targets, alpha=alpha)
+            optimizer.zero_grad()
+            losses.total.backward()
+            optimizer.step()
+        return losses.kl.item()
+
+    assert 0 < divergence(3.0) < 0.7 * divergence(0.0)
+
+
 def frozen(module: Classifier) -> Classifier:
     """Without BatchNorm's coupling of the images in a batch."""
     for child in module.modules():
@@ -196,12 +213,18 @@ class SameMasks(nn.Module):
         return x * (bits % 3 > 0) * 1.5
 
 
+def repeatable() -> Classifier:
+    """A module whose images do not see each other, and whose noise is a function of the image."""
+    module = frozen(classifier(rdrop=3.0))
+    module.net.dropout = SameMasks()
+    module._noise = Noise(False, True)
+    return module
+
+
 @pytest.mark.parametrize("sizes", [[6], [3, 3], [2, 2, 2], [1] * 6], ids=str)
 def test_gradients_do_not_depend_on_how_a_batch_is_accumulated(sizes):
     def gradients(sizes: list[int]) -> list[torch.Tensor]:
-        module = frozen(classifier(rdrop=3.0))
-        module.net.dropout = SameMasks()
-        module._noise = Noise(False, True)
+        module = repeatable()
         module.trainer.accumulate_grad_batches = len(sizes)
         parts = zip(*(part.split(sizes) for part in batch()), strict=True)
         for i, part in enumerate(parts):
@@ -211,6 +234,38 @@ def test_gradients_do_not_depend_on_how_a_batch_is_accumulated(sizes):
         return [p.grad for p in module.net.parameters()]
 
     for split, whole in zip(gradients(sizes), gradients([6]), strict=True):
+        assert (split - whole).abs().max() <= 1e-12 * whole.abs().max()
+
+
+class Step(nn.Module):
+    """The training step as DDP sees it."""
+
+    def __init__(self, module: Classifier) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *batch: torch.Tensor) -> torch.Tensor:
+        return self.module.training_step(batch, 0)
+
+
+def train_on_one_rank(rank: int, folder: Path) -> None:
+    store = (folder / "store").as_uri()
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    step = nn.parallel.DistributedDataParallel(Step(repeatable()))
+    step(*(part.chunk(2)[rank] for part in batch())).backward()
+    if rank == 0:
+        torch.save([parameter.grad for parameter in step.parameters()], folder / "gradients.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_gradients_do_not_depend_on_the_number_of_ranks(tmp_path):
+    torch.multiprocessing.spawn(train_on_one_rank, (tmp_path,), nprocs=2)
+
+    module = repeatable()
+    module.training_step(batch(), 0).backward()
+
+    ranks = torch.load(tmp_path / "gradients.pt")
+    for split, whole in zip(ranks, (p.grad for p in module.net.parameters()), strict=True):
         assert (split - whole).abs().max() <= 1e-12 * whole.abs().max()
 
 
@@ -324,7 +379,7 @@ def test_rdrop_is_one_number_whose_zero_is_off(given):
     ("model", "options", "message"),
     [
         ({"dropout": 0.0}, {"rdrop": True}, r"model.dropout=0.0: .*set rdrop=false"),
-        ({}, {"rdrop_views": 3}, "rdrop_views=3: must be 1 or 2"),
+        ({}, {"rdrop_views": 3}, "rdrop_views=3: must be an integer of at least 1 and at most 2"),
         ({}, {"rdrop_views": True}, "rdrop_views=True"),
         ({"branch_drop": 1}, {}, "model.branch_drop=1"),
         ({"drop_path": -0.1}, {}, "model.drop_path=-0.1"),

@@ -113,11 +113,15 @@ def test_tensorboard_shows_what_training_is_about(events):
         "train/loss",
         "train/cross_entropy",
         "train/kl",
+        "train/kl_to_cross_entropy",
+        "train/agreement",
+        "train/alpha",
         "train/accuracy",
         "train/learning_rate",
         "train/images_per_second",
         "val/loss",
         "val/accuracy",
+        "val/calibration_error",
         "test/accuracy",
     }
 
@@ -262,12 +266,30 @@ def test_a_checkpoint_whose_logits_are_not_its_own_is_not_deployed(folder, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["best.ckpt"]
 
 
+def test_a_network_trained_with_every_regularizer_deploys_exactly(tmp_path):
+    noise = ["model.branch_drop=0.1", "model.drop_path=0.1", "rdrop_views=2", "rdrop_warmup=1"]
+    mixtures = ["mixup=0.2", "cutmix=1", "label_smoothing=0.1"]
+    settings = [*SHORT, *noise, *mixtures, "trainer.accumulate_grad_batches=4"]
+    trained = run("train.py", *settings, "hydra.run.dir=run", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+
+    done = run("deploy.py", "ckpt=run/checkpoints/best.ckpt", "formats=[safetensors]", cwd=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    assert "between two views, each step at the price of two" in trained.stdout
+    report = json.loads((tmp_path / "run" / "deploy" / "report.json").read_text())
+    assert report["verdicts"]["folded, float64"]["error"] <= 1e-10
+
+
 @pytest.mark.parametrize(
     ("program", "arguments", "message"),
     [
         ("train.py", ["model=repvgg_a"], "did you mean repvgg_a"),
         ("train.py", ["trainer.max_epoch=3"], "did you mean trainer.max_epochs?"),
         ("train.py", ["rdrop=true", "model.dropout=0"], "type for example model.dropout=0.2"),
+        ("train.py", ["rdrop=-1"], "rdrop=-1: must be a number of at least 0"),
+        ("train.py", ["rdrop_warmup=2"], "rdrop_warmup=2: has no effect without rdrop"),
+        ("train.py", ["rdrop_views=2", "data.augment=0"], "without augmentation all views are"),
         ("train.py", ["model.num_classes=7"], "type model.num_classes=10"),
         ("train.py", ["trainer.max_epochs=soon"], "trainer.max_epochs='soon': must be an integer"),
         ("train.py", ["trainer.devices=2"], "trainer.devices=2: training uses one device so far"),

@@ -80,6 +80,43 @@ def run(
         fail(message)
 
 
+def script(job: Callable[[dict[str, Any]], None], text: str, defaults: dict[str, Any]) -> None:
+    """Do a job with settings typed as key=value, without a configuration file.
+
+    Mistakes are told as in `run`. `--help` prints the text and the settings.
+
+    Args:
+        job: called with the settings, of plain types.
+        text: what the script does.
+        defaults: every key and its value.
+    """
+    from omegaconf import OmegaConf
+
+    settings = dict(defaults)
+    try:
+        for argument in sys.argv[1:]:
+            if argument in ("-h", "--help"):
+                print(text.strip(), "\n\nKeys and what they are now:\n")
+                print(OmegaConf.to_yaml(OmegaConf.create(settings)).strip())
+                return
+            key, equals, _ = argument.partition("=")
+            if not equals or key not in defaults:
+                raise ValueError(
+                    f"{argument}: there is no such key; {_did_you_mean(key, defaults)}"
+                    f"type key=value, allowed are {', '.join(defaults)}"
+                )
+            settings |= cast(
+                dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([argument]))
+            )
+        job(settings)
+    except KeyboardInterrupt:
+        fail("stopped by Ctrl-C", 128 + signal.SIGINT)
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get(FULL_ERROR) == "1":
+            raise
+        fail(_one_line(error))
+
+
 def fail(message: str, status: int = 1) -> NoReturn:
     """Print one line on stderr and exit."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)

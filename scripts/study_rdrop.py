@@ -1,0 +1,497 @@
+"""What R-Drop gives: python scripts/study_rdrop.py
+
+Trains one network many times, on the embedded digits or on a folder of images (root=DIR, with
+train/CLASS/ and test/CLASS/), and compares accuracy and calibration on the test images:
+
+    seeds x (alpha x dropout, label smoothing, two views) x shares of the labels x budgets
+
+At the budget "epochs" every arm takes the same number of steps; at "time" as many as fit into the
+time of the plain arm, by the costs measured on this machine before the first run. All arms of a
+seed share the labels, the initial weights and the order of the data, so differences are paired.
+The last weights are tested; nothing is selected.
+
+The folder `out` gets results.csv, table.md, figure.png and settings.json. A study that was stopped
+goes on with the same command. Needs scipy and matplotlib: pip install -e ".[study]"
+"""
+
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import study
+import torch
+from torch import Tensor
+
+from repvgg import cli
+from repvgg.arguments import check_integer, check_number, refusal
+from repvgg.data import Augmentation, Batch, InMemory, digits
+from repvgg.model import DataContract, to_float
+
+DEFAULTS: dict[str, Any] = {
+    "root": None,  # null: the digits
+    "model": "repvgg_tiny",
+    "seeds": 5,
+    "alphas": [0.3, 1, 3],
+    "dropouts": [0.2, 0.5],
+    "label_smoothing": 0.1,  # of the arm that has it; 0: no such arm
+    "views": True,  # also compare two augmented views
+    "labels": [0.01, 0.1, 1],  # shares of the training labels
+    "budgets": ["epochs", "time"],
+    "epochs": 24,  # with all labels
+    "min_steps": 300,  # with few
+    "batch_size": 64,
+    "lr": 0.02,
+    "workers": os.cpu_count() or 1,  # processes of one thread each
+    "out": "runs/study_rdrop",
+}
+GRID = ("seeds", "alphas", "dropouts", "label_smoothing", "views", "labels", "budgets")
+FREE = (*GRID, "workers", "out")  # keys that may differ when a study goes on
+METRICS = {"accuracy": (100, "{:.2f}"), "nll": (1, "{:.3f}"), "ece": (100, "{:.2f}")}
+
+
+class Arm(NamedTuple):
+    """One way to train.
+
+    Attributes:
+        doubled: R-Drop at the price its authors pay, every image twice in the batch.
+    """
+
+    alpha: float = 0.0
+    dropout: float = 0.0
+    smoothing: float = 0.0
+    views: int = 1
+    doubled: bool = False
+
+    def __str__(self) -> str:
+        words = [
+            f"alpha {self.alpha:g}" if self.alpha else "",
+            f"dropout {self.dropout:g}" if self.dropout else "",
+            f"label smoothing {self.smoothing:g}" if self.smoothing else "",
+            "two views" if self.views == 2 else "",
+            "(at twice the cost)" if self.doubled else "",
+        ]
+        return ", ".join(filter(None, words)).replace(", (", " (") or "plain"
+
+    @property
+    def cost(self) -> str:
+        """What sets the time of a step."""
+        if self.views == 2 or self.doubled:
+            return "two views" if self.views == 2 else "image twice"
+        return "one forward" if self.alpha else "plain"
+
+    @property
+    def reference(self) -> "Arm":
+        """What it is compared with: the same without the divergence, or the plain arm."""
+        return self._replace(alpha=0.0, doubled=False) if self.alpha else Arm()
+
+
+class Job(NamedTuple):
+    labels: float
+    budget: str
+    arm: Arm
+    seed: int
+
+    @classmethod
+    def of(cls, labels: float, budget: str, arm: Arm, seed: int) -> "Job":
+        """A run of the plain cost belongs to both budgets, and is made once."""
+        return cls(labels, "epochs" if arm.cost == "plain" else budget, arm, seed)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return f"{self.labels:g}", self.budget, str(self.arm), str(self.seed)
+
+
+def main(settings: dict[str, Any]) -> None:
+    check(settings)
+    study.require_packages()
+    out = Path(str(settings["out"]))
+    record = prepare(settings, out)
+    results = out / "results.csv"
+    done = {key(row) for row in study.read(results)}
+    calls = [(job, settings, record["costs"]) for job in plan(settings) if job.key not in done]
+    print(f"{len(done)} runs are done, {len(calls)} to go, into {out}")
+    if calls:
+        study.run(train, calls, results, workers=settings["workers"])
+    rows = study.read(results)
+    (out / "table.md").write_text(table(rows, settings, record))
+    draw(rows, settings, out / "figure.png")
+    print((out / "table.md").read_text())
+
+
+def check(settings: dict[str, Any]) -> None:
+    check_integer("seeds", settings["seeds"], minimum=2, example=5)
+    for name in ("epochs", "min_steps", "batch_size", "workers"):
+        check_integer(name, settings[name], minimum=1, example=DEFAULTS[name])
+    check_number("label_smoothing", settings["label_smoothing"], below=1, example=0.1)
+    for name in ("alphas", "dropouts", "labels", "budgets"):
+        if not isinstance(settings[name], list) or not settings[name]:
+            raise refusal(name, settings[name], "must be a list", str(DEFAULTS[name]))
+    for alpha in settings["alphas"]:
+        if check_number("alphas", alpha, example=1) == 0:
+            raise refusal("alphas", alpha, "0 is always there, as the reference", "[0.3,1]")
+    for dropout in settings["dropouts"]:
+        if check_number("dropouts", dropout, below=1, example=0.2) == 0:
+            raise refusal("dropouts", dropout, "R-Drop needs noise; 0 is the plain arm", "[0.2]")
+    for share in settings["labels"]:
+        if not 0 < check_number("labels", share, example=1) <= 1:
+            raise refusal("labels", share, "must be shares above 0 and at most 1", "[0.1,1]")
+    if not set(settings["budgets"]) <= {"epochs", "time"}:
+        raise refusal("budgets", settings["budgets"], "must be of epochs, time", "[epochs]")
+
+
+def arms_of(settings: dict[str, Any], budget: str) -> list[Arm]:
+    smoothing = settings["label_smoothing"]
+    arms = [Arm(), *([Arm(smoothing=smoothing)] if smoothing else [])]
+    for dropout in settings["dropouts"]:
+        arms += [Arm(alpha, dropout) for alpha in (0.0, *map(float, settings["alphas"]))]
+    if settings["views"]:
+        arms += [Arm(views=2), Arm(alpha=1.0, views=2)]
+    if budget == "time":
+        arms.append(Arm(1.0, settings["dropouts"][0], doubled=True))
+    return arms
+
+
+def plan(settings: dict[str, Any]) -> list[Job]:
+    """All runs; a seed is finished over all arms before the next one starts."""
+    jobs = [
+        Job.of(labels, budget, arm, seed)
+        for seed in range(settings["seeds"])
+        for labels in sorted(settings["labels"])
+        for budget in settings["budgets"]
+        for arm in arms_of(settings, budget)
+    ]
+    return list(dict.fromkeys(jobs))
+
+
+# Data
+
+
+def load(root: str | None) -> tuple[Batch, Batch, DataContract, Augmentation]:
+    """Training and test images, their contract, and how to augment them."""
+    if root is None:
+        data = digits()
+        assert data.augment is not None
+        test = (torch.cat([data.val[0], data.test[0]]), torch.cat([data.val[1], data.test[1]]))
+        return data.train, test, data.contract, data.augment
+    from torchvision.transforms import v2
+
+    (train, classes), (test, others) = (
+        read_folder(Path(root) / part) for part in ("train", "test")
+    )
+    if classes != others or train[0].shape[1:] != test[0].shape[1:]:
+        raise ValueError(f"root={root}: train and test differ in their classes or image sizes")
+    pixels = to_float(train[0])
+    contract = DataContract(
+        classes=classes,
+        in_channels=3,
+        image_size=tuple(train[0].shape[2:]),
+        mean=tuple(pixels.mean((0, 2, 3)).tolist()),
+        std=tuple(pixels.std((0, 2, 3)).clamp_min(1 / 255).tolist()),  # a channel may be constant
+        interpolation="bilinear",
+    )
+    size = contract.image_size
+    transform = v2.Compose([v2.RandomCrop(size, padding=size[0] // 8), v2.RandomHorizontalFlip()])
+
+    def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator.initial_seed())
+            return torch.stack([transform(image) for image in images])
+
+    return train, test, contract, augment
+
+
+def read_folder(folder: Path) -> tuple[Batch, list[str]]:
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    if not folder.is_dir():
+        raise ValueError(f"root: there is no folder {folder}; give one with train/ and test/")
+    files = ImageFolder(str(folder))
+    images = [pil_to_tensor(image) for image, _ in files]
+    sizes = {tuple(image.shape) for image in images}
+    if len(sizes) > 1:
+        raise ValueError(f"{folder}: images of one size are needed, found {sorted(sizes)[:3]}")
+    return (torch.stack(images), torch.tensor(files.targets)), files.classes
+
+
+def subset(batch: Batch, share: float, seed: int) -> Batch:
+    """A share of every class, at least one image, drawn by the seed."""
+    images, labels = batch
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    rows = []
+    for label in labels.unique():
+        of_class = order[labels[order] == label]
+        rows.append(of_class[: max(1, round(share * len(of_class)))])
+    kept = torch.cat(rows).sort().values
+    return images[kept], labels[kept]
+
+
+# One run
+
+
+def build(job: Job, settings: dict[str, Any], costs: dict[str, float]) -> tuple[Any, InMemory, int]:
+    """The module, its data and the number of steps."""
+    from repvgg.module import Classifier
+    from repvgg.rdrop import Noise
+
+    train, test, contract, augment = loaded(settings["root"])
+    train = subset(train, job.labels, job.seed)
+    arm = job.arm
+    data = InMemory(
+        train,
+        test,
+        test,
+        contract,
+        batch_size=min(settings["batch_size"], len(train[0])),
+        augment=augment,
+        views=arm.views,
+        seed=job.seed,
+    )
+    steps = max(settings["epochs"] * len(data.train_dataloader()), settings["min_steps"])
+    if job.budget == "time":
+        steps = round(steps * costs["plain"] / costs[arm.cost])
+    torch.manual_seed(job.seed)
+    module = Classifier(
+        {
+            "name": settings["model"],
+            "num_classes": len(contract.classes),
+            "in_channels": contract.in_channels,
+            "strides": [1, 1, 2, 2, 1] if max(contract.image_size) < 16 else [1, 2, 2, 2, 2],
+            "dropout": arm.dropout,
+        },
+        lr=settings["lr"],
+        momentum=0.9,
+        weight_decay=1e-4,
+        num_steps=steps,
+        num_warmup_steps=steps // 20,
+        rdrop=arm.alpha,
+        rdrop_views=arm.views,
+        label_smoothing=arm.smoothing,
+        seed=job.seed,
+    )
+    if arm.doubled:
+        module._noise = Noise(trunk=True, head=True)
+    return module, data, steps
+
+
+_loaded: dict[str | None, Any] = {}
+
+
+def loaded(root: str | None) -> tuple[Batch, Batch, DataContract, Augmentation]:
+    """The data, read once in each process."""
+    if root not in _loaded:
+        _loaded[root] = load(root)
+    return _loaded[root]
+
+
+def train(job: Job, settings: dict[str, Any], costs: dict[str, float]) -> dict[str, Any]:
+    """Train and test once."""
+    import lightning as L
+    from torch.nn import functional as F
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    start = time.perf_counter()
+    module, data, steps = build(job, settings, costs)
+    trainer = L.Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, datamodule=data)
+    seconds = time.perf_counter() - start
+    module.eval()
+    with torch.no_grad():
+        batches = (data.on_after_batch_transfer(b, 0) for b in data.test_dataloader())
+        parts = [(module(images), labels) for images, labels in batches]
+    logits, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+    kl = trainer.callback_metrics.get("train/kl")
+    return dict(zip(KEYS, job.key, strict=True)) | {
+        "steps": steps,
+        "seconds": round(seconds, 2),
+        "accuracy": (logits.argmax(1) == labels).double().mean().item(),
+        "nll": F.cross_entropy(logits, labels).item(),
+        "ece": multiclass_calibration_error(
+            logits.softmax(1), labels, num_classes=logits.shape[1], n_bins=15
+        ).item(),
+        "kl": "" if kl is None else kl.item(),
+    }
+
+
+def measure_costs(settings: dict[str, Any], rounds: int = 30) -> dict[str, float]:
+    """Milliseconds of a step by kind, loading included: medians, interleaved in one run."""
+    dropout = settings["dropouts"][0]
+    arms = [Arm(), Arm(1.0, dropout), Arm(1.0, dropout, doubled=True), Arm(1.0, views=2)]
+
+    def steps(arm: Arm) -> Callable[[], None]:
+        module, data, _ = build(Job(1.0, "epochs", arm, 0), settings, {})
+        optimizer = module.configure_optimizers()["optimizer"]
+        loader = data.train_dataloader()
+        batches = iter(loader)
+
+        def step() -> None:
+            nonlocal batches
+            batch = next(batches, None)
+            if batch is None:
+                batches = iter(loader)
+                batch = next(batches)
+            images, targets = data.on_after_batch_transfer(batch, 0)
+            module.losses(images, targets, alpha=arm.alpha).total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    calls = {arm.cost: steps(arm) for arm in arms}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(3 + rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values[3:]) for name, values in times.items()}
+
+
+# The whole study
+
+KEYS = ("labels", "budget", "arm", "seed")
+
+
+def prepare(settings: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Measure the costs once for a study, and refuse a folder that holds another."""
+    path = out / "settings.json"
+    fixed = {name: value for name, value in settings.items() if name not in FREE}
+    if path.exists():
+        record = json.loads(path.read_text())
+        if record["fixed"] != fixed:
+            raise ValueError(
+                f"out={out} holds a study with {record['fixed']}, this one has {fixed}: give "
+                "another out"
+            )
+        return record
+    torch.set_num_threads(1)
+    record = {
+        "fixed": fixed,
+        "costs": measure_costs(settings),
+        "machine": study.machine(),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def key(row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(row[name] for name in KEYS)
+
+
+# What it says
+
+
+def values(
+    rows: list[dict[str, str]], labels: float, budget: str, arm: Arm, metric: str
+) -> dict[str, float]:
+    """A metric by seed."""
+    wanted = Job.of(labels, budget, arm, 0).key[:3]
+    return {
+        row["seed"]: METRICS[metric][0] * float(row[metric])
+        for row in rows
+        if key(row)[:3] == wanted
+    }
+
+
+def table(rows: list[dict[str, str]], settings: dict[str, Any], record: dict[str, Any]) -> str:
+    costs = record["costs"]
+    relative = ", ".join(f"{name} {costs[name] / costs['plain']:.2f}" for name in costs)
+    lines = [
+        f"# R-Drop on {Path(settings['root'] or 'digits').name}, {settings['model']}",
+        "",
+        f"{settings['seeds']} seeds; {settings['epochs']} epochs with all labels, at least "
+        f"{settings['min_steps']} steps; batches of {settings['batch_size']}, learning rate "
+        f"{settings['lr']:g}. {record['machine']}, one thread a run. Cost of a step: {relative}.",
+        "",
+        "Mean and (standard deviation) over the seeds. Differences are paired by seed, with a 95 % "
+        "interval; p is of the paired t-test, not corrected for the number of comparisons. An arm "
+        "with alpha is compared with the same arm without it, any other with the plain arm.",
+    ]
+    for labels, budget in itertools.product(sorted(settings["labels"]), settings["budgets"]):
+        lines += [
+            "",
+            f"## {100 * labels:g} % of the labels, equal {budget}",
+            "",
+            "| arm | steps | accuracy, % | difference | p | NLL | p | ECE, % | p |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for arm in arms_of(settings, budget):
+            wanted = Job.of(labels, budget, arm, 0).key
+            cells = [str(arm), next(row["steps"] for row in rows if key(row) == wanted)]
+            for metric, (_, form) in METRICS.items():
+                ours = values(rows, labels, budget, arm, metric)
+                runs = np.array(list(ours.values()))
+                cells.append(f"{form} ({form})".format(runs.mean(), runs.std(ddof=1)))
+                if arm == arm.reference:
+                    cells += ["", ""] if metric == "accuracy" else [""]
+                    continue
+                found = study.compare(ours, values(rows, labels, budget, arm.reference, metric))
+                if metric == "accuracy":
+                    cells.append(f"{found.mean:+.2f} ± {found.half_width:.2f}")
+                cells.append(f"{found.p:.3f}")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict[str, str]], settings: dict[str, Any], path: Path) -> None:
+    """Accuracy and calibration error against the plain arm, by share of labels and budget."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shares = sorted(settings["labels"])
+    figure, axes = pyplot.subplots(
+        2, len(shares), figsize=(1 + 3.6 * len(shares), 8), sharey="row", squeeze=False
+    )
+    named = {"accuracy": "accuracy, points", "ece": "calibration error (ECE), points"}
+    for line, (metric, title) in enumerate(named.items()):
+        for column, labels in enumerate(shares):
+            axis = axes[line][column]
+            axis.axhline(0, color="black", linewidth=0.8)
+            names: list[str] = []
+            for shift, budget in zip((-0.15, 0.15), settings["budgets"], strict=False):
+                plain = values(rows, labels, budget, Arm(), metric)
+                arms = arms_of(settings, budget)[1:]
+                names = max(names, [str(arm) for arm in arms], key=len)
+                found = [
+                    study.compare(values(rows, labels, budget, arm, metric), plain) for arm in arms
+                ]
+                axis.errorbar(
+                    [i + shift for i in range(len(arms))],
+                    [comparison.mean for comparison in found],
+                    [comparison.half_width for comparison in found],
+                    fmt="o",
+                    markersize=4,
+                    capsize=2,
+                    label=f"equal {budget}",
+                )
+            axis.set_xticks(range(len(names)), names if line else [], rotation=90, fontsize=8)
+            if line == 0:
+                axis.set_title(f"{100 * labels:g} % of the labels")
+            if column == 0:
+                axis.set_ylabel(f"{title}, against plain")
+    axes[0][0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    cli.script(main, __doc__ or "", DEFAULTS)

@@ -47,7 +47,7 @@ def train(config: dict[str, Any], folder: Path) -> None:
     L.seed_everything(config["seed"], verbose=False)
     data = instantiate(config["data"])
     model = config["model"]
-    check_fit(model, data.contract)
+    check_fit(config, data)
     steps = count_steps(config, data)
     module = Classifier(
         model,
@@ -80,6 +80,7 @@ def train(config: dict[str, Any], folder: Path) -> None:
         logger=logger,
         plugins=[callbacks.WholeFileIO()],
         callbacks=[
+            *([callbacks.ReestimateBN()] if model["branch_drop"] or model["drop_path"] else []),
             callbacks.SelfDescribing(
                 checkpoint.KEY,
                 lambda net: checkpoint.describe(
@@ -88,7 +89,6 @@ def train(config: dict[str, Any], folder: Path) -> None:
             ),
             callbacks.SaveOnSignal(last),
             callbacks.Throughput(),
-            *([callbacks.ReestimateBN()] if model["branch_drop"] or model["drop_path"] else []),
             callbacks.BestCheckpoint(last.parent),
             callbacks.LastCheckpoint(last.parent),
             *progress_bar,
@@ -99,7 +99,7 @@ def train(config: dict[str, Any], folder: Path) -> None:
     )
     print(
         f"{model['name']}: {sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters, "
-        f"{steps.total} steps of {data.batch_size} images, {describe_rdrop(config, module.rdrop)}, "
+        f"{steps.total} steps of {data.batch_size} images, {describe_rdrop(module, images)}, "
         f"into {folder}"
     )
     record(config, folder)
@@ -160,29 +160,38 @@ def check_settings(config: dict[str, Any]) -> None:
         )
 
 
-def check_fit(model: dict[str, Any], contract: Any) -> None:
+def check_fit(config: dict[str, Any], data: Any) -> None:
     """Refuse a network that does not fit the images or the classes."""
+    model = config["model"]
     for key, wanted in (
-        ("num_classes", len(contract.classes)),
-        ("in_channels", contract.in_channels),
+        ("num_classes", len(data.contract.classes)),
+        ("in_channels", data.contract.in_channels),
     ):
         if model[key] != wanted:
             raise ValueError(
                 f"model.{key}={model[key]}: the data has {wanted}; type model.{key}={wanted}"
             )
+    if config["rdrop_views"] != data.views:
+        raise ValueError(
+            f"rdrop_views={config['rdrop_views']}: the data gives {data.views}; leave data.views "
+            "alone, it follows rdrop_views"
+        )
 
 
-def describe_rdrop(config: dict[str, Any], alpha: float) -> str:
-    """What R-Drop does in this run, and what it costs."""
-    if config["rdrop_views"] == 2:
-        return f"R-Drop {alpha:g} between two views, each step at the price of two"
-    if alpha == 0:
-        return "no R-Drop"
-    noisy = [key for key in ("branch_drop", "drop_path") if config["model"][key] > 0]
-    if noisy:
-        keys = " and ".join(f"model.{key}" for key in noisy)
-        return f"R-Drop {alpha:g} with {keys}: each image twice, each step at the price of two"
-    return f"R-Drop {alpha:g} in one forward"
+def describe_rdrop(module: Any, images: Any) -> str:
+    """What R-Drop does in this run, and what it costs; asks the network where it is random."""
+    from repvgg.model import to_float
+    from repvgg.rdrop import find_noise
+
+    rdrop = f"R-Drop {module.rdrop:g}" if module.rdrop > 0 else "no R-Drop"
+    if module.rdrop_views == 2:
+        return f"{rdrop}, two views of each image, each step at the price of two"
+    if module.rdrop == 0:
+        return rdrop
+    module.noise = find_noise(module.net, to_float(images))
+    if module.noise.trunk:
+        return f"{rdrop}, each image twice in the batch, each step at the price of two"
+    return f"{rdrop} in one forward"
 
 
 class Steps(NamedTuple):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from repvgg.arguments import check_number
 from repvgg.reparam import Affine, bare_affine, fold_bn, identity_kernel, merge, pad_kernel
 
 KERNEL_SIZE = 3
@@ -110,8 +111,8 @@ class RepVGGBlock(nn.Module):
         se_after_relu: reduction of one behind the ReLU (RepVGGplus); 0 is none.
 
     Raises:
-        ValueError: `drop_path` without an identity branch; torch's, where groups do not divide the
-            channels or a padding mode is unknown.
+        ValueError: `drop_path` without an identity branch; a probability outside [0, 1); torch's,
+            where groups do not divide the channels or a padding mode is unknown.
     """
 
     def __init__(
@@ -158,6 +159,8 @@ class RepVGGBlock(nn.Module):
                 f"drop_path={drop_path}: a block from {in_channels} to {out_channels} channels "
                 f"with stride {stride} has no identity branch to fall back on; give drop_path=0"
             )
+        check_number("branch_drop", branch_drop, below=1, example=0.1)
+        check_number("drop_path", drop_path, below=1, example=0.1)
         self.branch_drop = DropRows(branch_drop) if branch_drop else nn.Identity()
         self.drop_path = DropRows(drop_path) if drop_path else nn.Identity()
         self.reparam: nn.Conv2d | None = None

@@ -209,10 +209,11 @@ class SaveOnSignal(Callback):
 
 
 class ReestimateBN(Callback):
-    """Re-estimates BatchNorm's running statistics before each validation, without training noise.
+    """Re-estimates BatchNorm's running statistics, without training noise, for all that reads them.
 
-    For networks trained with noise in front of a BatchNorm: what is validated, saved and folded has
-    the statistics of the network as it will be deployed. Training itself does not read them.
+    For networks trained with noise in front of a BatchNorm: what is validated and what is saved has
+    the statistics of the network as it will be deployed. Training itself does not read them. Stands
+    before the callbacks that read the network on a save.
 
     Args:
         num_images: of the training data, with their augmentation, at most.
@@ -220,9 +221,23 @@ class ReestimateBN(Callback):
 
     def __init__(self, num_images: int = 2048) -> None:
         self.num_images = num_images
+        self._done = False  # since the last step
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._done = False
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn != "fit":
+        if trainer.state.fn == "fit":
+            self._reestimate(trainer, pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._reestimate(trainer, pl_module)
+        checkpoint["state_dict"].update(pl_module.state_dict())
+
+    def _reestimate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._done:
             return
         loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
         count = math.ceil(self.num_images / loader.batch_size)
@@ -233,6 +248,7 @@ class ReestimateBN(Callback):
                 yield prepared[0].flatten(0, -4)  # two views: one below the other
 
         reestimate_bn(pl_module.net, images())  # type: ignore[arg-type]
+        self._done = True
 
 
 class Throughput(Callback):

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+from repvgg.arguments import refusal
+
 PATH_KEYS = ("ckpt", "out", "resume", "hydra.run.dir")
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -93,21 +95,15 @@ def script(job: Callable[[dict[str, Any]], None], text: str, defaults: dict[str,
     from omegaconf import OmegaConf
 
     settings = dict(defaults)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         for argument in sys.argv[1:]:
             if argument in ("-h", "--help"):
-                print(text.strip(), "\n\nKeys and what they are now:\n")
+                print(f"{text.strip()}\n\nKeys and what they are now:\n")
                 print(OmegaConf.to_yaml(OmegaConf.create(settings)).strip())
                 return
-            key, equals, _ = argument.partition("=")
-            if not equals or key not in defaults:
-                raise ValueError(
-                    f"{argument}: there is no such key; {_did_you_mean(key, defaults)}"
-                    f"type key=value, allowed are {', '.join(defaults)}"
-                )
-            settings |= cast(
-                dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([argument]))
-            )
+            key, value = _parse(argument, defaults)
+            settings[key] = value
         job(settings)
     except KeyboardInterrupt:
         fail("stopped by Ctrl-C", 128 + signal.SIGINT)
@@ -115,6 +111,32 @@ def script(job: Callable[[dict[str, Any]], None], text: str, defaults: dict[str,
         if os.environ.get(FULL_ERROR) == "1":
             raise
         fail(_one_line(error))
+
+
+def _parse(argument: str, defaults: dict[str, Any]) -> tuple[str, Any]:
+    """A setting typed as key=value; a default of a kind keeps its kind, None is a path."""
+    from omegaconf import OmegaConf
+
+    key, equals, typed = argument.partition("=")
+    if not equals or key not in defaults:
+        raise ValueError(
+            f"{argument}: there is no such key; {_did_you_mean(key, defaults)}"
+            f"type key=value, allowed are {', '.join(defaults)}"
+        )
+    default = defaults[key]
+    if default is None or isinstance(default, str):
+        return key, None if typed == "null" else os.path.expanduser(typed)
+    try:
+        parsed = OmegaConf.from_dotlist([argument])
+        value = cast(dict[str, Any], OmegaConf.to_container(parsed, resolve=True))[key]
+    except Exception:  # the parser of YAML has its own, and so has that of interpolations
+        value = None
+    kinds = {bool: "true or false", list: "a list", int: "a number", float: "a number"}
+    allowed = int | float if type(default) in (int, float) else type(default)
+    if not isinstance(value, allowed) or isinstance(value, bool) != isinstance(default, bool):
+        example = str(default).replace(" ", "").replace("'", "")
+        raise refusal(key, typed, f"must be {kinds[type(default)]}", example.lower())
+    return key, value
 
 
 def fail(message: str, status: int = 1) -> NoReturn:

@@ -110,7 +110,7 @@ class Batches:
         mixed = []
         for view in views:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self._seed(i, "mix"))
+                torch.default_generator.manual_seed(self._seed(i, "mix"))  # no GPU's
                 images, targets = self.mix(view.float(), labels)
             mixed.append(images)
         return mixed, targets

@@ -37,8 +37,8 @@ def cross_entropy(
 
     Raises:
         ValueError: the targets are no classes or probabilities of these logits, or the weights do
-            not fit. The values of class indices and weights are looked at on the CPU alone: on a
-            GPU that would stall each step, and a wrong index ends in the GPU's own error.
+            not fit. Their values are looked at on the CPU alone: on a GPU that would stall each
+            step; there a wrong index ends in the GPU's own error, and NaN in a loss that is NaN.
     """
     _check_targets(logits, targets)
     _check_weights(logits, weights)
@@ -136,8 +136,15 @@ def _check_targets(logits: Tensor, targets: Tensor) -> None:
                 f"{tuple(logits.shape)}: probabilities need one column for each of "
                 f"model.num_classes={num_classes}"
             )
-        if not ((targets >= 0) & (targets < math.inf)).all():
-            raise ValueError("targets hold NaN, infinity or a negative number: not probabilities")
+        if targets.device.type == "cpu":
+            if not ((targets >= 0) & (targets < math.inf)).all():
+                raise ValueError("targets hold NaN, infinity or a negative number: no probability")
+            sums = targets.sum(1)
+            if ((sums - 1).abs() > 0.01).any():
+                raise ValueError(
+                    f"targets hold a row whose sum is {sums[(sums - 1).abs().argmax()]:g}: "
+                    "probabilities of the classes sum to 1"
+                )
         return
     if targets.shape != logits.shape[:1]:
         raise ValueError(

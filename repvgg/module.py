@@ -68,6 +68,9 @@ class Classifier(L.LightningModule):
     Batches are (images, targets) or (images, targets, weights), targets and weights as in
     `repvgg.losses.cross_entropy`.
 
+    Attributes:
+        noise: where the network is random in training; None is asked in the first step.
+
     Raises:
         ValueError: a value is outside its range, or `rdrop` has no noise to work on.
     """
@@ -113,9 +116,11 @@ class Classifier(L.LightningModule):
                 "(or set rdrop=false)",
                 0.2,
             )
-        self._noise: Noise | None = None
+        self.noise: Noise | None = None
         self._divergence: Tensor | None = None  # the largest of the epoch
-        num_classes = self.net.num_classes
+        num_classes = check_integer(
+            "model.num_classes", self.net.num_classes, minimum=2, example=10
+        )
         self.calibration_error = nn.ModuleDict(
             {stage: MulticlassCalibrationError(num_classes, n_bins=15) for stage in ("val", "test")}
         )
@@ -167,9 +172,9 @@ class Classifier(L.LightningModule):
             if self.rdrop_views == 2:
                 logits, second, auxiliary = predict_views(self.net, images)
             else:
-                if self._noise is None:  # asked once a run
-                    self._noise = find_noise(self.net, images)
-                logits, second, auxiliary = predict_twice(self.net, images, noise=self._noise)
+                if self.noise is None:
+                    self.noise = find_noise(self.net, images)
+                logits, second, auxiliary = predict_twice(self.net, images, noise=self.noise)
             total, mean, kl = rdrop_loss(logits, second, targets, alpha=alpha, **options)
             agreement = (logits.argmax(1) == second.argmax(1)).float().mean()
         for extra in auxiliary:

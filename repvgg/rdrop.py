@@ -88,7 +88,8 @@ def find_noise(network: nn.Module, images: Tensor) -> Noise:
     It runs on the meta device: nothing is computed, no random number is drawn and no statistics
     change. Random is every operation that torch declares to depend on its generators, in modules
     and functions alike; Python's `random` and NumPy are not seen. A network that does not run there
-    counts as random in its trunk, which is right for all, only slower.
+    cannot be asked and counts as random in its trunk: twice the price, and right if it is random
+    anywhere.
 
     Args:
         images: (N, C, H, W), of which shape and type matter.
@@ -120,7 +121,7 @@ def predict_twice(network: nn.Module, images: Tensor, *, noise: Noise | None = N
         noise: of the network, from `find_noise`; None asks anew, which takes milliseconds.
 
     Raises:
-        ValueError: nothing in the network is random, so that the two predictions would be equal.
+        ValueError: the network says that nothing in it is random: the predictions would be equal.
     """
     noise = find_noise(network, images) if noise is None else noise
     if noise.trunk:

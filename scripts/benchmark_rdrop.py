@@ -98,7 +98,7 @@ def training_steps(
             num_warmup_steps=0,
             rdrop=rdrop,
         )
-        module._noise = noise
+        module.noise = noise
         return module.to(device).train()
 
     def step(module: Classifier, loss: Callable[[], Tensor]) -> Callable[[], None]:

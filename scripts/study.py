@@ -1,4 +1,4 @@
-"""What studies share: many runs in parallel, written down as they end, and compared in pairs."""
+"""What studies share: images, and many runs in parallel, kept as they end, compared in pairs."""
 
 import concurrent.futures
 import csv
@@ -12,9 +12,73 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from repvgg.data import Augmentation, Batch, digits
+from repvgg.model import DataContract, to_float
+
 Row = dict[str, Any]
+
+
+def load_images(root: str | None) -> tuple[Batch, Batch, DataContract, Augmentation]:
+    """Training and test images, their contract, and how to augment them."""
+    if root is None:
+        data = digits()
+        assert data.augment is not None
+        test = (torch.cat([data.val[0], data.test[0]]), torch.cat([data.val[1], data.test[1]]))
+        return data.train, test, data.contract, data.augment
+    from torchvision.transforms import v2
+
+    (train, classes), (test, others) = (
+        read_folder(Path(root) / part) for part in ("train", "test")
+    )
+    if classes != others or train[0].shape[1:] != test[0].shape[1:]:
+        raise ValueError(f"root={root}: train and test differ in their classes or image sizes")
+    pixels = to_float(train[0])
+    contract = DataContract(
+        classes=classes,
+        in_channels=3,
+        image_size=tuple(train[0].shape[2:]),
+        mean=tuple(pixels.mean((0, 2, 3)).tolist()),
+        std=tuple(pixels.std((0, 2, 3)).clamp_min(1 / 255).tolist()),  # a channel may be constant
+        interpolation="bilinear",
+    )
+    size = contract.image_size
+    transform = v2.Compose([v2.RandomCrop(size, padding=size[0] // 8), v2.RandomHorizontalFlip()])
+
+    def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator.initial_seed())
+            return torch.stack([transform(image) for image in images])
+
+    return train, test, contract, augment
+
+
+def read_folder(folder: Path) -> tuple[Batch, list[str]]:
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    if not folder.is_dir():
+        raise ValueError(f"root: there is no folder {folder}; give one with train/ and test/")
+    files = ImageFolder(str(folder))
+    images = [pil_to_tensor(image) for image, _ in files]
+    sizes = {tuple(image.shape) for image in images}
+    if len(sizes) > 1:
+        raise ValueError(f"{folder}: images of one size are needed, found {sorted(sizes)[:3]}")
+    return (torch.stack(images), torch.tensor(files.targets)), files.classes
+
+
+def subset(batch: Batch, share: float, seed: int) -> Batch:
+    """A share of every class, at least one image, drawn by the seed."""
+    images, labels = batch
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    rows = []
+    for label in labels.unique():
+        of_class = order[labels[order] == label]
+        rows.append(of_class[: max(1, round(share * len(of_class)))])
+    kept = torch.cat(rows).sort().values
+    return images[kept], labels[kept]
 
 
 def run(job: Callable[..., Row], calls: Sequence[tuple], path: Path, *, workers: int) -> None:
@@ -22,12 +86,9 @@ def run(job: Callable[..., Row], calls: Sequence[tuple], path: Path, *, workers:
 
     What was written stays when the study is stopped; the caller leaves out what `read` finds.
     """
-    if path.exists():  # end at the last whole line
-        content = path.read_bytes()
-        path.write_bytes(content[: content.rfind(b"\n") + 1])
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker
+        workers, mp_context=context, initializer=start_worker
     )
     try:
         futures = [pool.submit(job, *call) for call in calls]
@@ -39,15 +100,21 @@ def run(job: Callable[..., Row], calls: Sequence[tuple], path: Path, *, workers:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows that are there; a last line that was cut short is none."""
+    """The rows of the file; a last line that was cut short is taken off it."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values()]
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
+    return list(csv.DictReader(whole.decode().splitlines()))
 
 
 class Comparison(NamedTuple):
-    """Difference of paired runs: mean, half-width of its 95 % interval, p of the paired t-test."""
+    """Difference of paired runs: mean, half-width of its 95 % interval, p of the paired t-test.
+
+    The last two are NaN where the differences do not vary: too few runs say nothing of chance.
+    """
 
     mean: float
     half_width: float
@@ -62,7 +129,7 @@ def compare(ours: dict[str, float], theirs: dict[str, float]) -> Comparison:
     mean = float(np.mean(differences))
     error = float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
     if error == 0:
-        return Comparison(mean, 0.0, 1.0 if mean == 0 else 0.0)
+        return Comparison(mean, math.nan, math.nan)
     degrees = len(differences) - 1
     half_width = float(stats.t.ppf(0.975, degrees)) * error
     return Comparison(mean, half_width, float(2 * stats.t.sf(abs(mean) / error, degrees)))
@@ -88,7 +155,8 @@ def machine() -> str:
     )
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
+    """Set a process up for runs of one thread, without messages."""
     import logging
     import warnings
 
@@ -98,7 +166,7 @@ def _start_worker() -> None:
 
 
 def _append(path: Path, row: Row) -> None:
-    new = not path.exists()
+    new = not path.exists() or path.stat().st_size == 0
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(row), lineterminator="\n")
         if new:

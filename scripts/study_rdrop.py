@@ -19,19 +19,17 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import study
 import torch
-from torch import Tensor
 
 from repvgg import cli
 from repvgg.arguments import check_integer, check_number, refusal
-from repvgg.data import Augmentation, Batch, InMemory, digits
-from repvgg.model import DataContract, to_float
+from repvgg.data import Augmentation, Batch, InMemory
+from repvgg.model import DataContract
 
 DEFAULTS: dict[str, Any] = {
     "root": None,  # null: the digits
@@ -52,6 +50,7 @@ DEFAULTS: dict[str, Any] = {
 }
 GRID = ("seeds", "alphas", "dropouts", "label_smoothing", "views", "labels", "budgets")
 FREE = (*GRID, "workers", "out")  # keys that may differ when a study goes on
+MEASURED_STEPS = 30  # of each short run that measures the cost of a step
 METRICS = {"accuracy": (100, "{:.2f}"), "nll": (1, "{:.3f}"), "ece": (100, "{:.2f}")}
 
 
@@ -130,8 +129,9 @@ def check(settings: dict[str, Any]) -> None:
         check_integer(name, settings[name], minimum=1, example=DEFAULTS[name])
     check_number("label_smoothing", settings["label_smoothing"], below=1, example=0.1)
     for name in ("alphas", "dropouts", "labels", "budgets"):
-        if not isinstance(settings[name], list) or not settings[name]:
-            raise refusal(name, settings[name], "must be a list", str(DEFAULTS[name]))
+        if not settings[name]:
+            example = str(DEFAULTS[name]).replace(" ", "").replace("'", "")
+            raise refusal(name, settings[name], "must not be empty", example)
     for alpha in settings["alphas"]:
         if check_number("alphas", alpha, example=1) == 0:
             raise refusal("alphas", alpha, "0 is always there, as the reference", "[0.3,1]")
@@ -141,7 +141,7 @@ def check(settings: dict[str, Any]) -> None:
     for share in settings["labels"]:
         if not 0 < check_number("labels", share, example=1) <= 1:
             raise refusal("labels", share, "must be shares above 0 and at most 1", "[0.1,1]")
-    if not set(settings["budgets"]) <= {"epochs", "time"}:
+    if any(budget not in ("epochs", "time") for budget in settings["budgets"]):
         raise refusal("budgets", settings["budgets"], "must be of epochs, time", "[epochs]")
 
 
@@ -169,79 +169,23 @@ def plan(settings: dict[str, Any]) -> list[Job]:
     return list(dict.fromkeys(jobs))
 
 
-# Data
-
-
-def load(root: str | None) -> tuple[Batch, Batch, DataContract, Augmentation]:
-    """Training and test images, their contract, and how to augment them."""
+def describe_data(root: str | None) -> str:
+    """Tells data sets apart without their place, which may change."""
     if root is None:
-        data = digits()
-        assert data.augment is not None
-        test = (torch.cat([data.val[0], data.test[0]]), torch.cat([data.val[1], data.test[1]]))
-        return data.train, test, data.contract, data.augment
-    from torchvision.transforms import v2
-
-    (train, classes), (test, others) = (
-        read_folder(Path(root) / part) for part in ("train", "test")
-    )
-    if classes != others or train[0].shape[1:] != test[0].shape[1:]:
-        raise ValueError(f"root={root}: train and test differ in their classes or image sizes")
-    pixels = to_float(train[0])
-    contract = DataContract(
-        classes=classes,
-        in_channels=3,
-        image_size=tuple(train[0].shape[2:]),
-        mean=tuple(pixels.mean((0, 2, 3)).tolist()),
-        std=tuple(pixels.std((0, 2, 3)).clamp_min(1 / 255).tolist()),  # a channel may be constant
-        interpolation="bilinear",
-    )
-    size = contract.image_size
-    transform = v2.Compose([v2.RandomCrop(size, padding=size[0] // 8), v2.RandomHorizontalFlip()])
-
-    def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator.initial_seed())
-            return torch.stack([transform(image) for image in images])
-
-    return train, test, contract, augment
+        return "the digits"
+    files = sum(path.is_file() for path in Path(root).rglob("*"))
+    return f"{Path(root).resolve().name}, {files} files"
 
 
-def read_folder(folder: Path) -> tuple[Batch, list[str]]:
-    from torchvision.datasets import ImageFolder
-    from torchvision.transforms.v2.functional import pil_to_tensor
-
-    if not folder.is_dir():
-        raise ValueError(f"root: there is no folder {folder}; give one with train/ and test/")
-    files = ImageFolder(str(folder))
-    images = [pil_to_tensor(image) for image, _ in files]
-    sizes = {tuple(image.shape) for image in images}
-    if len(sizes) > 1:
-        raise ValueError(f"{folder}: images of one size are needed, found {sorted(sizes)[:3]}")
-    return (torch.stack(images), torch.tensor(files.targets)), files.classes
-
-
-def subset(batch: Batch, share: float, seed: int) -> Batch:
-    """A share of every class, at least one image, drawn by the seed."""
-    images, labels = batch
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    rows = []
-    for label in labels.unique():
-        of_class = order[labels[order] == label]
-        rows.append(of_class[: max(1, round(share * len(of_class)))])
-    kept = torch.cat(rows).sort().values
-    return images[kept], labels[kept]
-
-
-# One run
-
-
-def build(job: Job, settings: dict[str, Any], costs: dict[str, float]) -> tuple[Any, InMemory, int]:
+def build(
+    job: Job, settings: dict[str, Any], costs: dict[str, dict[str, float]]
+) -> tuple[Any, InMemory, int]:
     """The module, its data and the number of steps."""
     from repvgg.module import Classifier
     from repvgg.rdrop import Noise
 
     train, test, contract, augment = loaded(settings["root"])
-    train = subset(train, job.labels, job.seed)
+    train = study.subset(train, job.labels, job.seed)
     arm = job.arm
     data = InMemory(
         train,
@@ -255,7 +199,8 @@ def build(job: Job, settings: dict[str, Any], costs: dict[str, float]) -> tuple[
     )
     steps = max(settings["epochs"] * len(data.train_dataloader()), settings["min_steps"])
     if job.budget == "time":
-        steps = round(steps * costs["plain"] / costs[arm.cost])
+        cost = costs[f"{job.labels:g}"]
+        steps = round(steps * cost["plain"] / cost[arm.cost])
     torch.manual_seed(job.seed)
     module = Classifier(
         {
@@ -276,7 +221,7 @@ def build(job: Job, settings: dict[str, Any], costs: dict[str, float]) -> tuple[
         seed=job.seed,
     )
     if arm.doubled:
-        module._noise = Noise(trunk=True, head=True)
+        module.noise = Noise(trunk=True, head=True)
     return module, data, steps
 
 
@@ -286,19 +231,23 @@ _loaded: dict[str | None, Any] = {}
 def loaded(root: str | None) -> tuple[Batch, Batch, DataContract, Augmentation]:
     """The data, read once in each process."""
     if root not in _loaded:
-        _loaded[root] = load(root)
+        _loaded[root] = study.load_images(root)
     return _loaded[root]
 
 
-def train(job: Job, settings: dict[str, Any], costs: dict[str, float]) -> dict[str, Any]:
-    """Train and test once."""
+def fit(module: Any, data: InMemory, steps: int) -> float:
+    """Train; returns the seconds from the first step to the last."""
     import lightning as L
-    from torch.nn import functional as F
-    from torchmetrics.functional.classification import multiclass_calibration_error
 
-    start = time.perf_counter()
-    module, data, steps = build(job, settings, costs)
-    trainer = L.Trainer(
+    class Clock(L.Callback):
+        def on_train_start(self, *_: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_train_end(self, *_: Any) -> None:
+            self.seconds = time.perf_counter() - self.start
+
+    clock = Clock()
+    L.Trainer(
         max_steps=steps,
         max_epochs=-1,
         accelerator="cpu",
@@ -307,15 +256,24 @@ def train(job: Job, settings: dict[str, Any], costs: dict[str, float]) -> dict[s
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
-    )
-    trainer.fit(module, datamodule=data)
-    seconds = time.perf_counter() - start
+        callbacks=[clock],
+    ).fit(module, datamodule=data)
+    return clock.seconds
+
+
+def train(job: Job, settings: dict[str, Any], costs: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Train and test once."""
+    from torch.nn import functional as F
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    module, data, steps = build(job, settings, costs)
+    seconds = fit(module, data, steps)
     module.eval()
     with torch.no_grad():
         batches = (data.on_after_batch_transfer(b, 0) for b in data.test_dataloader())
         parts = [(module(images), labels) for images, labels in batches]
     logits, labels = (torch.cat(column) for column in zip(*parts, strict=True))
-    kl = trainer.callback_metrics.get("train/kl")
+    kl = module.trainer.callback_metrics.get("train/kl")
     return dict(zip(KEYS, job.key, strict=True)) | {
         "steps": steps,
         "seconds": round(seconds, 2),
@@ -328,41 +286,25 @@ def train(job: Job, settings: dict[str, Any], costs: dict[str, float]) -> dict[s
     }
 
 
-def measure_costs(settings: dict[str, Any], rounds: int = 30) -> dict[str, float]:
-    """Milliseconds of a step by kind, loading included: medians, interleaved in one run."""
+def measure_costs(settings: dict[str, Any], *, rounds: int = 5) -> dict[str, dict[str, float]]:
+    """Milliseconds of a step in training, by share of the labels and kind of step.
+
+    Of short runs, interleaved; medians over the rounds.
+    """
     dropout = settings["dropouts"][0]
     arms = [Arm(), Arm(1.0, dropout), Arm(1.0, dropout, doubled=True), Arm(1.0, views=2)]
+    costs: dict[str, dict[str, float]] = {}
+    for labels in settings["labels"]:
+        times: dict[str, list[float]] = {arm.cost: [] for arm in arms}
+        for _ in range(1 + rounds):
+            for arm in arms:
+                module, data, _ = build(Job(labels, "epochs", arm, 0), settings, {})
+                times[arm.cost].append(1000 * fit(module, data, MEASURED_STEPS) / MEASURED_STEPS)
+        costs[f"{labels:g}"] = {
+            name: statistics.median(values[1:]) for name, values in times.items()
+        }
+    return costs
 
-    def steps(arm: Arm) -> Callable[[], None]:
-        module, data, _ = build(Job(1.0, "epochs", arm, 0), settings, {})
-        optimizer = module.configure_optimizers()["optimizer"]
-        loader = data.train_dataloader()
-        batches = iter(loader)
-
-        def step() -> None:
-            nonlocal batches
-            batch = next(batches, None)
-            if batch is None:
-                batches = iter(loader)
-                batch = next(batches)
-            images, targets = data.on_after_batch_transfer(batch, 0)
-            module.losses(images, targets, alpha=arm.alpha).total.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
-
-    calls = {arm.cost: steps(arm) for arm in arms}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(3 + rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(values[3:]) for name, values in times.items()}
-
-
-# The whole study
 
 KEYS = ("labels", "budget", "arm", "seed")
 
@@ -371,6 +313,7 @@ def prepare(settings: dict[str, Any], out: Path) -> dict[str, Any]:
     """Measure the costs once for a study, and refuse a folder that holds another."""
     path = out / "settings.json"
     fixed = {name: value for name, value in settings.items() if name not in FREE}
+    fixed["root"] = describe_data(settings["root"])
     if path.exists():
         record = json.loads(path.read_text())
         if record["fixed"] != fixed:
@@ -379,7 +322,7 @@ def prepare(settings: dict[str, Any], out: Path) -> dict[str, Any]:
                 "another out"
             )
         return record
-    torch.set_num_threads(1)
+    study.start_worker()
     record = {
         "fixed": fixed,
         "costs": measure_costs(settings),
@@ -392,9 +335,6 @@ def prepare(settings: dict[str, Any], out: Path) -> dict[str, Any]:
 
 def key(row: dict[str, str]) -> tuple[str, ...]:
     return tuple(row[name] for name in KEYS)
-
-
-# What it says
 
 
 def values(
@@ -410,23 +350,25 @@ def values(
 
 
 def table(rows: list[dict[str, str]], settings: dict[str, Any], record: dict[str, Any]) -> str:
-    costs = record["costs"]
-    relative = ", ".join(f"{name} {costs[name] / costs['plain']:.2f}" for name in costs)
     lines = [
-        f"# R-Drop on {Path(settings['root'] or 'digits').name}, {settings['model']}",
+        f"# R-Drop on {record['fixed']['root'].partition(',')[0]}, {settings['model']}",
         "",
         f"{settings['seeds']} seeds; {settings['epochs']} epochs with all labels, at least "
         f"{settings['min_steps']} steps; batches of {settings['batch_size']}, learning rate "
-        f"{settings['lr']:g}. {record['machine']}, one thread a run. Cost of a step: {relative}.",
+        f"{settings['lr']:g}. {record['machine']}, one thread a run.",
         "",
         "Mean and (standard deviation) over the seeds. Differences are paired by seed, with a 95 % "
         "interval; p is of the paired t-test, not corrected for the number of comparisons. An arm "
         "with alpha is compared with the same arm without it, any other with the plain arm.",
     ]
     for labels, budget in itertools.product(sorted(settings["labels"]), settings["budgets"]):
+        costs = record["costs"][f"{labels:g}"]
+        relative = ", ".join(f"{name} {costs[name] / costs['plain']:.2f}" for name in costs)
         lines += [
             "",
             f"## {100 * labels:g} % of the labels, equal {budget}",
+            "",
+            f"Cost of a step: {relative}.",
             "",
             "| arm | steps | accuracy, % | difference | p | NLL | p | ECE, % | p |",
             "|---|---|---|---|---|---|---|---|---|",

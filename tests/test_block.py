@@ -273,6 +273,13 @@ def test_a_block_that_evaluates_drops_nothing():
     assert torch.equal(block(x), block(x))
 
 
+@pytest.mark.parametrize("key", ["branch_drop", "drop_path"])
+@pytest.mark.parametrize("value", [1, 1.5, -0.1])
+def test_a_probability_outside_its_range_is_refused(key, value):
+    with pytest.raises(ValueError, match=f"{key}.*={value}: must be a number of at least 0"):
+        RepVGGBlock(8, 8, **{key: value})
+
+
 @pytest.mark.parametrize("options", [{"stride": 2}, {"out_channels": 12}])
 def test_drop_path_without_an_identity_branch_is_refused(options):
     with pytest.raises(ValueError, match=r"drop_path=0\.1: .*no identity branch"):

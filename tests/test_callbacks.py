@@ -1,3 +1,4 @@
+import copy
 import os
 import resource
 import signal
@@ -233,17 +234,55 @@ def test_the_best_is_the_most_accurate_and_of_those_the_lowest_loss(history, kep
 
 
 @pytest.mark.parametrize("views", [1, 2])
-def test_statistics_are_reestimated_before_each_validation(views, tmp_path):
+@pytest.mark.parametrize("every", [1, 2], ids=lambda every: f"validated every {every}")
+def test_every_checkpoint_holds_statistics_without_the_noise(views, every, tmp_path):
     module, data = classifier(branch_drop=0.3), digits(batch_size=256, views=views)
     module.rdrop_views = views
-    trainer(tmp_path, ReestimateBN(), epochs=1).fit(module, datamodule=data)
-    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    found = []
 
-    batches = (data.on_after_batch_transfer(batch, 0)[0] for batch in data.train_dataloader())
-    reestimate_bn(module.net, (images.flatten(0, -4) for images in batches))
+    class Compare(LastCheckpoint):
+        def _save_checkpoint(self, trainer, filepath):
+            super()._save_checkpoint(trainer, filepath)
+            saved = torch.load(filepath, weights_only=True)["state_dict"]
+            twin = copy.deepcopy(module.net)
+            batches = (data.on_after_batch_transfer(b, 0)[0] for b in data.train_dataloader())
+            reestimate_bn(twin, (images.flatten(0, -4) for images in batches))
+            found.append([torch.equal(v, saved[f"net.{k}"]) for k, v in twin.state_dict().items()])
 
-    for key, value in module.net.state_dict().items():
-        assert torch.equal(value, saved[f"net.{key}"]), key
+    L.Trainer(
+        max_epochs=3,
+        check_val_every_n_epoch=every,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=[ReestimateBN(), Compare(tmp_path)],
+    ).fit(module, datamodule=data)
+
+    assert len(found) == 3
+    assert all(map(all, found))
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* not empty:UserWarning")
+def test_a_run_with_reestimated_statistics_resumes_to_the_same_weights(tmp_path):
+    def data() -> InMemory:
+        return digits(batch_size=256)
+
+    whole = classifier(branch_drop=0.3)
+    trainer(tmp_path / "whole", ReestimateBN()).fit(whole, datamodule=data())
+    last = tmp_path / "last.ckpt"
+    with pytest.raises(Interrupted):
+        trainer(tmp_path, ReestimateBN(), SignalAt(7), SaveOnSignal(last)).fit(
+            classifier(branch_drop=0.3), datamodule=data()
+        )
+    resumed = classifier(branch_drop=0.3)
+
+    trainer(tmp_path, ReestimateBN()).fit(
+        resumed, datamodule=data(), ckpt_path=last, weights_only=True
+    )
+
+    assert all(map(torch.equal, weights(resumed), weights(whole)))
 
 
 def test_training_is_the_same_with_and_without_the_reestimate(tmp_path):

@@ -185,6 +185,7 @@ def test_weights_of_one_change_nothing():
         (torch.full((6, 4), 0.25), r"shape \(6, 4\).*model.num_classes=5"),
         (torch.full((6, 5), math.nan), "hold NaN"),
         (torch.full((6, 5), -0.2), "a negative number"),
+        (torch.full((6, 5), 5.0), "a row whose sum is 25"),
         (torch.full((6,), math.nan), r"shape \(6,\)"),
     ],
 )

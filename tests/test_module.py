@@ -68,7 +68,7 @@ def test_a_step_minimizes_the_rdrop_loss_of_two_predictions(options, soft, weigh
         *two_predictions(module, 9), targets, alpha=0.7, weights=weights, **options
     ).total
 
-    module._noise = Noise(False, True)
+    module.noise = Noise(False, True)
     torch.manual_seed(9)
     loss = module.training_step((images, targets, *([weights] if weighted else [])), 0)
 
@@ -109,7 +109,7 @@ def test_the_auxiliary_terms_of_a_doubled_batch_are_means_over_both_halves():
     for both in auxiliary:
         expected = expected + 0.1 * nn.functional.cross_entropy(both, targets.repeat(2))
 
-    module._noise = Noise(True, False)
+    module.noise = Noise(True, False)
     torch.manual_seed(4)
     loss = module.training_step((images, targets), 0)
 
@@ -217,7 +217,7 @@ def repeatable() -> Classifier:
     """A module whose images do not see each other, and whose noise is a function of the image."""
     module = frozen(classifier(rdrop=3.0))
     module.net.dropout = SameMasks()
-    module._noise = Noise(False, True)
+    module.noise = Noise(False, True)
     return module
 
 
@@ -391,6 +391,7 @@ def test_rdrop_is_one_number_whose_zero_is_off(given):
         ({}, {"momentum": 1.5}, "optim.momentum=1.5"),
         ({}, {"weight_decay": None}, "optim.weight_decay=None"),
         ({"num_classes": -2}, {}, "model.num_classes=-2"),
+        ({"num_classes": 1}, {}, "model.num_classes=1: must be an integer of at least 2"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_key(model, options, message):

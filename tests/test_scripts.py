@@ -1,30 +1,35 @@
 """The programs run by hand, on small jobs."""
 
 import csv
-import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import benchmark_rdrop
 import pytest
+import study_rdrop
 from PIL import Image
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+from repvgg import cli
 
 
-def run(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, SCRIPTS / script, *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+@pytest.fixture
+def run(monkeypatch, tmp_path, capfd):
+    """Runs a script with arguments in an empty folder; returns what it printed."""
+
+    def run_in_folder(script: ModuleType, *arguments: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
+        cli.script(script.main, script.__doc__, script.DEFAULTS)
+        return capfd.readouterr().out
+
+    return run_in_folder
 
 
-def test_the_benchmark_shows_time_and_operations_of_every_way_to_step(tmp_path):
-    done = run("benchmark_rdrop.py", "rounds=2", "cases=[32x64x10]", cwd=tmp_path)
+def test_the_benchmark_shows_time_and_operations_of_every_way_to_step(run):
+    printed = run(benchmark_rdrop, "rounds=2", "cases=[32x64x10]")
 
-    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if "x |" in line]
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if "x |" in line]
     operations = {row[0]: float(row[4].rstrip("x")) for row in rows}
     assert operations["the same again (control)"] == 1
     assert 1 < operations["R-Drop, one forward"] < 1.01
@@ -39,6 +44,7 @@ STUDY = (
     "labels=[0.1]",
     "views=false",
     "epochs=1",
+    "workers=1",
     "min_steps=3",
     "out=study",
 )
@@ -49,25 +55,23 @@ def rows(folder: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-def test_a_study_that_was_stopped_goes_on_and_ends_in_a_table_and_a_figure(tmp_path):
-    done = run("study_rdrop.py", *STUDY, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_a_study_that_was_stopped_goes_on_and_ends_in_a_table_and_a_figure(run, tmp_path):
+    run(study_rdrop, *STUDY)
     whole = rows(tmp_path)
     table = (tmp_path / "study" / "table.md").read_text()
     path = tmp_path / "study" / "results.csv"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]) + "0.1,epo")
 
-    again = run("study_rdrop.py", *STUDY, cwd=tmp_path)
+    again = run(study_rdrop, *STUDY)
 
-    assert again.returncode == 0, again.stderr
-    assert "3 runs are done" in again.stdout
+    assert "3 runs are done" in again
     assert "| alpha 1, dropout 0.2 |" in table
     assert (tmp_path / "study" / "figure.png").stat().st_size > 10_000
     deterministic = [row[:5] + row[6:] for row in sorted(whole)]  # all but the seconds
     assert sorted(row[:5] + row[6:] for row in rows(tmp_path)) == deterministic
 
 
-def test_a_study_reads_a_folder_of_images(tmp_path):
+def test_a_study_reads_a_folder_of_images(run, tmp_path):
     for part in ("train", "test"):
         for label, shade in (("dark", 40), ("light", 200)):
             folder = tmp_path / "images" / part / label
@@ -75,28 +79,41 @@ def test_a_study_reads_a_folder_of_images(tmp_path):
             for i in range(8):
                 Image.new("RGB", (16, 16), (shade, shade + 5 * i, 90)).save(folder / f"{i}.png")
 
-    done = run("study_rdrop.py", *STUDY, "labels=[0.5]", "root=images", cwd=tmp_path)
+    printed = run(study_rdrop, *STUDY, "labels=[0.5]", "budgets=[epochs]", "root=images")
 
-    assert done.returncode == 0, done.stderr
-    assert "# R-Drop on images" in done.stdout
+    assert "# R-Drop on images" in printed
     assert {row[0] for row in rows(tmp_path)[1:]} == {"0.5"}
 
 
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("study_rdrop.py", ["seed=3"], "seed=3: there is no such key; did you mean seeds?"),
-        ("study_rdrop.py", ["alphas=[-1]"], "alphas=-1: must be a number of at least 0"),
-        ("study_rdrop.py", ["seeds=1"], "seeds=1: must be an integer of at least 2"),
-        ("study_rdrop.py", ["root=nowhere"], "there is no folder nowhere/train"),
-        ("benchmark_rdrop.py", ["cases=[224]"], "'224' is not SIZExBATCHxCLASSES"),
-        ("benchmark_rdrop.py", ["device=abacus"], "device='abacus'"),
+        (study_rdrop, ["seed=3"], "seed=3: there is no such key; did you mean seeds?"),
+        (study_rdrop, ["alphas=[-1]"], "alphas=-1: must be a number of at least 0"),
+        (study_rdrop, ["seeds=1"], "seeds=1: must be an integer of at least 2"),
+        (study_rdrop, ["root=nowhere"], "there is no folder nowhere/train"),
+        (study_rdrop, ["views=maybe"], "views='maybe': must be true or false"),
+        (study_rdrop, ["alphas=[1"], "alphas='[1': must be a list; type for example alphas=[0.3"),
+        (study_rdrop, ["lr=true"], "lr='true': must be a number"),
+        (study_rdrop, ["budgets=[[time]]"], "must be of epochs, time"),
+        (benchmark_rdrop, ["cases=5"], "cases='5': must be a list"),
+        (benchmark_rdrop, ["cases=[224]"], "'224' is not SIZExBATCHxCLASSES"),
+        (benchmark_rdrop, ["device=abacus"], "device='abacus'"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(script, arguments, message, tmp_path):
-    done = run(script, *arguments, cwd=tmp_path)
+def test_a_mistake_is_told_in_one_line(script, arguments, message, run, tmp_path, capfd):
+    with pytest.raises(SystemExit) as stopped:
+        run(script, *arguments)
 
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    told = capfd.readouterr().err
+    assert stopped.value.code == 1
+    assert message in told
+    assert len(told.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", [benchmark_rdrop, study_rdrop])
+def test_help_shows_the_keys(script, run):
+    printed = run(script, "--help")
+
+    assert all(f"{key}:" in printed for key in script.DEFAULTS)

@@ -276,7 +276,7 @@ def test_a_network_trained_with_every_regularizer_deploys_exactly(tmp_path):
     done = run("deploy.py", "ckpt=run/checkpoints/best.ckpt", "formats=[safetensors]", cwd=tmp_path)
 
     assert done.returncode == 0, done.stderr
-    assert "between two views, each step at the price of two" in trained.stdout
+    assert "R-Drop 1, two views of each image, each step at the price of two" in trained.stdout
     report = json.loads((tmp_path / "run" / "deploy" / "report.json").read_text())
     assert report["verdicts"]["folded, float64"]["error"] <= 1e-10
 
@@ -290,6 +290,7 @@ def test_a_network_trained_with_every_regularizer_deploys_exactly(tmp_path):
         ("train.py", ["rdrop=-1"], "rdrop=-1: must be a number of at least 0"),
         ("train.py", ["rdrop_warmup=2"], "rdrop_warmup=2: has no effect without rdrop"),
         ("train.py", ["rdrop_views=2", "data.augment=0"], "without augmentation all views are"),
+        ("train.py", ["data.views=2"], "rdrop_views=1: the data gives 2; leave data.views alone"),
         ("train.py", ["model.num_classes=7"], "type model.num_classes=10"),
         ("train.py", ["trainer.max_epochs=soon"], "trainer.max_epochs='soon': must be an integer"),
         ("train.py", ["trainer.devices=2"], "trainer.devices=2: training uses one device so far"),

@@ -279,4 +279,6 @@ class Throughput(Callback):
         assert self._start is not None
         self._images += len(batch[0])
         seconds = time.perf_counter() - self._start
-        pl_module.log("train/images_per_second", self._images / seconds)
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step % every == 0:  # the others would be dropped
+            pl_module.log("train/images_per_second", self._images / seconds)

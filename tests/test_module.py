@@ -38,6 +38,7 @@ def classifier(model: dict | None = None, **options) -> Classifier:
         global_step=1000,
         current_epoch=0,
         accumulate_grad_batches=1,
+        log_every_n_steps=1,
         num_training_batches=10,
     )
     return module.train()

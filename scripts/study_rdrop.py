@@ -14,6 +14,7 @@ The folder `out` gets results.csv, table.md, figure.png and settings.json. A stu
 goes on with the same command. Needs scipy and matplotlib: pip install -e ".[study]"
 """
 
+import functools
 import itertools
 import json
 import os
@@ -28,8 +29,7 @@ import torch
 
 from repvgg import cli
 from repvgg.arguments import check_integer, check_number, refusal
-from repvgg.data import Augmentation, Batch, InMemory
-from repvgg.model import DataContract
+from repvgg.data import InMemory
 
 DEFAULTS: dict[str, Any] = {
     "root": None,  # null: the digits
@@ -48,8 +48,8 @@ DEFAULTS: dict[str, Any] = {
     "workers": os.cpu_count() or 1,  # processes of one thread each
     "out": "runs/study_rdrop",
 }
-GRID = ("seeds", "alphas", "dropouts", "label_smoothing", "views", "labels", "budgets")
-FREE = (*GRID, "workers", "out")  # keys that may differ when a study goes on
+# Keys that may differ when a study goes on: they add runs or leave some out.
+FREE = ("seeds", "alphas", "dropouts", "label_smoothing", "views", "budgets", "workers", "out")
 MEASURED_STEPS = 30  # of each short run that measures the cost of a step
 METRICS = {"accuracy": (100, "{:.2f}"), "nll": (1, "{:.3f}"), "ece": (100, "{:.2f}")}
 
@@ -225,14 +225,7 @@ def build(
     return module, data, steps
 
 
-_loaded: dict[str | None, Any] = {}
-
-
-def loaded(root: str | None) -> tuple[Batch, Batch, DataContract, Augmentation]:
-    """The data, read once in each process."""
-    if root not in _loaded:
-        _loaded[root] = study.load_images(root)
-    return _loaded[root]
+loaded = functools.cache(study.load_images)  # once in each process
 
 
 def fit(module: Any, data: InMemory, steps: int) -> float:
@@ -240,6 +233,9 @@ def fit(module: Any, data: InMemory, steps: int) -> float:
     import lightning as L
 
     class Clock(L.Callback):
+        def on_train_start(self, *_: Any) -> None:
+            self.start = time.perf_counter()
+
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
             if trainer.global_step == 1:
                 self.start = time.perf_counter()
@@ -402,7 +398,7 @@ def draw(rows: list[dict[str, str]], settings: dict[str, Any], path: Path) -> No
 
     shares = sorted(settings["labels"])
     figure, axes = pyplot.subplots(
-        2, len(shares), figsize=(1 + 3.6 * len(shares), 8), sharey="row", squeeze=False
+        2, len(shares), figsize=(1 + 3.6 * len(shares), 8), squeeze=False
     )
     named = {"accuracy": "accuracy, points", "ece": "calibration error (ECE), points"}
     for line, (metric, title) in enumerate(named.items()):

@@ -41,7 +41,9 @@ def train(config: dict[str, Any], folder: Path) -> None:
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from repvgg import callbacks, checkpoint
+    from repvgg.model import to_float
     from repvgg.module import Classifier
+    from repvgg.rdrop import find_noise
 
     quieten()
     L.seed_everything(config["seed"], verbose=False)
@@ -67,6 +69,8 @@ def train(config: dict[str, Any], folder: Path) -> None:
         if recorded != model:
             raise ValueError(f"resume={resume}: it holds {recorded}, this run wants {model}")
     images, labels = data.probe()
+    if module.rdrop > 0 and module.rdrop_views == 1:
+        module.noise = find_noise(module.net, to_float(images))
     logger = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
     if config["trainer"]["log_every_n_steps"] is None:
         config["trainer"]["log_every_n_steps"] = max(1, steps.batches // 10)
@@ -99,7 +103,7 @@ def train(config: dict[str, Any], folder: Path) -> None:
     )
     print(
         f"{model['name']}: {sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters, "
-        f"{steps.total} steps of {data.batch_size} images, {describe_rdrop(module, images)}, "
+        f"{steps.total} steps of {data.batch_size} images, {describe_rdrop(module)}, "
         f"into {folder}"
     )
     record(config, folder)
@@ -178,17 +182,13 @@ def check_fit(config: dict[str, Any], data: Any) -> None:
         )
 
 
-def describe_rdrop(module: Any, images: Any) -> str:
-    """What R-Drop does in this run, and what it costs; asks the network where it is random."""
-    from repvgg.model import to_float
-    from repvgg.rdrop import find_noise
-
+def describe_rdrop(module: Any) -> str:
+    """What R-Drop does in this run, and what it costs."""
     rdrop = f"R-Drop {module.rdrop:g}" if module.rdrop > 0 else "no R-Drop"
     if module.rdrop_views == 2:
         return f"{rdrop}, two views of each image, each step at the price of two"
     if module.rdrop == 0:
         return rdrop
-    module.noise = find_noise(module.net, to_float(images))
     if module.noise.trunk:
         return f"{rdrop}, each image twice in the batch, each step at the price of two"
     return f"{rdrop} in one forward"

@@ -133,6 +133,8 @@ class RepVGGBlock(nn.Module):
         se_after_relu: int = 0,
     ) -> None:
         super().__init__()
+        check_number("branch_drop", branch_drop, below=1, example=0.1)
+        check_number("drop_path", drop_path, below=1, example=0.1)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.stride = stride
@@ -159,8 +161,6 @@ class RepVGGBlock(nn.Module):
                 f"drop_path={drop_path}: a block from {in_channels} to {out_channels} channels "
                 f"with stride {stride} has no identity branch to fall back on; give drop_path=0"
             )
-        check_number("branch_drop", branch_drop, below=1, example=0.1)
-        check_number("drop_path", drop_path, below=1, example=0.1)
         self.branch_drop = DropRows(branch_drop) if branch_drop else nn.Identity()
         self.drop_path = DropRows(drop_path) if drop_path else nn.Identity()
         self.reparam: nn.Conv2d | None = None

@@ -48,8 +48,9 @@ def switch_to_deploy(model: Model) -> Model:
 def reestimate_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Replace the running statistics of every BatchNorm by those of given images, in place.
 
-    All but the BatchNorms is in eval mode meanwhile, so the statistics are those of the network
-    without its training noise: what is folded after training with `branch_drop` or `drop_path`.
+    All but the BatchNorms is in eval mode meanwhile (torch's `update_bn` leaves dropout on), so the
+    statistics are those of the network without its training noise: what is folded after training
+    with `branch_drop` or `drop_path`.
     They are plain averages over the batches ("precise BN", Wu and Johnson, 2021, arXiv:2105.07576,
     section 3). Weights, modes and momenta stay, and the statistics of a BatchNorm that no image
     reaches.

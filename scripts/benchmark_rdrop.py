@@ -7,13 +7,13 @@ do it. The step without R-Drop is timed under two names: their ratio shows how m
 
 import copy
 import os
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
+import study
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,11 +40,10 @@ def main(settings: dict[str, Any]) -> None:
     check_integer("rounds", settings["rounds"], minimum=1, example=15)
     torch.set_num_threads(check_integer("threads", settings["threads"], minimum=1, example=2))
     cases = [parse(case) for case in settings["cases"]]
-    device = parse_device(str(settings["device"]))
+    device = parse_device(settings["device"])
     print(
-        f"{settings['model']}, float32, {settings['rounds']} rounds after 2 to warm up; torch "
-        f"{torch.__version__}, Python {platform.python_version()}, {device.type}, "
-        f"{settings['threads']} threads of {os.cpu_count()} processors, load "
+        f"{settings['model']}, float32, {settings['rounds']} rounds after 2 to warm up; "
+        f"{study.machine()}, on {device.type}, {settings['threads']} threads, load "
         f"{os.getloadavg()[0]:.1f}"
     )
     for size, batch, num_classes, strides in cases:

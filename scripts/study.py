@@ -125,14 +125,13 @@ def compare(ours: dict[str, float], theirs: dict[str, float]) -> Comparison:
     """Compare two ways by the seeds that both have."""
     from scipy import stats
 
-    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    mean = float(np.mean(differences))
-    error = float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
-    if error == 0:
+    seeds = [seed for seed in ours if seed in theirs]
+    first, second = (np.array([runs[seed] for seed in seeds]) for runs in (ours, theirs))
+    mean = float((first - second).mean())
+    if np.ptp(first - second) == 0:
         return Comparison(mean, math.nan, math.nan)
-    degrees = len(differences) - 1
-    half_width = float(stats.t.ppf(0.975, degrees)) * error
-    return Comparison(mean, half_width, float(2 * stats.t.sf(abs(mean) / error, degrees)))
+    test = stats.ttest_rel(first, second)
+    return Comparison(mean, float(test.confidence_interval().high) - mean, float(test.pvalue))
 
 
 def require_packages() -> None:

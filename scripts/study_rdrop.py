@@ -80,8 +80,10 @@ class Arm(NamedTuple):
     @property
     def cost(self) -> str:
         """What sets the time of a step."""
-        if self.views == 2 or self.doubled:
-            return "two views" if self.views == 2 else "image twice"
+        if self.views == 2:
+            return "two views"
+        if self.doubled:
+            return "image twice"
         return "one forward" if self.alpha else "plain"
 
     @property
@@ -109,7 +111,7 @@ class Job(NamedTuple):
 def main(settings: dict[str, Any]) -> None:
     check(settings)
     study.require_packages()
-    out = Path(str(settings["out"]))
+    out = Path(settings["out"])
     record = prepare(settings, out)
     results = out / "results.csv"
     done = {key(row) for row in study.read(results)}

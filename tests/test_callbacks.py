@@ -44,7 +44,7 @@ def classifier(**noise) -> Classifier:
 
 
 def trainer(
-    folder: Path, *callbacks: L.Callback, epochs: int = 3, accumulate: int = 1
+    folder: Path, *callbacks: L.Callback, epochs: int = 3, accumulate: int = 1, **options: int
 ) -> L.Trainer:
     return L.Trainer(
         max_epochs=epochs,
@@ -56,6 +56,7 @@ def trainer(
         num_sanity_val_steps=0,
         plugins=[WholeFileIO()],
         callbacks=[*callbacks, BestCheckpoint(folder), LastCheckpoint(folder)],
+        **options,
     )
 
 
@@ -249,16 +250,8 @@ def test_every_checkpoint_holds_statistics_without_the_noise(views, every, tmp_p
             reestimate_bn(twin, (images.flatten(0, -4) for images in batches))
             found.append([torch.equal(v, saved[f"net.{k}"]) for k, v in twin.state_dict().items()])
 
-    L.Trainer(
-        max_epochs=3,
-        check_val_every_n_epoch=every,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=[ReestimateBN(), Compare(tmp_path)],
-    ).fit(module, datamodule=data)
+    callbacks = ReestimateBN(), Compare(tmp_path / "each")
+    trainer(tmp_path, *callbacks, check_val_every_n_epoch=every).fit(module, datamodule=data)
 
     assert len(found) == 3
     assert all(map(all, found))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from repvgg import checkpoint, losses, rdrop, reparam, verify
     from repvgg.block import RepVGGBlock
-    from repvgg.fuse import reestimate_bn, switch_to_deploy
+    from repvgg.fuse import fuse_conv_bn, reestimate_bn, switch_to_deploy
     from repvgg.model import RepVGG
     from repvgg.zoo import create_model, list_models
 
@@ -22,6 +22,7 @@ __all__ = [
     "RepVGGBlock",
     "checkpoint",
     "create_model",
+    "fuse_conv_bn",
     "list_models",
     "losses",
     "rdrop",
@@ -35,6 +36,7 @@ _HOME = {
     "RepVGG": "model",
     "RepVGGBlock": "block",
     "create_model": "zoo",
+    "fuse_conv_bn": "fuse",
     "list_models": "zoo",
     "reestimate_bn": "fuse",
     "switch_to_deploy": "fuse",

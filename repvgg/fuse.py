@@ -2,11 +2,17 @@
 
 import copy
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from repvgg import branches, dataflow, linear
+from repvgg.reparam import Affine
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -92,3 +98,277 @@ def reestimate_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
             if not done or bn.num_batches_tracked == 0:  # an auxiliary classifier's did not run
                 for buffer, before in zip(bn.buffers(), buffers, strict=True):
                     buffer.copy_(before)
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """What `fuse_conv_bn` did. Modules are known by their names in the network.
+
+    Attributes:
+        fused: pairs of a convolution or linear layer and a normalization, in the order in which
+            they ran; they are one module now, under the name of the former.
+        merged: convolutions and what was added to them, one module now, which has the first name.
+        kept: every normalization that is left, and why.
+        untraced: modules whose forward could not be followed, and why; inside them less is fused.
+    """
+
+    fused: list[tuple[str, str]] = field(default_factory=list)
+    merged: list[tuple[str, ...]] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+    untraced: dict[str, str] = field(default_factory=dict)
+
+
+def fuse_conv_bn(model: nn.Module) -> tuple[nn.Module, FusionReport]:
+    """Copy a network and fold every BatchNorm of the copy that can be proven to allow it.
+
+    BN(W*x + b) is one convolution (RepVGG, eq. 3), and so is W*BN(x) + b where no border is padded
+    with zeros, and a sum of parallel convolutions of one x (section 3.3), x itself among them. What
+    feeds what is read off the forward (`repvgg.dataflow`), never off the order of children: a
+    BatchNorm is folded into the convolutions that feed it if all it is ever given comes from them
+    and all they ever give goes to it.
+
+    The copy computes what `model` computes in eval mode; `model` does not change. A folded
+    convolution keeps its name, and an `nn.Identity` (or what a normalization did besides
+    normalizing, timm's activation) stands in the place of its BatchNorm. Where a sum was merged,
+    the module whose forward adds is a `torch.fx.GraphModule`. Assumed is that a network is used by
+    calling it, not by single methods or parts of it, and that its forward does not depend on what
+    it did before.
+
+    Returns:
+        the copy, in eval mode, and a report of what was fused, and of what was not and why.
+
+    Raises:
+        ValueError: the network is in training mode, or holds what cannot be copied: lazy parameters
+            that were never initialized, weights that a hook computes (pruning, old weight_norm).
+    """
+    if model.training:
+        raise ValueError(
+            f"{type(model).__name__} is in training mode, where BatchNorm cannot be folded: "
+            "call .eval() first, or pass copy.deepcopy(model).eval()"
+        )
+    for name, module in model.named_modules():
+        if any(
+            isinstance(t, UninitializedBuffer | UninitializedParameter) for t in _tensors(module)
+        ):
+            raise ValueError(f"{name} is not initialized: run the network once")
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                raise ValueError(
+                    f"{name}.{key} is computed by a hook: make it permanent first "
+                    "(torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm)"
+                )
+    model = copy.deepcopy(model)
+    flow = dataflow.trace(model, linear.is_step)
+    report = FusionReport(untraced=flow.untraced)
+    _Folding(model, flow, report).run()
+    return _merge_sums(model, flow, report).eval(), report
+
+
+def _tensors(module: nn.Module) -> Iterable[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+class _Folding:
+    """Folds pairs until no more can be; sums stay in float64 until they are written."""
+
+    def __init__(self, model: nn.Module, flow: dataflow.Dataflow, report: FusionReport) -> None:
+        self.modules = dict(model.named_modules())
+        self.model = model
+        self.flow = flow
+        self.report = report
+        self.values: dict[str, Affine] = {}
+
+    def run(self) -> None:
+        pending = [name for name, m in self.modules.items() if linear.is_normalization(m)]
+        readings = {name: linear.read_normalization(self.modules[name]) for name in pending}
+        progress = True
+        while progress:
+            progress = False
+            for fold in (self._fold_behind, self._fold_before):
+                for name in list(pending):
+                    found = readings[name]
+                    reason = found if isinstance(found, str) else fold(name, found)
+                    if reason is None:
+                        pending.remove(name)
+                        self.report.kept.pop(name, None)
+                        progress = True
+                    elif fold == self._fold_behind:
+                        self.report.kept[name] = reason
+        for name, value in self.values.items():
+            module = self.modules[name]
+            assert linear.is_linear(module)
+            linear.write(module, value)
+
+    def _fold_behind(self, name: str, found: linear.Normalization) -> str | None:
+        """Fold a normalization into all that feeds it; or why not."""
+        calls = self.flow.calls.get(name, [])
+        if name in self.flow.reached:
+            return self.flow.reached[name]
+        if not calls:
+            return "nothing calls it"
+        sources: dict[str, None] = {}
+        for call in calls:
+            given = call.all_input_nodes
+            source = self.flow.called(given[0]) if len(given) == 1 else None
+            module = None if source is None else self.modules[source]
+            if isinstance(module, nn.Linear | _ConvNd) and not linear.is_linear(module):
+                return f"{source}: {linear.refusal(module) or 'it has code of its own'}"
+            if source is None or module is None or not linear.is_linear(module):
+                return f"it is fed by {self._describe(given)}, not by a convolution"
+            sources[source] = None
+        values = {}
+        for source in sources:
+            module = self.modules[source]
+            assert linear.is_linear(module)
+            reason = self._refusal(source, calls) or self._mismatch(module, found)
+            if reason is not None:
+                return f"{source}: {reason}"
+            value = linear.absorb_behind(self._value(source), found)
+            if not linear.fits(module, value):
+                return f"{source}: the folded numbers overflow {module.weight.dtype}"
+            values[source] = value
+        ndims = {self._ndim(self.modules[source]) for source in sources}
+        if len(ndims) > 1:
+            return "it is fed by convolutions of different dimensions"
+        self._take(name, found, calls, values, ndims.pop(), [(source, name) for source in sources])
+        return None
+
+    def _fold_before(self, name: str, found: linear.Normalization) -> str | None:
+        """Fold a normalization into the one that it feeds; or why not."""
+        calls = self.flow.calls.get(name, [])
+        if name in self.flow.reached or not calls or found.tail:
+            return "it cannot be folded into what is behind it"
+        targets: dict[str, None] = {}
+        for call in calls:
+            users = dataflow.uses(call)
+            target = self.flow.called(users[0]) if len(users) == 1 else None
+            if target is None or not linear.is_linear(self.modules[target]):
+                return "it does not feed a convolution alone"
+            if self._is_overwritten_between(call, users[0]):
+                return "something in between may work in place"
+            targets[target] = None
+        if len(targets) > 1:
+            return "it feeds several convolutions"
+        (target,) = targets
+        module = self.modules[target]
+        assert linear.is_linear(module)
+        fed = {user for call in calls for user in dataflow.uses(call)}
+        if target in self.flow.reached or linear.refusal(module) is not None:
+            return "the convolution may not be changed"
+        if set(self.flow.calls[target]) != fed or linear.pads_with_zeros(module):
+            return "the convolution has other inputs, or pads its border with zeros"
+        channels = getattr(module, "in_channels", getattr(module, "in_features", None))
+        if self._mismatch(module, found, channels) is not None:
+            return "the convolution does not fit"
+        value = linear.absorb_before(module, self._value(target), found)
+        if not linear.fits(module, value):
+            return "the folded numbers overflow"
+        ndim = self._ndim(module)
+        self._take(name, found, calls, {target: value}, ndim, [(name, target)])
+        return None
+
+    def _refusal(self, source: str, calls: list[fx.Node]) -> str | None:
+        """Why the output of a convolution may not be changed."""
+        if source in self.flow.reached:
+            return self.flow.reached[source]
+        others = {
+            user
+            for call in self.flow.calls[source]
+            for user in dataflow.uses(call) or [call]
+            if user not in calls
+        }
+        if others:
+            return f"its output is also used by {self._describe(others)}"
+        return linear.refusal(self.modules[source])
+
+    def _is_overwritten_between(self, first: fx.Node, last: fx.Node) -> bool:
+        """Whether the input of the first step may have changed when the last one runs."""
+        node = first.next
+        while node is not last:
+            called = self.flow.called(node)
+            if linear.may_overwrite(node, None if called is None else self.modules[called]):
+                return True
+            node = node.next
+        return False
+
+    def _mismatch(
+        self, module: linear.Linear, found: linear.Normalization, channels: int | None = None
+    ) -> str | None:
+        """Why a normalization does not work on the channels of a convolution."""
+        if channels is None:
+            channels = getattr(module, "out_channels", getattr(module, "out_features", None))
+        dims = linear.dimensions(module)
+        if found.dims is not None and found.dims != (dims or 1):
+            return "the normalization is for inputs of other dimensions"
+        if channels != len(found.scale):
+            return "the normalization has another number of channels"
+        if module.weight.device != found.scale.device:
+            return "it is on another device than the normalization"
+        return None
+
+    def _take(
+        self,
+        name: str,
+        found: linear.Normalization,
+        calls: list[fx.Node],
+        values: dict[str, Affine],
+        ndim: int,
+        pairs: list[tuple[str, str]],
+    ) -> None:
+        self.values |= values
+        self.report.fused.extend(pairs)
+        old = self.modules[name]
+        self.modules[name] = linear.replacement(old, found, ndim)
+        put(self.model, old, self.modules[name])
+        if not found.tail:
+            for call in calls:
+                call.replace_all_uses_with(call.all_input_nodes[0])
+                call.graph.erase_node(call)
+
+    def _value(self, name: str) -> Affine:
+        module = self.modules[name]
+        assert linear.is_linear(module)
+        return self.values[name] if name in self.values else linear.affine(module)
+
+    def _ndim(self, module: nn.Module) -> int:
+        assert linear.is_linear(module)
+        return 2 + linear.dimensions(module)
+
+    def _describe(self, nodes: Iterable[fx.Node]) -> str:
+        """The steps, for the reader."""
+        shown = sorted(self.flow.called(node) or _kind(node) for node in nodes)
+        return ", ".join(shown) or "nothing"
+
+
+def _kind(node: fx.Node) -> str:
+    if node.op == "placeholder":
+        return f"the input {node.target}"
+    if node.op == "output":
+        return "the output"
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _merge_sums(model: nn.Module, flow: dataflow.Dataflow, report: FusionReport) -> nn.Module:
+    """Merge sums of branches in every forward that adds; the network, changed or replaced."""
+    for owner in branches.owners(flow):
+        merged = branches.merge_sums(model, owner, flow)
+        if merged is None:
+            continue
+        for names in merged.sums:
+            for name in names[1:]:
+                if report.kept.pop(name, None) is not None:
+                    report.fused.append((names[0], name))
+        report.merged.extend(merged.sums)
+        if owner == "":
+            model = merged.module
+        else:
+            put(model, model.get_submodule(owner), merged.module)
+    return model
+
+
+def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Replace a module under every name that it has."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new

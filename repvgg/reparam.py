@@ -43,26 +43,90 @@ def fold_bn(kernel: Tensor, bias: Tensor | None, bn: nn.modules.batchnorm._Batch
         ValueError: `bn` has no running statistics, so its output depends on the batch; or it
             normalizes another number of channels than the kernel produces.
     """
-    if bn.running_mean is None or bn.running_var is None:
-        raise ValueError(
-            "cannot fold a BatchNorm without running statistics: its output depends on the batch; "
-            "build it with track_running_stats=True"
-        )
+    scale, shift = bn_affine(bn)
     if bn.num_features != kernel.shape[0]:
         raise ValueError(
             f"cannot fold a BatchNorm of {bn.num_features} channels into a kernel that "
             f"produces {kernel.shape[0]}"
         )
-    scale = (bn.running_var.double() + bn.eps).rsqrt()  # (O,)
+    return scale_output(kernel, bias, scale, shift)
+
+
+def bn_affine(bn: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
+    """Read an eval-mode BatchNorm as x -> scale * x + shift, by channel.
+
+    scale = gamma / sigma and shift = beta - mu gamma / sigma, sigma = sqrt(running_var + eps).
+
+    Returns:
+        scale and shift, (C,), in float64.
+
+    Raises:
+        ValueError: `bn` has no running statistics.
+    """
+    if bn.running_mean is None or bn.running_var is None:
+        raise ValueError(
+            "cannot fold a BatchNorm without running statistics: its output depends on the batch; "
+            "build it with track_running_stats=True"
+        )
+    scale = (bn.running_var.double() + bn.eps).rsqrt()
     if bn.weight is not None:
         scale = scale * bn.weight.double()
-    shift = -bn.running_mean.double() * scale  # (O,)
+    shift = -bn.running_mean.double() * scale
     if bn.bias is not None:
         shift = shift + bn.bias.double()
+    return scale, shift
+
+
+def scale_output(kernel: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> Affine:
+    """Absorb y -> scale * y + shift, by channel, into the convolution before it.
+
+    Args:
+        kernel: (O, I / groups, *size).
+        bias: (O,), or None for a convolution without bias.
+        scale, shift: (O,).
+    """
     if bias is not None:
-        shift = shift + bias.double() * scale
-    folded = kernel.double() * scale.reshape(-1, *[1] * (kernel.ndim - 1))
+        shift = shift.double() + bias.double() * scale.double()
+    folded = kernel.double() * scale.double().reshape(-1, *[1] * (kernel.ndim - 1))
     return Affine(folded.to(kernel.dtype), shift.to(kernel.dtype))
+
+
+def scale_input(
+    kernel: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, *, groups: int = 1
+) -> Affine:
+    """Absorb x -> scale * x + shift, by channel, into the convolution behind it.
+
+    W*(s x + t) + b = (W s)*x + (b + sum of W t), if no border is padded with zeros: there t would
+    be missing.
+
+    Args:
+        kernel: (O, I / groups, *size).
+        bias: (O,), or None for a convolution without bias.
+        scale, shift: (I,).
+    """
+    out, width = kernel.shape[:2]
+    ones = [1] * (kernel.ndim - 2)
+
+    def by_output(values: Tensor) -> Tensor:
+        """(I,) -> (O, I / groups, 1, ...): what each output channel reads."""
+        rows = values.double().reshape(groups, width).repeat_interleave(out // groups, 0)
+        return rows.reshape(out, width, *ones)
+
+    wide = kernel.double()
+    total = (wide * by_output(shift)).flatten(1).sum(1)
+    if bias is not None:
+        total = total + bias.double()
+    return Affine((wide * by_output(scale)).to(kernel.dtype), total.to(kernel.dtype))
+
+
+def transpose_kernel(kernel: Tensor, groups: int) -> Tensor:
+    """Swap the two channel axes of a grouped kernel, as transposed convolutions store it.
+
+    Shapes: (I, O / groups, *size) -> (O, I / groups, *size), and back.
+    """
+    first, second, *size = kernel.shape
+    split = kernel.reshape(groups, first // groups, second, *size)
+    return split.transpose(1, 2).reshape(groups * second, first // groups, *size)
 
 
 def pad_kernel(kernel: Tensor, size: int) -> Tensor:

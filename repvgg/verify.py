@@ -6,11 +6,13 @@ with that, not with each other, so that errors cannot cancel.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 Predictor = Callable[[Tensor], Tensor]
 
@@ -112,3 +114,69 @@ def compare_blocks(reference: nn.Module, candidate: nn.Module, images: Tensor) -
         for handle in hooks:
             handle.remove()
     return errors
+
+
+@torch.no_grad()
+def compare_modules(
+    reference: nn.Module, candidate: nn.Module, inputs: Sequence[Any]
+) -> dict[str, float]:
+    """Measure how far the output of every module is from that of its namesake.
+
+    Both networks run on the same inputs. A module counts if both have one of its name that is
+    called as often and gives tensors; of several calls the worst counts.
+
+    Args:
+        inputs: positional arguments of both networks.
+
+    Returns:
+        the relative error of each module's output, by the module's name; "" is the network.
+    """
+    expected: dict[str, list[Tensor]] = {}
+    errors: dict[str, list[float]] = {}
+
+    def keep(name: str, output: Tensor) -> None:
+        expected.setdefault(name, []).append(output.clone())  # somebody may overwrite it
+
+    def measure(name: str, output: Tensor) -> None:
+        if expected.get(name):
+            errors.setdefault(name, []).append(relative_error(expected[name].pop(0), output))
+        else:
+            expected.pop(name, None)  # more than the reference gave
+
+    _listen(reference, inputs, keep)
+    num_tensors = {name: len(outputs) for name, outputs in expected.items()}
+    _listen(candidate, inputs, measure)
+    return {
+        name: max(errors[name])
+        for name, num in num_tensors.items()
+        if name in expected and len(errors.get(name, [])) == num
+    }
+
+
+def _listen(
+    network: nn.Module, inputs: Sequence[Any], listener: Callable[[str, Tensor], None]
+) -> None:
+    """Run a network and tell of every tensor that a module gives."""
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def tell(_: nn.Module, __: Any, output: Any) -> None:
+            for tensor in tensors(output):
+                listener(name, tensor)
+
+        return tell
+
+    hooks = [module.register_forward_hook(hook(name)) for name, module in network.named_modules()]
+    try:
+        network(*inputs)
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """The floating-point tensors of any nest of lists and dictionaries, in order."""
+    return [
+        leaf
+        for leaf in tree_leaves(output)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]

@@ -8,9 +8,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"arguments", "reparam", "losses", "rdrop", "verify", "benchmark"},
-    {"block", "fuse"},
-    {"model"},
+    {"arguments", "reparam", "losses", "rdrop", "verify", "benchmark", "dataflow"},
+    {"block", "linear"},
+    {"model", "branches"},
+    {"fuse"},
     {"zoo"},
     {"module", "data", "callbacks", "checkpoint", "export"},
     {"cli"},

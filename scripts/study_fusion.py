@@ -1,0 +1,325 @@
+"""Fuses every network of torchvision, and timm's convolutional ones: python scripts/study_fusion.py
+
+Three fusers on the same networks with random weights and BatchNorm statistics far from fresh:
+`repvgg.fuse_conv_bn`, torch.fx's `fuse`, and the loop over children in their order that tutorials
+show. Each is held against the network itself in float64; ours also module by module. Writes a
+table of all to out/networks.csv as they end, and out/README.md of what was found.
+
+    python scripts/study_fusion.py only=[resnet18,fasterrcnn_resnet50_fpn_v2]
+"""
+
+import copy
+import itertools
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import study
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse as fuse_by_fx
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from repvgg import cli, fuse_conv_bn, verify
+from repvgg.linear import is_normalization
+
+DEFAULTS: dict[str, Any] = {
+    "out": "docs/study_fusion",
+    "only": [],
+    "skip": [],
+    "timm": True,
+    "workers": 1,
+}
+TIMM = [
+    "convnext_atto",
+    "cspresnet50",
+    "darknet53",
+    "dla34",
+    "dpn68",
+    "ecaresnet26t",
+    "edgenext_xx_small",
+    "efficientnet_b0",
+    "efficientnet_lite0",
+    "tf_efficientnet_b0",
+    "fbnetc_100",
+    "gernet_s",
+    "ghostnet_100",
+    "hardcorenas_a",
+    "hrnet_w18_small",
+    "inception_resnet_v2",
+    "inception_v4",
+    "legacy_senet154",
+    "mixnet_s",
+    "mnasnet_100",
+    "mobilenetv2_100",
+    "mobilenetv3_small_100",
+    "mobilenetv4_conv_small",
+    "mobileone_s0",
+    "nasnetalarge",
+    "pnasnet5large",
+    "regnety_002",
+    "repvgg_a0",
+    "repghostnet_050",
+    "res2net50_26w_4s",
+    "resnest14d",
+    "resnet26d",
+    "rexnet_100",
+    "selecsls42b",
+    "seresnext26t_32x4d",
+    "tinynet_a",
+    "vovnet39a",
+    "xception41",
+]
+PARTS = {
+    "classification": torchvision.models,
+    "segmentation": torchvision.models.segmentation,
+    "detection": torchvision.models.detection,
+    "video": torchvision.models.video,
+    "optical_flow": torchvision.models.optical_flow,
+}
+BEFORE_BOXES = ("backbone", "rpn.head", "head")
+
+
+def main(settings: dict[str, Any]) -> None:
+    out = Path(settings["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "networks.csv"
+    done = {row["network"] for row in study.read(path)}
+    calls = [
+        (library, part, name)
+        for library, part, name in networks(settings["timm"])
+        if name_of(library, name) not in done
+        and name not in settings["skip"]
+        and (not settings["only"] or name in settings["only"])
+    ]
+    study.run(measure, calls, path, workers=settings["workers"])
+    (out / "README.md").write_text(summary(study.read(path)))
+    print(summary(study.read(path)))
+
+
+def networks(with_timm: bool) -> Iterable[tuple[str, str, str]]:
+    for part, module in PARTS.items():
+        for name in torchvision.models.list_models(module=module):
+            yield "torchvision", part, name
+    if with_timm:
+        for name in TIMM:
+            yield "timm", "classification", name
+
+
+def name_of(library: str, name: str) -> str:
+    return name if library == "torchvision" else f"{library}/{name}"
+
+
+def build(library: str, part: str, name: str) -> nn.Module:
+    """The network with random weights and settled statistics, in eval mode and float32."""
+    torch.manual_seed(0)
+    if library == "timm":
+        import timm
+
+        network = timm.create_model(name)
+    else:
+        options: dict[str, Any] = {"weights": None}
+        if part in ("segmentation", "detection"):
+            options["weights_backbone"] = None
+        if "_fpn" in name:
+            options |= {"min_size": 224, "max_size": 320}  # float64 at 800 takes 20 GB
+        if "rcnn" in name:
+            options |= {"rpn_pre_nms_top_n_test": 200, "rpn_post_nms_top_n_test": 50}
+        if name in ("googlenet", "inception_v3"):
+            options["init_weights"] = True
+        network = torchvision.models.get_model(name, **options)
+    settle(network)
+    return network.eval()
+
+
+@torch.no_grad()
+def settle(network: nn.Module) -> None:
+    """Statistics and weights far from fresh ones, which hide every error."""
+    for module in network.modules():
+        if is_normalization(module) and isinstance(module.running_mean, Tensor):
+            module.running_mean.normal_(0, 0.5)
+            module.running_var.uniform_(0.2, 4)
+            if isinstance(module.weight, Tensor):
+                module.weight.uniform_(0.3, 1.5)
+                module.weight.mul_(torch.randn_like(module.weight).sign())
+                module.bias.normal_(0, 0.5)
+
+
+def inputs_for(part: str, name: str) -> list[Any]:
+    """Positional inputs, float32."""
+    torch.manual_seed(1)
+    if part == "detection":
+        return [[torch.rand(3, 240, 320), torch.rand(3, 320, 256)]]
+    if part == "optical_flow":
+        return [torch.rand(1, 3, 128, 160) * 2 - 1, torch.rand(1, 3, 128, 160) * 2 - 1]
+    if part == "video":
+        return [torch.rand(1, 3, 16, *[224 if "mvit" in name or "swin" in name else 112] * 2)]
+    if part == "segmentation":
+        return [torch.rand(1, 3, 200, 232)]
+    size = {"inception_v3": 299, "nasnetalarge": 331, "pnasnet5large": 331}.get(name, 224)
+    return [torch.rand(1, 3, size, size)]
+
+
+def cast(inputs: Any, dtype: torch.dtype) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.to(dtype)
+    return [cast(item, dtype) for item in inputs]
+
+
+def measure(library: str, part: str, name: str) -> study.Row:
+    """One row of the table."""
+    network = build(library, part, name)
+    inputs = inputs_for(part, name)
+    wide = cast(inputs, torch.float64)
+    row: study.Row = {"network": name_of(library, name), "part": part}
+    row["batchnorms"] = sum(is_normalization(module) for module in network.modules())
+
+    ours, report = fuse_conv_bn(network)
+    row |= {
+        "left": count(ours),
+        "why": "; ".join(sorted(set(report.kept.values()))),
+        "merged": len(report.merged),
+        "untraced": len(report.untraced),
+    }
+    reference = copy.deepcopy(network).double()
+    with torch.no_grad():
+        expected = verify.tensors(outputs(reference, part, wide))
+    row["error_float32"] = error(expected, ours, part, inputs)
+    del ours
+    row["multi_float32"] = error(expected, network, part, inputs)
+    for key, fuse in (("fx", by_fx), ("order", by_child_order)):
+        try:
+            fused = fuse(network)
+        except Exception as failure:
+            row |= {f"{key}_left": None, f"{key}_error": f"fails: {type(failure).__name__}"}
+            continue
+        row[f"{key}_left"] = count(fused)
+        row[f"{key}_error"] = error(expected, fused, part, inputs)
+        del fused
+    del network
+    fused, report = fuse_conv_bn(reference)
+    row["error_float64"] = error(expected, fused, part, wide)
+    errors = verify.compare_modules(reference, fused, wide)
+    changed = {pair[0] for pair in report.fused} | {n for names in report.merged for n in names}
+    errors = {
+        key: value
+        for key, value in errors.items()
+        if key not in changed and (part != "detection" or key.startswith(BEFORE_BOXES))
+    }
+    row["worst_module"] = max(errors.values())
+    row["modules"] = len(errors)
+    return row
+
+
+def outputs(network: nn.Module, part: str, inputs: list[Any]) -> Any:
+    """What is compared: of a detector, what its backbone and heads give before boxes are chosen.
+
+    The choice is a discontinuous function: rounding swaps two boxes of nearly one score.
+    """
+    if part != "detection":
+        return network(*inputs)
+    found: list[Any] = []
+    hooks = [
+        module.register_forward_hook(lambda _, __, output: found.append(output))
+        for key, module in network.named_modules()
+        if key in BEFORE_BOXES
+    ]
+    network(*inputs)
+    for handle in hooks:
+        handle.remove()
+    return found
+
+
+@torch.no_grad()
+def error(expected: list[Tensor], network: nn.Module, part: str, inputs: list[Any]) -> float | str:
+    try:
+        found = verify.tensors(outputs(network, part, inputs))
+    except Exception as failure:
+        return f"fails: {type(failure).__name__}"
+    if len(found) != len(expected):
+        return math.inf
+    return max(verify.relative_error(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def count(network: nn.Module) -> int:
+    return sum(is_normalization(module) for module in network.modules())
+
+
+def by_fx(network: nn.Module) -> nn.Module:
+    return fuse_by_fx(network)  # which copies it
+
+
+def by_child_order(network: nn.Module) -> nn.Module:
+    """The usual loop: a BatchNorm that is declared right behind a convolution goes into it."""
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        children = list(module.named_children())
+        for (first, conv), (second, bn) in itertools.pairwise(children):
+            fits = isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d) and is_normalization(bn)
+            if fits and conv.out_channels == len(bn.running_mean):  # type: ignore
+                if not hasattr(bn, "eps") or not hasattr(bn, "weight"):
+                    continue
+                setattr(module, first, fuse_conv_bn_eval(conv, bn))  # type: ignore
+                setattr(module, second, nn.Identity())
+    return network
+
+
+def summary(rows: list[dict[str, str]]) -> str:
+    """The tables of the page."""
+    lines = [
+        "# Every network of torchvision, and timm's convolutional ones, fused",
+        "",
+        f"`python scripts/study_fusion.py` on {study.machine()}, torchvision "
+        f"{torchvision.__version__}. Random weights, BatchNorm statistics far from fresh, eval "
+        "mode. Errors are relative to the largest value of the network itself in float64; of a "
+        "detector, what its backbone and its heads give. All rows are in `networks.csv`.",
+        "",
+        "| | networks | BatchNorms | left: ours | torch.fx | child order | largest error: ours, "
+        "float64 | module by module | float32 | unfused, float32 | torch.fx, float32 | "
+        "child order, float32 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for part in dict.fromkeys(group(row) for row in rows):
+        own = [row for row in rows if group(row) == part]
+        cells = [part, str(len(own)), total(own, "batchnorms"), total(own, "left")]
+        cells += [total(own, "fx_left"), total(own, "order_left")]
+        for key in ("error_float64", "worst_module", "error_float32", "multi_float32"):
+            cells.append(worst(own, key))
+        cells += [worst(own, "fx_error"), worst(own, "order_error")]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Networks of which ours leaves BatchNorms:", ""]
+    lines += ["| network | BatchNorms | left | why | torch.fx leaves |", "|---|---|---|---|---|"]
+    for row in rows:
+        if row["left"] != "0":
+            lines.append(
+                f"| {row['network']} | {row['batchnorms']} | {row['left']} | {row['why'][:300]} | "
+                f"{row['fx_left'] or row['fx_error']} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def group(row: dict[str, str]) -> str:
+    library = "timm" if row["network"].startswith("timm/") else "torchvision"
+    return f"{library}, {row['part'].replace('_', ' ')}"
+
+
+def total(rows: list[dict[str, str]], key: str) -> str:
+    known = [row for row in rows if row[key] != ""]
+    missing = len(rows) - len(known)
+    text = str(sum(int(row[key]) for row in known))
+    return f"{text} ({missing} fail)" if missing else text
+
+
+def worst(rows: list[dict[str, str]], key: str) -> str:
+    values = [float(row[key]) for row in rows if "fails" not in row[key]]
+    wrong = sum(not value <= 1e-4 for value in values)
+    text = f"{max(values):.1e}" if values else "-"
+    fails = len(rows) - len(values)
+    notes = [f"{wrong} wrong"] * (wrong > 0) + [f"{fails} fail"] * (fails > 0)
+    return f"{text} ({', '.join(notes)})" if notes else text
+
+
+if __name__ == "__main__":
+    cli.script(main, __doc__ or "", DEFAULTS)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from repvgg import checkpoint, losses, rdrop, reparam, verify
     from repvgg.block import RepVGGBlock
+    from repvgg.expand import over_parameterize
     from repvgg.fuse import fuse_conv_bn, reestimate_bn, switch_to_deploy
     from repvgg.model import RepVGG
     from repvgg.zoo import create_model, list_models
@@ -25,6 +26,7 @@ __all__ = [
     "fuse_conv_bn",
     "list_models",
     "losses",
+    "over_parameterize",
     "rdrop",
     "reestimate_bn",
     "reparam",
@@ -38,6 +40,7 @@ _HOME = {
     "create_model": "zoo",
     "fuse_conv_bn": "fuse",
     "list_models": "zoo",
+    "over_parameterize": "expand",
     "reestimate_bn": "fuse",
     "switch_to_deploy": "fuse",
 }

@@ -168,7 +168,7 @@ class RepVGGBlock(nn.Module):
         self.se_before_relu = (
             SqueezeExcite(out_channels, se_before_relu) if se_before_relu else nn.Identity()
         )
-        self.relu = nn.ReLU()
+        self.relu: nn.Module = nn.ReLU()
         self.se_after_relu = (
             SqueezeExcite(out_channels, se_after_relu) if se_after_relu else nn.Identity()
         )

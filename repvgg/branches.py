@@ -77,12 +77,15 @@ def owners(flow: Dataflow) -> Iterator[str]:
     return iter(sorted(found, key=lambda name: -name.count(".") if name else 1))
 
 
-def merge_sums(model: nn.Module, name: str, flow: Dataflow) -> Merged | None:
+def merge_sums(
+    model: nn.Module, name: str, flow: Dataflow, *, values: bool = True
+) -> Merged | None:
     """Merge what can be merged in the forward of one module.
 
     Args:
         model: the network, of which `flow` was made.
         name: of the module in it.
+        values: as in `repvgg.linear.refusal`.
 
     Returns:
         None where nothing was merged.
@@ -108,7 +111,7 @@ def merge_sums(model: nn.Module, name: str, flow: Dataflow) -> Merged | None:
         if node.op == "call_module" and type(owner.get_submodule(node.target)) is nn.Identity:
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
-    sums = _Sums(model, owner, name, graph, flow)
+    sums = _Sums(model, owner, name, graph, flow, values)
     merged = sums.merge()
     if not merged:
         return None
@@ -118,13 +121,20 @@ def merge_sums(model: nn.Module, name: str, flow: Dataflow) -> Merged | None:
 
 class _Sums:
     def __init__(
-        self, model: nn.Module, owner: nn.Module, name: str, graph: fx.Graph, flow: Dataflow
+        self,
+        model: nn.Module,
+        owner: nn.Module,
+        name: str,
+        graph: fx.Graph,
+        flow: Dataflow,
+        values: bool,
     ) -> None:
         self.model = model
         self.owner = owner
         self.name = name
         self.graph = graph
         self.flow = flow
+        self.values = values
         self.absorbed: set[nn.Module] = set()
         self.order: dict[fx.Node, int] = {}
         self.names = {module: path for path, module in model.named_modules()}
@@ -199,7 +209,8 @@ class _Sums:
         if isinstance(module, _ConvNd) and set(module.kernel_size) == {1}:
             source, step = _subsampling(source) or (source, 1)
         within = all(self.name in self.flow.callers[call] for call in self.flow.calls.get(path, []))
-        known = _geometry(module) is not None and linear.refusal(module) is None
+        known = _geometry(module) is not None
+        known = known and linear.refusal(module, values=self.values) is None
         if not within or not known or self.calls[module] != 1 or path in self.flow.reached:
             return itself
         return Branch(term, source, node, module, path, step)

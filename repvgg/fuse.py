@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,7 +20,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def switch_to_deploy(model: Model) -> Model:
     """Copy a network and fold every re-parameterizable block of the copy.
 
-    Every module that has a method `switch_to_deploy()` is switched, innermost first. The copy
+    Every module that has a method `switch_to_deploy()` is switched, innermost first. One that was
+    made by `over_parameterize` gives its place back to the layers that it replaced. The copy
     computes what `model` computes in eval mode; `model` itself does not change, so its optimizer
     and EMA stay valid.
 
@@ -32,11 +33,7 @@ def switch_to_deploy(model: Model) -> Model:
             the block is named.
     """
     model = copy.deepcopy(model)
-    switches = [
-        (name, module)
-        for name, module in model.named_modules()
-        if hasattr(module, "switch_to_deploy")
-    ]
+    switches = _switches(model)
     if not switches:
         raise ValueError(
             f"{type(model).__name__} has no block to switch: "
@@ -47,7 +44,36 @@ def switch_to_deploy(model: Model) -> Model:
             module.switch_to_deploy()
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        if hasattr(module, "originals"):
+            for old, new in module.originals():
+                put(model, old, new)
     return model.eval()
+
+
+def deployed_form(model: nn.Module) -> tuple[nn.Module, "FusionReport"]:
+    """Copy a network, switch its blocks and fold every other BatchNorm that allows it.
+
+    Unlike `fuse_conv_bn` this folds statistics that were never updated, and on the meta device it
+    gives the form alone: what a file of deployed weights is loaded into.
+
+    Returns:
+        the copy, in eval mode, and the report of `fuse_conv_bn`.
+
+    Raises:
+        ValueError: as `switch_to_deploy` and `fuse_conv_bn`.
+    """
+    model = switch_to_deploy(model) if _switches(model) else copy.deepcopy(model).eval()
+    if not any(linear.is_normalization(module) for module in model.modules()):
+        return model, FusionReport()
+    return _fuse(model, values=False)
+
+
+def _switches(model: nn.Module) -> list[tuple[str, Any]]:
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if hasattr(module, "switch_to_deploy")
+    ]
 
 
 @torch.no_grad()
@@ -146,6 +172,10 @@ def fuse_conv_bn(model: nn.Module) -> tuple[nn.Module, FusionReport]:
             f"{type(model).__name__} is in training mode, where BatchNorm cannot be folded: "
             "call .eval() first, or pass copy.deepcopy(model).eval()"
         )
+    return _fuse(model, values=True)
+
+
+def _fuse(model: nn.Module, *, values: bool) -> tuple[nn.Module, FusionReport]:
     for name, module in model.named_modules():
         if any(
             isinstance(t, UninitializedBuffer | UninitializedParameter) for t in _tensors(module)
@@ -160,8 +190,8 @@ def fuse_conv_bn(model: nn.Module) -> tuple[nn.Module, FusionReport]:
     model = copy.deepcopy(model)
     flow = dataflow.trace(model, linear.is_step)
     report = FusionReport(untraced=flow.untraced)
-    _Folding(model, flow, report).run()
-    return _merge_sums(model, flow, report).eval(), report
+    _Folding(model, flow, report, values).run()
+    return _merge_sums(model, flow, report, values).eval(), report
 
 
 def _tensors(module: nn.Module) -> Iterable[Tensor]:
@@ -171,11 +201,14 @@ def _tensors(module: nn.Module) -> Iterable[Tensor]:
 class _Folding:
     """Folds pairs until no more can be; sums stay in float64 until they are written."""
 
-    def __init__(self, model: nn.Module, flow: dataflow.Dataflow, report: FusionReport) -> None:
+    def __init__(
+        self, model: nn.Module, flow: dataflow.Dataflow, report: FusionReport, of_values: bool
+    ) -> None:
         self.modules = dict(model.named_modules())
         self.model = model
         self.flow = flow
         self.report = report
+        self.of_values = of_values
         self.values: dict[str, Affine] = {}
 
     def run(self) -> None:
@@ -187,7 +220,9 @@ class _Folding:
             for fold in (self._fold_behind, self._fold_before):
                 for name in list(pending):
                     found = readings[name]
-                    reason = found if isinstance(found, str) else fold(name, found)
+                    reason = found if isinstance(found, str) else self._refuse(name)
+                    if reason is None and isinstance(found, linear.Normalization):
+                        reason = fold(name, found)
                     if reason is None:
                         pending.remove(name)
                         self.report.kept.pop(name, None)
@@ -211,10 +246,10 @@ class _Folding:
             given = call.all_input_nodes
             source = self.flow.called(given[0]) if len(given) == 1 else None
             module = None if source is None else self.modules[source]
-            if isinstance(module, nn.Linear | _ConvNd) and not linear.is_linear(module):
-                return f"{source}: {linear.refusal(module) or 'it has code of its own'}"
-            if source is None or module is None or not linear.is_linear(module):
+            if source is None or not isinstance(module, nn.Linear | _ConvNd):
                 return f"it is fed by {self._describe(given)}, not by a convolution"
+            if not linear.is_linear(module):
+                return f"{source}: {self._refuse(source) or 'it has code of its own'}"
             sources[source] = None
         values = {}
         for source in sources:
@@ -253,7 +288,7 @@ class _Folding:
         module = self.modules[target]
         assert linear.is_linear(module)
         fed = {user for call in calls for user in dataflow.uses(call)}
-        if target in self.flow.reached or linear.refusal(module) is not None:
+        if target in self.flow.reached or self._refuse(target) is not None:
             return "the convolution may not be changed"
         if set(self.flow.calls[target]) != fed or linear.pads_with_zeros(module):
             return "the convolution has other inputs, or pads its border with zeros"
@@ -279,7 +314,10 @@ class _Folding:
         }
         if others:
             return f"its output is also used by {self._describe(others)}"
-        return linear.refusal(self.modules[source])
+        return self._refuse(source)
+
+    def _refuse(self, name: str) -> str | None:
+        return linear.refusal(self.modules[name], values=self.of_values)
 
     def _is_overwritten_between(self, first: fx.Node, last: fx.Node) -> bool:
         """Whether the input of the first step may have changed when the last one runs."""
@@ -348,10 +386,12 @@ def _kind(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def _merge_sums(model: nn.Module, flow: dataflow.Dataflow, report: FusionReport) -> nn.Module:
+def _merge_sums(
+    model: nn.Module, flow: dataflow.Dataflow, report: FusionReport, values: bool
+) -> nn.Module:
     """Merge sums of branches in every forward that adds; the network, changed or replaced."""
     for owner in branches.owners(flow):
-        merged = branches.merge_sums(model, owner, flow)
+        merged = branches.merge_sums(model, owner, flow, values=values)
         if merged is None:
             continue
         for names in merged.sums:

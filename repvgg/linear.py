@@ -33,10 +33,11 @@ CONVOLUTIONS: dict[type[nn.Module], int] = {  # and their spatial dimensions
     nn.ConvTranspose2d: 2,
     nn.ConvTranspose3d: 3,
 }
-NORMALIZATIONS: dict[type[nn.Module], int] = {
+NORMALIZATIONS: dict[type[nn.Module], int | None] = {  # likewise; None takes any
     nn.BatchNorm1d: 1,
     nn.BatchNorm2d: 2,
     nn.BatchNorm3d: 3,
+    nn.SyncBatchNorm: None,
 }
 _ELEMENTWISE = (
     *(operator.add, operator.sub, operator.mul, operator.truediv),
@@ -109,52 +110,54 @@ def is_linear(module: nn.Module) -> TypeGuard[Linear]:
 def is_step(module: nn.Module) -> bool:
     """Whether the dataflow takes a module as one step, whose inside is known."""
     if is_normalization(module):
-        return isinstance(read_normalization(module, fresh=True), Normalization)
+        return isinstance(read_normalization(module), Normalization)
     return is_linear(module) or type(module) is Rows
 
 
-def refusal(module: nn.Module) -> str | None:
-    """Why the tensors of a module may not be folded, whatever surrounds it."""
+def refusal(module: nn.Module, *, values: bool = True) -> str | None:
+    """Why the tensors of a module may not be folded, whatever surrounds it.
+
+    Args:
+        values: whether the numbers count too; else the form alone, which the meta device has.
+    """
     tensors = [*module.parameters(), *module.buffers()]
     if parametrize.is_parametrized(module):
         return "it is parametrized: see torch.nn.utils.parametrize.remove_parametrizations"
     if any(has_hooks(part) for part in module.modules()):
         return "it has hooks (weight_norm, spectral_norm and pruning use them): remove them first"
-    if any(tensor.is_meta for tensor in tensors):
-        return "it is on the meta device, where it has no values"
     if any(not tensor.is_floating_point() for tensor in module.parameters()):
         return "its parameters are not real numbers"
+    if values and any(tensor.is_meta for tensor in tensors):
+        return "it is on the meta device, where it has no values"
+    if values and is_normalization(module) and is_never_updated(module):
+        return "its statistics were never updated: train it or load weights"
     return None
 
 
-def read_normalization(module: nn.Module, *, fresh: bool = False) -> Normalization | str:
-    """What a module that looks like a BatchNorm computes, or why that may not be folded.
+def is_never_updated(module: nn.Module) -> bool:
+    """Whether the running statistics of a normalization are the initial ones, mean 0 and var 1."""
+    count, mean, variance = (
+        getattr(module, key, None) for key in ("num_batches_tracked", "running_mean", "running_var")
+    )
+    if mean is None or variance is None or mean.is_meta:
+        return True
+    return (count is None or int(count) == 0) and not mean.any() and bool((variance == 1).all())
 
-    Args:
-        fresh: also read statistics that were never updated, and hooked or meta modules: the form
-            alone is asked for.
-    """
+
+def read_normalization(module: nn.Module) -> Normalization | str:
+    """What a module that looks like a BatchNorm computes, or why that is not known."""
     if module.training and isinstance(module, _BatchNorm):
         return "it is in training mode: call .eval()"
-    if (
-        getattr(module, "running_mean", None) is None
-        or getattr(module, "running_var", None) is None
-    ):
+    if any(getattr(module, key, None) is None for key in ("running_mean", "running_var")):
         return "it has no running statistics, so its output depends on the batch"
-    if not fresh:
-        reason = refusal(module)
-        if reason is not None:
-            return reason
-        if _is_never_updated(module):
-            return "its statistics were never updated: train it or load weights"
     base = next((base for base in NORMALIZATIONS if isinstance(module, base)), None)
-    base = nn.SyncBatchNorm if isinstance(module, nn.SyncBatchNorm) else base
+    dims = None if base is None else NORMALIZATIONS[base]
     if base is None or _has_own_code(module, base):
-        return _follow_normalization(module, None if base is None else NORMALIZATIONS.get(base))
+        return _follow_normalization(module, dims)
     assert isinstance(module, _BatchNorm)
     scale, shift = bn_affine(module)
     checks = base in (nn.BatchNorm2d, nn.BatchNorm3d)
-    return Normalization(scale.detach(), shift.detach(), (), NORMALIZATIONS.get(base), checks)
+    return Normalization(scale.detach(), shift.detach(), (), dims, checks)
 
 
 def replacement(module: nn.Module, found: Normalization, ndim: int) -> nn.Module:
@@ -191,7 +194,8 @@ def write(module: Linear, value: Affine) -> None:
 
 def fits(module: Linear, value: Affine) -> bool:
     """Whether numbers stay finite in the precision of a module."""
-    return all(bool(part.to(module.weight.dtype).isfinite().all()) for part in value)
+    dtype = module.weight.dtype
+    return all(part.is_meta or bool(part.to(dtype).isfinite().all()) for part in value)
 
 
 def absorb_behind(value: Affine, found: Normalization) -> Affine:
@@ -239,14 +243,6 @@ def _has_own_code(module: nn.Module, base: type[nn.Module]) -> bool:
         key in own or getattr(type(module), key, None) is not getattr(base, key, None)
         for key in (*_CODE, *_TENSORS)
     ) and not parametrize.is_parametrized(module)
-
-
-def _is_never_updated(module: nn.Module) -> bool:
-    count = getattr(module, "num_batches_tracked", None)
-    mean, variance = module.running_mean, module.running_var
-    assert isinstance(mean, Tensor)
-    assert isinstance(variance, Tensor)
-    return (count is None or int(count) == 0) and not mean.any() and bool((variance == 1).all())
 
 
 def _follow_normalization(module: nn.Module, dims: int | None) -> Normalization | str:

@@ -47,11 +47,13 @@ class Verdict:
 def relative_error(reference: Tensor, candidate: Tensor) -> float:
     """Largest absolute difference over the largest absolute reference value, in float64.
 
-    Infinite where the candidate differs in shape or holds a NaN or an infinity.
+    Infinite where the candidate differs in shape or holds a NaN or an infinity; 0 of nothing.
     """
     reference, candidate = reference.double(), candidate.double()
     if reference.shape != candidate.shape or not candidate.isfinite().all():
         return math.inf
+    if reference.numel() == 0:
+        return 0.0
     scale = reference.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
     return ((reference - candidate).abs().max() / scale).item()
 

@@ -12,6 +12,7 @@ LAYERS = [
     {"block", "linear"},
     {"model", "branches"},
     {"fuse"},
+    {"expand"},
     {"zoo"},
     {"module", "data", "callbacks", "checkpoint", "export"},
     {"cli"},

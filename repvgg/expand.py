@@ -1,0 +1,224 @@
+"""RepVGG training for any network: its 3x3 convolutions become RepVGG blocks while it trains.
+
+The way back is `repvgg.switch_to_deploy`: every block is again the convolution, and the BatchNorm
+behind it, that it came from, so the network has its own layers, names and shapes.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from repvgg import dataflow, linear
+from repvgg.block import KERNEL_SIZE, RepVGGBlock
+from repvgg.fuse import put
+from repvgg.reparam import identity_kernel, pad_kernel
+
+
+class RepVGGConv(RepVGGBlock):
+    """A RepVGG block without ReLU in the place of a convolution and its BatchNorm.
+
+    Shapes: as of the convolution.
+
+    Args:
+        conv: a 3x3 convolution that is padded by its dilation.
+        bn: the BatchNorm behind it, or None.
+        slot: what stands in the place of `bn`.
+        options: further arguments of `RepVGGBlock`.
+    """
+
+    def __init__(
+        self, conv: nn.Conv2d, bn: _BatchNorm | None, slot: nn.Module | None, **options: Any
+    ) -> None:
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            stride=conv.stride[0],
+            groups=conv.groups,
+            dilation=conv.dilation[0],
+            padding_mode=conv.padding_mode,
+            bn=bn is not None,
+            bias=conv.bias is not None,
+            bn_eps=1e-5 if bn is None else bn.eps,
+            **options,
+        )
+        self.to(conv.weight)
+        self.relu = nn.Identity()
+        with torch.no_grad():
+            self._start(conv, bn)
+        self.requires_grad_(conv.weight.requires_grad)
+        self.train(conv.training)
+        # Not registered: they hold no weights that train, and come back by `originals`.
+        self._conv = (_without_weights(conv),)
+        self._bn = (bn, slot)
+
+    def originals(self) -> list[tuple[nn.Module, nn.Module]]:
+        """After the switch: what is to be replaced in the network, and by what.
+
+        Where there was a BatchNorm, the convolution takes the kernel and the BatchNorm the bias;
+        it has mean 0 and standard deviation 1.
+        """
+        assert self.reparam is not None
+        kernel, bias = self.reparam.weight, self.reparam.bias
+        assert bias is not None
+        conv = copy.deepcopy(self._conv[0])
+        conv.weight = kernel
+        bn, slot = self._bn
+        if bn is None or slot is None:
+            if conv.bias is not None:  # else no branch has one
+                conv.bias = bias
+            return [(self, conv.eval())]
+        bn = copy.deepcopy(bn).to(kernel)
+        with torch.no_grad():
+            if conv.bias is not None:
+                conv.bias = nn.Parameter(torch.zeros_like(bias))
+            assert bn.running_mean is not None
+            assert bn.running_var is not None
+            bn.running_var.fill_(1 - bn.eps)
+            bn.running_mean.zero_()
+            if bn.weight is not None:
+                bn.weight.fill_(1)
+                bn.bias.copy_(bias)
+            else:
+                bn.running_mean.copy_(-bias)
+            if bn.num_batches_tracked is not None:
+                bn.num_batches_tracked.fill_(1)
+        return [(self, conv.eval()), (slot, bn.eval())]
+
+    def _start(self, conv: nn.Conv2d, bn: _BatchNorm | None) -> None:
+        """Begin as the function of `conv` and `bn`, or as a fresh block if `bn` is fresh."""
+        assert self.branch_3x3 is not None
+        assert self.branch_1x1 is not None
+        dense, point = self.branch_3x3, self.branch_1x1
+        dense.conv.weight.copy_(conv.weight)
+        if conv.bias is not None:
+            assert dense.conv.bias is not None
+            assert point.conv.bias is not None
+            dense.conv.bias.copy_(conv.bias)
+            point.conv.bias.zero_()
+        if bn is None:
+            point.conv.weight.zero_()
+            if self.branch_identity is not None:
+                eye = identity_kernel(self.in_channels, self.groups, device=conv.weight.device)
+                dense.conv.weight.sub_(pad_kernel(eye, KERNEL_SIZE))
+            return
+        assert dense.bn is not None
+        assert point.bn is not None
+        others = [point.bn]
+        if isinstance(self.branch_identity, nn.BatchNorm2d):
+            others.append(self.branch_identity)
+        for norm in (dense.bn, *others):
+            norm.momentum = bn.momentum
+        if linear.is_never_updated(bn):
+            return
+        own = dense.bn.state_dict()
+        dense.bn.load_state_dict({key: bn.state_dict().get(key, own[key]) for key in own})
+        for norm in others:
+            norm.weight.zero_()  # it adds nothing until it has learned to, in both modes
+
+
+def over_parameterize(model: nn.Module, **options: Any) -> nn.Module:
+    """Copy a network and make every eligible 3x3 convolution of the copy a RepVGG block.
+
+    Eligible is a convolution padded by its dilation, of any stride, groups and padding mode, that
+    has no code or hooks of its own. The BatchNorm behind it joins the block where the dataflow
+    proves that it normalizes this convolution and nothing else; without one, the block has none.
+
+    A block starts as the function of what it replaces, in eval and in training mode: the branches
+    that it adds begin at zero (Goyal et al., 2017, arXiv:1706.02677, section 5.1, for their gamma).
+    Where the BatchNorm was never updated, it starts as a fresh RepVGG block does.
+
+    Args:
+        model: in either mode; it is not changed.
+        options: of `RepVGGBlock`: branch_drop.
+
+    Returns:
+        the copy, to be trained. `repvgg.switch_to_deploy` gives the original layers back.
+
+    Raises:
+        ValueError: the network has no eligible convolution.
+    """
+    model = copy.deepcopy(model)
+    modes = {module: module.training for module in model.modules()}
+    flow = dataflow.trace(model.eval(), linear.is_step)
+    for module, training in modes.items():
+        module.training = training
+    modules = dict(model.named_modules())
+    inside = {
+        part
+        for module in modules.values()
+        if hasattr(module, "switch_to_deploy")
+        for part in module.modules()
+    }
+    found = [
+        (name, module)
+        for name, module in modules.items()
+        if isinstance(module, nn.Conv2d)
+        and module not in inside
+        and name in flow.calls
+        and name not in flow.reached
+        and _is_eligible(module)
+    ]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no convolution to over-parameterize: none is 3x3, padded "
+            "by its dilation and without code of its own"
+        )
+    for name, conv in found:
+        bn, slot = _bn_behind(name, conv, flow, modules), None
+        if bn is not None:
+            reading = linear.read_normalization(copy.deepcopy(bn).eval())
+            assert isinstance(reading, linear.Normalization)
+            slot = linear.replacement(bn, reading, 4).train(bn.training)
+        block = RepVGGConv(conv, bn, slot, **options)
+        put(model, conv, block)
+        if bn is not None and slot is not None:
+            put(model, bn, slot)
+    return model
+
+
+def _is_eligible(conv: nn.Conv2d) -> bool:
+    stride, dilation, padding = conv.stride, conv.dilation, conv.padding
+    return (
+        linear.is_linear(conv)
+        and linear.refusal(conv, values=False) is None
+        and conv.kernel_size == (KERNEL_SIZE, KERNEL_SIZE)
+        and stride[0] == stride[1]
+        and dilation[0] == dilation[1]
+        and (padding == dilation or padding == "same")
+    )
+
+
+def _bn_behind(
+    name: str, conv: nn.Conv2d, flow: dataflow.Dataflow, modules: dict[str, nn.Module]
+) -> _BatchNorm | None:
+    """The BatchNorm that normalizes all that a convolution gives, and nothing else."""
+    users = {user for call in flow.calls[name] for user in dataflow.uses(call)}
+    names = {flow.called(user) for user in users}
+    if len(names) != 1:
+        return None
+    (behind,) = names
+    if behind is None or behind in flow.reached or set(flow.calls[behind]) != users:
+        return None
+    bn = modules[behind]
+    if any(flow.called(call.all_input_nodes[0]) != name for call in users):
+        return None
+    if not isinstance(bn, _BatchNorm) or linear.refusal(bn, values=False) is not None:
+        return None
+    reading = linear.read_normalization(copy.deepcopy(bn).eval())
+    fits = isinstance(reading, linear.Normalization) and reading.dims in (2, None)
+    return bn if fits and bn.num_features == conv.out_channels else None
+
+
+def _without_weights(conv: nn.Conv2d) -> nn.Conv2d:
+    """The convolution's shape and class alone."""
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(_meta(parameter)) for parameter in conv.parameters()
+    }
+    return copy.deepcopy(conv, memo)
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="meta")

@@ -1,4 +1,4 @@
-"""Deploy a trained RepVGG: python deploy.py ckpt=runs/.../checkpoints/best.ckpt
+"""Deploy a trained network: python deploy.py ckpt=runs/.../checkpoints/best.ckpt
 
 Folds the network, writes it in each format, reloads every file from disk and compares it with the
 multi-branch network in float64. The folder appears under its name when all verdicts passed.
@@ -94,9 +94,9 @@ def deploy(path: Path, folder: Path, *, formats: list[str], benchmark: bool) -> 
     import torch  # here, so that --help answers at once
     from torch import nn
 
-    import repvgg
     from repvgg import checkpoint, verify
     from repvgg.export import FORMATS, Description
+    from repvgg.fuse import deployed_form
     from repvgg.model import to_float
 
     restored = checkpoint.load(path)
@@ -108,24 +108,32 @@ def deploy(path: Path, folder: Path, *, formats: list[str], benchmark: bool) -> 
     require("probe: the restored network and the recorded logits", probe)
 
     reference = copy.deepcopy(trained).double()
-    folded = nn.Sequential(trained[0], repvgg.switch_to_deploy(restored.model)).eval()
-    folded64 = nn.Sequential(reference[0], repvgg.switch_to_deploy(reference[1])).eval()
+    network, fusion = deployed_form(restored.model)
+    folded = nn.Sequential(trained[0], network).eval()
+    network64, _ = deployed_form(reference[1])
+    folded64 = nn.Sequential(reference[0], network64).eval()
     verdicts = {
         "multi-branch, float32": verify.compare(reference, trained, images),
         "folded, float64": verify.compare(reference, folded64, images.double()),
         "folded, float32": verify.compare(reference, folded, images),
     }
-    blocks = {}
-    for name, precision, candidate in (
-        ("float64", torch.float64, folded64),
-        ("float32", torch.float32, folded),
-    ):
-        errors = verify.compare_blocks(reference, candidate, images)
+    blocks = {
+        "float64": verify.compare_blocks(reference, folded64, images),
+        "float32": verify.compare_blocks(reference, folded, images),
+    }
+    if not blocks["float64"]:  # it has none: every module counts whose output should be the same
+        moved = {f"1.{first}" for first, *_ in [*fusion.fused, *fusion.merged]}
+        errors = verify.compare_modules(reference, folded64, [images.double()], moved=moved)
+        blocks = {"float64": errors}
+    for name, errors in blocks.items():
         worst = max(errors, key=errors.__getitem__)
         verdicts[f"worst block, {name} ({worst.removeprefix('1.')})"] = verify.Verdict(
-            errors[worst], verify.TOLERANCE[precision]
+            errors[worst], verify.TOLERANCE[getattr(torch, name)]
         )
-        blocks[name] = {block.removeprefix("1."): error for block, error in errors.items()}
+    blocks = {
+        name: {block.removeprefix("1."): error for block, error in errors.items()}
+        for name, errors in blocks.items()
+    }
 
     predictors = {"multi-branch, torch": trained, "deployed, torch": folded}
     files = {}
@@ -153,6 +161,7 @@ def deploy(path: Path, folder: Path, *, formats: list[str], benchmark: bool) -> 
         "probe": as_dict(probe),
         "verdicts": {name: as_dict(verdict) for name, verdict in verdicts.items()},
         "blocks": blocks,
+        "batchnorms_left": fusion.kept,
         "accuracy_on_probe": {
             "recorded": accuracy(restored.probe.logits, labels),
             **{name: accuracy(predict(images), labels) for name, predict in predictors.items()},
@@ -264,6 +273,9 @@ def as_markdown(report: dict[str, Any]) -> str:
         lines.append(
             f"| {name} | {verdict['error']:.1e} | {verdict['tolerance']:.0e} | {agreement} |"
         )
+    if report["batchnorms_left"]:
+        reasons = "; ".join(sorted(set(report["batchnorms_left"].values())))
+        lines += ["", f"{len(report['batchnorms_left'])} BatchNorms are left: {reasons}."]
     lines += ["", "| | parameters | multiply-accumulates |", "|---|---|---|"]
     for name, value in size.items():
         lines.append(f"| {name} | {value['parameters']:,} | {value['macs']:,} |")

@@ -69,8 +69,15 @@ def train(config: dict[str, Any], folder: Path) -> None:
         if recorded != model:
             raise ValueError(f"resume={resume}: it holds {recorded}, this run wants {model}")
     images, labels = data.probe()
+    check_runs(module.net, to_float(images[:2]), model["name"])
     if module.rdrop > 0 and module.rdrop_views == 1:
         module.noise = find_noise(module.net, to_float(images))
+        if not any(module.noise):
+            raise ValueError(
+                f"rdrop={module.rdrop:g}: nothing in {model['name']} is random while it trains, so "
+                "two predictions are equal; type rdrop=false, or model.over_parameterize=true "
+                "model.branch_drop=0.1, or rdrop_views=2"
+            )
     logger = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
     if config["trainer"]["log_every_n_steps"] is None:
         config["trainer"]["log_every_n_steps"] = max(1, steps.batches // 10)
@@ -84,7 +91,11 @@ def train(config: dict[str, Any], folder: Path) -> None:
         logger=logger,
         plugins=[callbacks.WholeFileIO()],
         callbacks=[
-            *([callbacks.ReestimateBN()] if model["branch_drop"] or model["drop_path"] else []),
+            *(
+                [callbacks.ReestimateBN()]
+                if model.get("branch_drop") or model.get("drop_path")
+                else []
+            ),
             callbacks.SelfDescribing(
                 checkpoint.KEY,
                 lambda net: checkpoint.describe(
@@ -180,6 +191,24 @@ def check_fit(config: dict[str, Any], data: Any) -> None:
             f"rdrop_views={config['rdrop_views']}: the data gives {data.views}; leave data.views "
             "alone, it follows rdrop_views"
         )
+
+
+def check_runs(network: Any, images: Any, name: str) -> None:
+    """Refuse a network that the images do not get through: most need a size of their own."""
+    import torch
+
+    network.eval()
+    try:
+        with torch.no_grad():
+            network(images)
+    except (RuntimeError, AssertionError) as error:
+        size = "x".join(map(str, images.shape[2:]))
+        detail = str(error).splitlines()[0]
+        raise ValueError(
+            f"model.name={name}: does not run on images of {size} ({detail}); "
+            "type another model.name, or other data"
+        ) from error
+    network.train()
 
 
 def describe_rdrop(module: Any) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.model import DataContract, Normalize, to_float
-from repvgg.zoo import create_model
+from repvgg.zoo import build_model
 
 KEY = "repvgg"  # of our entry beside what Lightning stores
 FORMAT = 1
@@ -43,7 +43,7 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         model: the network, in its training form and eval mode, on the CPU.
-        config: the arguments of `create_model` that rebuilt it.
+        config: the arguments of `repvgg.zoo.build_model` that rebuilt it.
         data: the data contract.
         probe: the recorded images, labels and logits.
         predictor: images (N, C, H, W), float32 in [0, 1] -> logits; normalizes, then runs `model`.
@@ -73,7 +73,7 @@ def describe(
     mode and the random state as they were.
 
     Args:
-        config: arguments of `create_model`, of plain types.
+        config: arguments of `repvgg.zoo.build_model`, of plain types.
         images: (N, C, H, W), uint8, for the probe.
         labels: (N,).
 
@@ -124,7 +124,7 @@ def load(path: str | Path) -> Checkpoint:
                 "update the package"
             )
         config, data, probe = entry["model"], DataContract(**entry["data"]), entry["probe"]
-        model = create_model(**config)
+        model = build_model(**config)
         weights = {
             key.removeprefix(NETWORK_PREFIX): value
             for key, value in content["state_dict"].items()

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repvgg.fuse import switch_to_deploy
+from repvgg.fuse import deployed_form
 from repvgg.model import DataContract, Normalize
 from repvgg.verify import Predictor
-from repvgg.zoo import create_model
+from repvgg.zoo import build_model
 
 ONNX_OPSET = 18  # the lowest that torch's exporter writes
 METADATA_KEY = "repvgg"
@@ -28,7 +28,7 @@ class Description:
     """What a file says of itself beside the weights.
 
     Attributes:
-        config: the arguments of `create_model`.
+        config: the arguments of `repvgg.zoo.build_model`.
         data: what the network expects and what its logits mean.
     """
 
@@ -83,7 +83,7 @@ def load_safetensors(path: Path) -> nn.Sequential:
     description = json.loads(metadata[METADATA_KEY])
     data = DataContract(**description["data"])
     with torch.device("meta"):
-        model = switch_to_deploy(create_model(**description["model"]))
+        model, _ = deployed_form(build_model(**description["model"]))
     model.load_state_dict(weights, assign=True)
     return nn.Sequential(Normalize(data.mean, data.std), model).eval()
 
@@ -143,9 +143,9 @@ def load_onnx(path: Path) -> Predictor:
 
 
 def _require_deployed(network: nn.Module) -> None:
-    if any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+    if any(getattr(module, "reparam", module) is None for module in network.modules()):
         raise ValueError(
-            "the network still has BatchNorms: export what repvgg.switch_to_deploy(model) returns"
+            "the network still has branches: export what repvgg.switch_to_deploy(model) returns"
         )
 
 

@@ -21,7 +21,7 @@ from repvgg.arguments import check_integer, check_number, refusal
 from repvgg.block import RepVGGBlock
 from repvgg.losses import cross_entropy, rdrop_loss
 from repvgg.rdrop import Noise, find_noise, predict, predict_twice, predict_views
-from repvgg.zoo import create_model
+from repvgg.zoo import build_model
 
 AUXILIARY_WEIGHT = 0.1  # of each auxiliary cross-entropy, in the RepVGGplus recipe
 NOISE_KEYS = ("dropout", "branch_drop", "drop_path")  # of a model
@@ -47,10 +47,10 @@ class Losses(NamedTuple):
 
 
 class Classifier(L.LightningModule):
-    """Trains a network of the family with SGD, warm-up and cosine decay.
+    """Trains a network with SGD, warm-up and cosine decay.
 
     Args:
-        model: arguments of `create_model`, `name` among them.
+        model: arguments of `repvgg.zoo.build_model`, `name` among them.
         lr: peak learning rate.
         momentum: of SGD, with Nesterov's correction.
         weight_decay: see `parameter_groups`.
@@ -105,8 +105,9 @@ class Classifier(L.LightningModule):
             "label_smoothing", label_smoothing, below=1, example=0.1
         )
         self.seed = check_integer("seed", seed, minimum=0, example=0)
-        self.net = create_model(**model)
-        silent = not any(model.get(key, 0) for key in NOISE_KEYS)
+        self.net = build_model(**model)
+        ours = model.get("library", "repvgg") == "repvgg"  # others are asked in the first step
+        silent = ours and not any(model.get(key, 0) for key in NOISE_KEYS)
         if self.rdrop > 0 and rdrop_views == 1 and silent:
             raise refusal(
                 "model.dropout",
@@ -119,7 +120,7 @@ class Classifier(L.LightningModule):
         self.noise: Noise | None = None
         self._divergence: Tensor | None = None  # the largest of the epoch
         num_classes = check_integer(
-            "model.num_classes", self.net.num_classes, minimum=2, example=10
+            "model.num_classes", model.get("num_classes", 1000), minimum=2, example=10
         )
         self.calibration_error = nn.ModuleDict(
             {stage: MulticlassCalibrationError(num_classes, n_bins=15) for stage in ("val", "test")}

@@ -6,7 +6,7 @@ with that, not with each other, so that errors cannot cancel.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +120,11 @@ def compare_blocks(reference: nn.Module, candidate: nn.Module, images: Tensor) -
 
 @torch.no_grad()
 def compare_modules(
-    reference: nn.Module, candidate: nn.Module, inputs: Sequence[Any]
+    reference: nn.Module,
+    candidate: nn.Module,
+    inputs: Sequence[Any],
+    *,
+    moved: Collection[str] = (),
 ) -> dict[str, float]:
     """Measure how far the output of every module is from that of its namesake.
 
@@ -129,14 +133,21 @@ def compare_modules(
 
     Args:
         inputs: positional arguments of both networks.
+        moved: modules that are left out, as their outputs differ by design: in the candidate they
+            do what another one does in the reference. So are those that only pass them on.
 
     Returns:
         the relative error of each module's output, by the module's name; "" is the network.
     """
     expected: dict[str, list[Tensor]] = {}
     errors: dict[str, list[float]] = {}
+    left_out: set[str] = set()
+    passed_on: list[Tensor] = []
 
     def keep(name: str, output: Tensor) -> None:
+        if name in moved or any(output is tensor for tensor in passed_on):
+            left_out.add(name)
+            passed_on[:] = [output]
         expected.setdefault(name, []).append(output.clone())  # somebody may overwrite it
 
     def measure(name: str, output: Tensor) -> None:
@@ -151,7 +162,7 @@ def compare_modules(
     return {
         name: max(errors[name])
         for name, num in num_tensors.items()
-        if name in expected and len(errors.get(name, [])) == num
+        if name not in left_out and name in expected and len(errors.get(name, [])) == num
     }
 
 

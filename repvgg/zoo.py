@@ -6,8 +6,13 @@ the authors' later releases. `repvgg_tiny` is ours, for images of 8 to 32 pixels
 
 import difflib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
+from repvgg.arguments import check_integer, refusal
+from repvgg.expand import over_parameterize as expand
 from repvgg.model import RepVGG
 
 _A = (2, 4, 14, 1)
@@ -64,6 +69,97 @@ def create_model(name: str, **overrides: Any) -> RepVGG:
         if key not in allowed:
             raise ValueError(_unknown("override", key, allowed))
     return RepVGG(**{"depths": depths, "widths": widths, **extra, **overrides})
+
+
+def build_model(*, library: str = "repvgg", **config: Any) -> nn.Module:
+    """Build the network that a model config describes, in its training form.
+
+    Args:
+        library: "repvgg", with the arguments of `create_model`, or "torchvision", with those of
+            `build_torchvision`.
+
+    Raises:
+        ValueError: an argument is unknown, or a value is outside its range.
+    """
+    builders: dict[str, Callable[..., nn.Module]] = {
+        "repvgg": create_model,
+        "torchvision": build_torchvision,
+    }
+    if library not in builders:
+        raise refusal("model.library", library, f"must be one of {', '.join(builders)}", "repvgg")
+    return builders[library](**config)
+
+
+def build_torchvision(
+    *,
+    name: str,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    over_parameterize: bool = False,
+    branch_drop: float | None = None,
+    strides: None = None,
+    drop_path: None = None,
+    **arguments: Any,
+) -> nn.Module:
+    """Build a classifier of torchvision, with fresh weights.
+
+    Args:
+        name: as in `torchvision.models.list_models(torchvision.models)`.
+        num_classes: K.
+        in_channels: channels of the images. Where it is not 3, the first convolution is a new one.
+        over_parameterize: see `repvgg.over_parameterize`.
+        branch_drop: of the RepVGG blocks that this makes.
+        strides, drop_path: of RepVGG's networks alone.
+        arguments: of the network's own builder; None leaves the builder's default.
+
+    Raises:
+        ValueError: torchvision has no such classifier, it does not take an argument, or nothing in
+            it can be over-parameterized.
+    """
+    from torchvision import models
+
+    names = models.list_models(models)
+    if name not in names:
+        raise ValueError(_unknown("model.name", str(name), names))
+    for key, value in (("strides", strides), ("drop_path", drop_path)):
+        if value is not None:
+            raise refusal(f"model.{key}", value, "torchvision's networks have none", "null")
+    if not isinstance(over_parameterize, bool):
+        raise refusal("model.over_parameterize", over_parameterize, "must be true or false", "true")
+    if branch_drop is not None and not over_parameterize:
+        allowed = "drops branches of RepVGG blocks, so it needs model.over_parameterize=true"
+        raise refusal("model.branch_drop", branch_drop, allowed, "null")
+    given = {key: value for key, value in arguments.items() if value is not None}
+    if name in ("googlenet", "inception_v3"):  # their auxiliary outputs are not logits alone
+        given = {"aux_logits": False, "init_weights": True} | given
+    check_integer("model.num_classes", num_classes, minimum=1, example=10)
+    try:
+        network = models.get_model(name, weights=None, num_classes=num_classes, **given)
+    except TypeError as error:
+        raise ValueError(f"model: torchvision's {name} does not take this: {error}") from error
+    if check_integer("model.in_channels", in_channels, minimum=1, example=3) != 3:
+        _replace_stem(network, in_channels)
+    if not over_parameterize:
+        return network
+    return expand(network, **({} if branch_drop is None else {"branch_drop": branch_drop}))
+
+
+def _replace_stem(network: nn.Module, in_channels: int) -> None:
+    """Give a network's first convolution another number of input channels, and fresh weights."""
+    for path, conv in network.named_modules():
+        if type(conv) is nn.Conv2d:
+            stem = nn.Conv2d(
+                in_channels,
+                conv.out_channels,
+                conv.kernel_size,  # type: ignore[arg-type]
+                stride=conv.stride,  # type: ignore[arg-type]
+                padding=conv.padding,  # type: ignore[arg-type]
+                bias=conv.bias is not None,
+            )
+            parent, _, leaf = path.rpartition(".")
+            setattr(network.get_submodule(parent), leaf, stem)
+            return
+    raise refusal("model.in_channels", in_channels, "this network has no convolution to change", 3)
 
 
 def _unknown(what: str, given: str, allowed: list[str]) -> str:

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from repvgg.data import Augmentation, Batch, digits
+from repvgg.linear import is_normalization
 from repvgg.model import DataContract, to_float
 
 Row = dict[str, Any]
@@ -94,7 +95,7 @@ def run(job: Callable[..., Row], calls: Sequence[tuple], path: Path, *, workers:
         futures = [pool.submit(job, *call) for call in calls]
         ended = concurrent.futures.as_completed(futures)
         for future in tqdm(ended, total=len(calls), unit="run", smoothing=0.05):
-            _append(path, future.result())
+            append(path, future.result())
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -154,6 +155,20 @@ def machine() -> str:
     )
 
 
+@torch.no_grad()
+def settle(network: nn.Module) -> nn.Module:
+    """Give every BatchNorm statistics and weights far from fresh ones, which hide every error."""
+    for module in network.modules():
+        if is_normalization(module) and isinstance(module.running_mean, Tensor):
+            module.running_mean.normal_(0, 0.5)
+            module.running_var.uniform_(0.2, 4)
+            if isinstance(module.weight, Tensor):
+                module.weight.uniform_(0.3, 1.5)
+                module.weight.mul_(torch.randn_like(module.weight).sign())
+                module.bias.normal_(0, 0.5)
+    return network.eval()
+
+
 def start_worker() -> None:
     """Set a process up for runs of one thread, without messages."""
     import logging
@@ -164,7 +179,8 @@ def start_worker() -> None:
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
 
 
-def _append(path: Path, row: Row) -> None:
+def append(path: Path, row: Row) -> None:
+    """Add a row to a CSV file, and its head to a new one."""
     new = not path.exists() or path.stat().st_size == 0
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(row), lineterminator="\n")

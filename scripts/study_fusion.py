@@ -3,7 +3,7 @@
 Three fusers on the same networks with random weights and BatchNorm statistics far from fresh:
 `repvgg.fuse_conv_bn`, torch.fx's `fuse`, and the loop over children in their order that tutorials
 show. Each is held against the network itself in float64; ours also module by module. Writes a
-table of all to out/networks.csv as they end, and out/README.md of what was found.
+row for each to out/networks.csv as they end, and out/networks.md of what was found.
 
     python scripts/study_fusion.py only=[resnet18,fasterrcnn_resnet50_fpn_v2]
 """
@@ -26,7 +26,7 @@ from repvgg import cli, fuse_conv_bn, verify
 from repvgg.linear import is_normalization
 
 DEFAULTS: dict[str, Any] = {
-    "out": "docs/study_fusion",
+    "out": "docs/fusion",
     "only": [],
     "skip": [],
     "timm": True,
@@ -95,7 +95,7 @@ def main(settings: dict[str, Any]) -> None:
         and (not settings["only"] or name in settings["only"])
     ]
     study.run(measure, calls, path, workers=settings["workers"])
-    (out / "README.md").write_text(summary(study.read(path)))
+    (out / "networks.md").write_text(summary(study.read(path)))
     print(summary(study.read(path)))
 
 
@@ -130,21 +130,7 @@ def build(library: str, part: str, name: str) -> nn.Module:
         if name in ("googlenet", "inception_v3"):
             options["init_weights"] = True
         network = torchvision.models.get_model(name, **options)
-    settle(network)
-    return network.eval()
-
-
-@torch.no_grad()
-def settle(network: nn.Module) -> None:
-    """Statistics and weights far from fresh ones, which hide every error."""
-    for module in network.modules():
-        if is_normalization(module) and isinstance(module.running_mean, Tensor):
-            module.running_mean.normal_(0, 0.5)
-            module.running_var.uniform_(0.2, 4)
-            if isinstance(module.weight, Tensor):
-                module.weight.uniform_(0.3, 1.5)
-                module.weight.mul_(torch.randn_like(module.weight).sign())
-                module.bias.normal_(0, 0.5)
+    return study.settle(network)
 
 
 def inputs_for(part: str, name: str) -> list[Any]:
@@ -155,7 +141,9 @@ def inputs_for(part: str, name: str) -> list[Any]:
     if part == "optical_flow":
         return [torch.rand(1, 3, 128, 160) * 2 - 1, torch.rand(1, 3, 128, 160) * 2 - 1]
     if part == "video":
-        return [torch.rand(1, 3, 16, *[224 if "mvit" in name or "swin" in name else 112] * 2)]
+        return [
+            torch.rand(1, 3, 16, *[112 if name in ("r3d_18", "mc3_18", "r2plus1d_18") else 224] * 2)
+        ]
     if part == "segmentation":
         return [torch.rand(1, 3, 200, 232)]
     size = {"inception_v3": 299, "nasnetalarge": 331, "pnasnet5large": 331}.get(name, 224)
@@ -201,13 +189,10 @@ def measure(library: str, part: str, name: str) -> study.Row:
     del network
     fused, report = fuse_conv_bn(reference)
     row["error_float64"] = error(expected, fused, part, wide)
-    errors = verify.compare_modules(reference, fused, wide)
-    changed = {pair[0] for pair in report.fused} | {n for names in report.merged for n in names}
-    errors = {
-        key: value
-        for key, value in errors.items()
-        if key not in changed and (part != "detection" or key.startswith(BEFORE_BOXES))
-    }
+    moved = {pair[0] for pair in report.fused} | {n for names in report.merged for n in names}
+    errors = verify.compare_modules(reference, fused, wide, moved=moved)
+    if part == "detection":
+        errors = {key: value for key, value in errors.items() if key.startswith(BEFORE_BOXES)}
     row["worst_module"] = max(errors.values())
     row["modules"] = len(errors)
     return row

@@ -10,7 +10,7 @@ import repvgg
 from repvgg.export import FORMATS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
+MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("repvgg*.yaml"))
 DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
 
 
@@ -43,6 +43,14 @@ def test_a_model_file_is_its_size_and_its_name(model):
     ]
     assert first.startswith(f"# {sizes[0]} / {sizes[1]} M parameters")
     assert second == f"name: {model}"
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_a_network_of_torchvision_composes_with_every_data_set(data):
+    config = compose("train", f"data={data}", "model=torchvision", "model.name=resnet34")["model"]
+
+    assert (config["library"], config["name"]) == ("torchvision", "resnet34")
+    assert {config[key] for key in ("strides", "dropout", "branch_drop", "drop_path")} == {None}
 
 
 @pytest.mark.parametrize(

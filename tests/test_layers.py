@@ -21,7 +21,7 @@ FRONTIERS = {
     "hydra": {"cli"},
     "omegaconf": {"cli"},
     "lightning": {"module", "data", "callbacks"},
-    "torchvision": {"data"},
+    "torchvision": {"data", "zoo"},
     "torchmetrics": {"module"},
     "onnx": {"export"},
     "onnxruntime": {"export"},
@@ -72,7 +72,7 @@ def test_a_module_stays_behind_the_frontiers(module):
 
 
 def test_engines_are_imported_where_they_are_used():
-    engines = ("onnx", "onnxruntime", "safetensors", "hydra", "omegaconf")
+    engines = ("onnx", "onnxruntime", "safetensors", "hydra", "omegaconf", "torchvision")
     at_module_scope = [
         (module, name)
         for module in MODULES

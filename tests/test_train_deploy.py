@@ -419,3 +419,45 @@ def test_help_shows_the_keys_and_writes_nothing(program, tmp_path):
     assert done.returncode == 0
     assert "python " + program in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("over_parameterize", ["false", "true"])
+def test_a_network_of_torchvision_is_trained_and_deployed(tmp_path, over_parameterize):
+    done = run(
+        "train.py",
+        "model=torchvision",
+        "model.name=resnet18",
+        f"model.over_parameterize={over_parameterize}",
+        "trainer.max_epochs=1",
+        "data.batch_size=128",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("runs/digits-resnet18/*/checkpoints/best.ckpt")
+
+    deployed = run("deploy.py", f"ckpt={path}", "benchmark=false", cwd=tmp_path)
+
+    assert deployed.returncode == 0, deployed.stderr
+    report = json.loads((path.parents[1] / "deploy" / "report.json").read_text())
+    assert report["batchnorms_left"] == {}
+    assert report["size"]["deployed"]["parameters"] == 11_170_570
+    graph = onnx.load(path.parents[1] / "deploy" / "model.onnx").graph
+    assert sum(node.op_type == "Conv" for node in graph.node) == 20
+    assert sum(node.op_type == "BatchNormalization" for node in graph.node) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("rdrop=true",), "nothing in resnet18 is random"),
+        (("model.name=vit_b_16",), "model.name=vit_b_16: does not run on images of 8x8"),
+        (("model.name=resnet",), "unknown model.name 'resnet'"),
+    ],
+)
+def test_a_network_that_does_not_fit_is_refused_before_training(tmp_path, arguments, message):
+    done = run("train.py", "model=torchvision", *arguments, cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -4,9 +4,10 @@ import math
 import pytest
 import torch
 from networks import settle
+from torch import nn
 
 import repvgg
-from repvgg.verify import compare, compare_blocks, relative_error
+from repvgg.verify import compare, compare_blocks, compare_modules, relative_error
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -91,3 +92,53 @@ def test_measuring_blocks_leaves_no_hook_behind():
     compare_blocks(reference, repvgg.switch_to_deploy(reference), IMAGES)
 
     assert not any(module._forward_hooks for module in reference.modules())
+
+
+def chain() -> nn.Sequential:
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    return nn.Sequential(inner, nn.ReLU(), nn.Linear(3, 2)).double()
+
+
+def test_outputs_are_compared_as_they_were_before_somebody_overwrote_them():
+    network = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True)).double()
+    changed = nn.Sequential(copy.deepcopy(network[0]), nn.ReLU())
+    images = torch.linspace(-1, 1, 12).double().reshape(4, 3)
+
+    assert compare_modules(network, changed, [images]) == {"": 0, "0": 0, "1": 0}
+
+
+def test_every_module_is_compared_by_name():
+    network = chain()
+    changed = copy.deepcopy(network)
+    changed[0][1].bias.data.add_(0.1)
+
+    errors = compare_modules(network, changed, [torch.ones(1, 3).double()])
+
+    assert set(errors) == {"", "0", "0.0", "0.1", "1", "2"}
+    assert {name for name, error in errors.items() if error == 0} == {"0.0"}
+
+
+def test_modules_that_moved_are_left_out_and_those_that_pass_them_on():
+    network = chain()
+
+    errors = compare_modules(
+        network, copy.deepcopy(network), [torch.ones(1, 3).double()], moved={"0.1"}
+    )
+
+    assert errors == {"": 0, "0.0": 0, "1": 0, "2": 0}
+
+
+def test_a_module_that_is_called_less_often_is_not_compared():
+    network = chain()
+    shorter = copy.deepcopy(network)
+    shorter[1] = nn.Identity()
+    shorter[0] = shorter[0][:1]
+
+    errors = compare_modules(network, shorter, [torch.ones(1, 3).double()])
+
+    assert set(errors) == {"", "0", "0.0", "1", "2"}
+
+
+def test_nothing_equals_nothing():
+    assert relative_error(torch.empty(0, 4), torch.empty(0, 4)) == 0

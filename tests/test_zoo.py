@@ -1,7 +1,10 @@
 import pytest
 import torch
+import torchvision
+from torch import nn
 
 import repvgg
+from repvgg.zoo import build_model
 
 # Millions of parameters, training / deployed. Published for A0 to B3g4 (RepVGG, tables 3 and 4,
 # and the authors' model list) and for D2se; RepVGGplus-L2pse counts its auxiliary heads.
@@ -97,3 +100,59 @@ def test_every_second_block_of_a_grouped_variant_is_grouped():
 def test_a_bad_name_or_value_is_refused_with_what_to_type(name, overrides, message):
     with pytest.raises(ValueError, match=message):
         repvgg.create_model(name, **overrides)
+
+
+def test_a_config_builds_ours_by_default():
+    assert isinstance(build_model(name="repvgg_tiny", num_classes=10), repvgg.RepVGG)
+
+
+def test_a_config_builds_a_network_of_torchvision():
+    network = build_model(library="torchvision", name="resnet18", num_classes=7, in_channels=1)
+
+    assert type(network) is torchvision.models.ResNet
+    assert network(torch.randn(2, 1, 32, 32)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_auxiliary_outputs_are_left_out(name):
+    network = build_model(library="torchvision", name=name, num_classes=7).train()
+
+    assert isinstance(network(torch.randn(2, 3, 96, 96)), torch.Tensor)
+
+
+def test_a_config_over_parameterizes():
+    network = build_model(
+        library="torchvision", name="resnet18", over_parameterize=True, branch_drop=0.1
+    )
+
+    assert network.layer1[0].conv1.branch_1x1 is not None
+    assert network.layer1[0].conv1.branch_drop.p == 0.1
+
+
+def test_an_argument_that_is_null_is_the_builders_own():
+    network = build_model(library="torchvision", name="mobilenet_v2", dropout=None)
+
+    assert [m.p for m in network.modules() if isinstance(m, nn.Dropout)] == [0.2]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"name": "resnet19"}, "unknown model.name 'resnet19': did you mean resnet18"),
+        ({"name": "resnet18", "strides": [1] * 5}, "model.strides=.*have none"),
+        ({"name": "resnet18", "drop_path": 0.1}, "model.drop_path=0.1.*have none"),
+        ({"name": "resnet18", "dropout": 0.1}, "resnet18 does not take this.*'dropout'"),
+        ({"name": "resnet18", "branch_drop": 0.1}, "needs model.over_parameterize=true"),
+        ({"name": "resnet18", "over_parameterize": 1}, "must be true or false"),
+        ({"name": "resnet18", "num_classes": 0}, "model.num_classes=0"),
+        ({"name": "vit_b_32", "over_parameterize": True}, "no convolution to over-parameterize"),
+    ],
+)
+def test_bad_configs_are_refused_with_what_to_type(config, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(library="torchvision", **config)
+
+
+def test_an_unknown_library_is_refused():
+    with pytest.raises(ValueError, match=r"model.library='keras': must be one of repvgg, torch"):
+        build_model(library="keras", name="resnet18")

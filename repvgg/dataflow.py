@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 MAX_VARIANTS = 16  # ways to call one forward that are followed, by its optional arguments
@@ -68,23 +69,9 @@ def trace(model: nn.Module, is_step: Callable[[nn.Module], bool]) -> Dataflow:
     scopes = [(model, "")]
     while scopes:
         scope, caller = scopes.pop()
-        if scope in done:
-            continue
-        done.add(scope)
-        if scope in steps or is_of_torch(scope):
-            flow.reached[names[scope]] = caller or "the network is this module alone"
-            continue
-        opaque = _follow(scope, steps, names, flow)
-        for module, reason in opaque.items():
-            name = names[module]
-            flow.untraced[name] = reason
-            by = f"{name or type(module).__name__}, which could not be followed ({reason}), uses it"
-            called, escaped = _read(module)
-            scopes += [(child, by) for child in called if child in names]
-            for child in escaped:
-                for inner in child.modules():
-                    if inner in names:
-                        flow.reached.setdefault(names[inner], by)
+        if scope not in done:
+            done.add(scope)
+            scopes += _look_into(scope, caller, steps, names, flow)
         if not scopes:
             # What this forward leaves alone somebody may still call.
             idle = _uncalled(model, flow, names, done)
@@ -92,35 +79,82 @@ def trace(model: nn.Module, is_step: Callable[[nn.Module], bool]) -> Dataflow:
     return flow
 
 
+def _look_into(
+    scope: nn.Module,
+    caller: str,
+    steps: set[nn.Module],
+    names: dict[nn.Module, str],
+    flow: Dataflow,
+) -> list[tuple[nn.Module, str]]:
+    """Follow one module; what else is to be followed then, and who calls it."""
+    if scope in steps or is_of_torch(scope):
+        if _has_forward(scope):
+            flow.reached[names[scope]] = caller or "the network is this module alone"
+        return []
+    found: list[tuple[nn.Module, str]] = []
+    for module, reason in _follow(scope, steps, names, flow).items():
+        name = names[module]
+        flow.untraced[name] = reason
+        by = f"{name or type(module).__name__}, which could not be followed ({reason}), uses it"
+        called, escaped = _read(module)
+        found += [(child, by) for child in called if child in names]
+        for inner in (inner for child in escaped for inner in child.modules()):
+            if inner in names:
+                flow.reached.setdefault(names[inner], by)
+    return found
+
+
 class UntraceableError(ValueError):
     """A forward asked for something that is only known when it runs."""
 
 
-class _Value(fx.Proxy):
-    """A value that nothing is known about, its type included."""
+class _Unknown:
+    """Nothing is known about a value, its type included: who asks cannot be followed."""
+
+    tracer: "Tracer"
 
     @property
     def __class__(self) -> type:
         module = sys._getframe(1).f_globals.get("__name__", "")
         if module.split(".")[0] == "torch":
-            return _Value
-        raise UntraceableError("it asks for the type of a value")
+            return type(self)
+        raise self.tracer.refuse("it asks for the type of a value")
 
     @__class__.setter
     def __class__(self, value: type) -> None:
-        raise UntraceableError("it changes the type of a value")
+        raise self.tracer.refuse("it changes the type of a value")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("node", "tracer"):
-            raise UntraceableError("it sets an attribute of a value")
+        if name not in ("node", "tracer", "root", "attr", "_node"):
+            raise self.tracer.refuse("it sets an attribute of a value")
         super().__setattr__(name, value)
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not hasattr(torch.Tensor, name):
+            raise self.tracer.refuse(f"it asks a value for '{name}', which tensors do not have")
+        return _Attribute(self, name)  # type: ignore[arg-type]
 
-def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[[_Value, Any], Any]:
+
+class _Value(_Unknown, fx.Proxy):
+    pass
+
+
+class _Attribute(_Unknown, fx.proxy.Attribute):
+    pass
+
+
+def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """torch's proxies take `x += y` for `x = x + y`, and so lose that x changes."""
 
-    def method(self: _Value, other: Any) -> Any:
+    def method(self: Any, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return method
+
+
+def _refused(name: str) -> Callable[..., Any]:
+    def method(self: Any, *_: Any) -> Any:
+        raise self.tracer.refuse(f"it needs a value when it calls {name}")
 
     return method
 
@@ -139,7 +173,9 @@ _AUGMENTED = (
     "xor",
 )
 for _name in _AUGMENTED:
-    setattr(_Value, f"__i{_name}__", _in_place(getattr(operator, f"__i{_name}__")))
+    setattr(_Unknown, f"__i{_name}__", _in_place(getattr(operator, f"__i{_name}__")))
+for _name in ("len", "int", "float", "complex", "index", "contains", "setitem", "delitem"):
+    setattr(_Unknown, f"__{_name}__", _refused(f"__{_name}__"))
 
 
 class Tracer(fx.Tracer):
@@ -151,6 +187,12 @@ class Tracer(fx.Tracer):
         super().__init__(param_shapes_constant=True)
         self.steps = steps
         self.opaque: dict[nn.Module, str] = {}
+        self.refusals: list[str] = []
+
+    def refuse(self, reason: str) -> UntraceableError:
+        """The error to raise. It counts even where the network's own code catches it."""
+        self.refusals.append(reason)
+        return UntraceableError(reason)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m in self.opaque or m in self.steps or is_of_torch(m)
@@ -164,13 +206,13 @@ class Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        raise UntraceableError("its control flow depends on a value")
+        raise self.refuse("its control flow depends on a value")
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        raise UntraceableError("it iterates over a value")
+        raise self.refuse("it iterates over a value")
 
     def keys(self, obj: fx.Proxy) -> Any:
-        raise UntraceableError("it asks for the keys of a value")
+        raise self.refuse("it asks for the keys of a value")
 
     def call_module(
         self,
@@ -179,15 +221,20 @@ class Tracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        stack = self.module_stack.copy()
+        stack, num_refusals = self.module_stack.copy(), len(self.refusals)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
+            if len(self.refusals) == num_refusals:
+                return result
+            reason = self.refusals[-1]
         except Exception as error:
-            # What it did before it failed stays in the graph, as uses that nobody needs: they can
-            # only forbid a fusion.
-            self.module_stack = stack
-            self.opaque[m] = in_a_line(error)
-            return super().call_module(m, forward, args, kwargs)
+            reason = in_a_line(error)
+        # What it did before it failed stays in the graph, as uses that nobody needs: they can
+        # only forbid a fusion.
+        del self.refusals[num_refusals:]
+        self.module_stack = stack
+        self.opaque[m] = reason
+        return super().call_module(m, forward, args, kwargs)
 
 
 def _follow(
@@ -210,6 +257,8 @@ def _follow(
             for constant in set(vars(scope)) - before:
                 delattr(scope, constant)
         opaque |= tracer.opaque
+        if tracer.refusals:
+            return opaque | {scope: tracer.refusals[-1]}
         _add(graph, scope, names, flow)
     return opaque
 
@@ -373,7 +422,7 @@ class _Code:
         elif hasattr(nn.Module, parent.attr) or parent.attr in ("__dict__", "_modules"):
             if parent.attr not in ("training",):
                 self.escaped |= set(self.module.children())
-        elif hasattr(type(self.module), parent.attr):
+        elif not _is_plain(getattr(type(self.module), parent.attr, 0)):
             self.methods.append((self.module, parent.attr))
 
     def _use(self, expression: ast.expr, module: nn.Module) -> None:
@@ -398,31 +447,38 @@ class _Code:
 
     def _use_elements(self, expression: ast.expr, parent: ast.AST, container: nn.Module) -> None:
         """A container: `c[i](x)`, `for m in c: m(x)`, also in enumerate, zip, reversed, len."""
-        position = None  # of the module in the loop's target, where that is a tuple
         if isinstance(parent, ast.Subscript) and parent.value is expression:
             call = self.parents[parent]
             if isinstance(call, ast.Call) and call.func is parent:
                 self.called |= set(container.children())
-            else:
-                self.escaped.add(container)
-            return
-        if isinstance(parent, ast.Attribute) and parent.attr in ("items", "values"):
-            position = 1 if parent.attr == "items" else None
-            expression = self.parents[parent]  # type: ignore[assignment]
-            parent = self.parents[expression]
-        elif isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name):
-            if parent.func.id == "len":
                 return
-            if parent.func.id in ("enumerate", "zip", "reversed"):
-                if parent.func.id == "enumerate":
-                    position = 1
-                elif parent.func.id == "zip":
-                    position = parent.args.index(expression)
-                expression, parent = parent, self.parents[parent]
+        positions: list[int] = []  # of the module in the loop's target, innermost first
+        while True:
+            if isinstance(parent, ast.Attribute) and parent.attr in ("items", "values"):
+                positions += [1] * (parent.attr == "items")
+                expression = self.parents[parent]  # type: ignore[assignment]
+            elif isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name):
+                function = parent.func.id
+                if function == "len":
+                    return
+                if (
+                    function not in ("enumerate", "zip", "reversed")
+                    or expression not in parent.args
+                ):
+                    break
+                if function != "reversed":
+                    positions.append(
+                        1 if function == "enumerate" else parent.args.index(expression)
+                    )
+                expression = parent
+            else:
+                break
+            parent = self.parents[expression]
         if isinstance(parent, ast.For | ast.comprehension) and parent.iter is expression:
             target = parent.target
-            if position is not None and isinstance(target, ast.Tuple):
-                target = target.elts[position]
+            for position in reversed(positions):
+                if isinstance(target, ast.Tuple) and len(target.elts) > position:
+                    target = target.elts[position]
             if isinstance(target, ast.Name) and self._is_only_called(target.id):
                 self.called |= set(container.children())
                 return

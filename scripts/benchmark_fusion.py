@@ -150,11 +150,12 @@ def build(name: str) -> nn.Module:
 
 
 def table(rows: list[study.Row], settings: dict[str, Any]) -> str:
+    size, threads = settings["size"], settings["threads"]
     lines = [
-        f"`python scripts/benchmark_fusion.py`: {settings['batch']} image(s) of "
-        f"{settings['size']}x{settings['size']}, float32, {settings['rounds']} rounds after 3 to "
-        f"warm up; {study.machine()}, {settings['threads']} threads, load "
-        f"{os.getloadavg()[0]:.1f}. The speed-up is the median over rounds, against the same mode before fusing.",
+        f"`python scripts/benchmark_fusion.py`: batches of {settings['batch']}, {size}x{size}, "
+        f"float32, {settings['rounds']} rounds after 3 to warm up; {study.machine()}, {threads} "
+        f"threads, load {os.getloadavg()[0]:.1f}. The speed-up is the median over rounds, against "
+        "the same mode before fusing.",
         "",
         "| network | form | ms, median (quartiles) | speed-up (quartiles) | largest error |",
         "|---|---|---|---|---|",

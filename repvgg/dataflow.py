@@ -22,6 +22,7 @@ import torch
 from torch import fx, nn
 
 MAX_VARIANTS = 16  # ways to call one forward that are followed, by its optional arguments
+_ONE_TENSOR = ("activation", "batchnorm", "conv", "dropout", "linear")  # modules of torch.nn
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 METADATA = {"shape", "ndim", "dtype", "device", "size", "dim", "numel", "is_cuda", "requires_grad"}
 
@@ -109,15 +110,18 @@ class UntraceableError(ValueError):
 
 
 class _Unknown:
-    """Nothing is known about a value, its type included: who asks cannot be followed."""
+    """Nothing is known about a value, mostly not its type: who asks cannot be followed."""
 
-    tracer: "Tracer"
+    node: Any
+    tracer: Any
 
     @property
     def __class__(self) -> type:
         module = sys._getframe(1).f_globals.get("__name__", "")
         if module.split(".")[0] == "torch":
             return type(self)
+        if self.tracer.is_tensor(self.node):
+            return torch.Tensor
         raise self.tracer.refuse("it asks for the type of a value")
 
     @__class__.setter
@@ -193,6 +197,16 @@ class Tracer(fx.Tracer):
         """The error to raise. It counts even where the network's own code catches it."""
         self.refusals.append(reason)
         return UntraceableError(reason)
+
+    def is_tensor(self, node: fx.Node) -> bool:
+        """Whether a step is sure to give one tensor."""
+        if node.op == "call_module":
+            module = self.root.get_submodule(str(node.target))
+            home = type(module).__module__
+            plain = home in (f"torch.nn.modules.{name}" for name in _ONE_TENSOR)
+            return module in self.steps or (plain and not isinstance(module, nn.MultiheadAttention))
+        adds = node.op == "call_function" and node.target in (operator.add, operator.mul)
+        return adds and any(self.is_tensor(given) for given in node.all_input_nodes)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m in self.opaque or m in self.steps or is_of_torch(m)

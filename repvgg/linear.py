@@ -272,9 +272,11 @@ def _follow_normalization(module: nn.Module, dims: int | None) -> Normalization 
         if user.op == "output":
             break
         if user.op == "call_module" and user.args == (node,) and not user.kwargs:
+            child = module.get_submodule(str(user.target))
             if user.target in tail:
                 return unknown
-            tail.append(str(user.target))
+            if type(child) is not nn.Identity or has_hooks(child):
+                tail.append(str(user.target))
         elif not tail and _scales_and_shifts(user, node, varying):
             head = user
         else:

@@ -190,6 +190,9 @@ def measure(library: str, part: str, name: str) -> study.Row:
     fused, report = fuse_conv_bn(reference)
     row["error_float64"] = error(expected, fused, part, wide)
     moved = {pair[0] for pair in report.fused} | {n for names in report.merged for n in names}
+    if part == "optical_flow":
+        reference, fused, wide = reference.context_encoder, fused.context_encoder, wide[:1]  # type: ignore
+        moved = {name.removeprefix("context_encoder.") for name in moved}
     errors = verify.compare_modules(reference, fused, wide, moved=moved)
     if part == "detection":
         errors = {key: value for key, value in errors.items() if key.startswith(BEFORE_BOXES)}
@@ -199,10 +202,16 @@ def measure(library: str, part: str, name: str) -> study.Row:
 
 
 def outputs(network: nn.Module, part: str, inputs: list[Any]) -> Any:
-    """What is compared: of a detector, what its backbone and heads give before boxes are chosen.
+    """What is compared.
 
-    The choice is a discontinuous function: rounding swaps two boxes of nearly one score.
+    Of a detector, what its backbone and heads give before boxes are chosen: the choice is not
+    continuous, rounding swaps two boxes of nearly one score. Of RAFT, which casts to float32 by
+    itself, what its encoders give.
     """
+    if part == "optical_flow":
+        if inputs[0].dtype == torch.float32:
+            network(*inputs)
+        return [network.feature_encoder(inputs[0]), network.context_encoder(inputs[1])]  # type: ignore
     if part != "detection":
         return network(*inputs)
     found: list[Any] = []

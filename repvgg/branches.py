@@ -3,12 +3,14 @@
 RepVGG (Ding et al., 2021, arXiv:2101.03697), section 3.3, where the dataflow proves it applicable:
 W3*x + W1*x + x, with BatchNorms or average pooling among the branches (Ding et al., 2021,
 arXiv:2103.13425, section 3.2), is one convolution of x. The addition is code of some forward, so
-the module it stands in is replaced by the graph of that forward.
+the module it stands in gets a forward that was written from the graph of its own.
 """
 
+import importlib
 import inspect
 from collections.abc import Iterator
 from operator import add, getitem, iadd
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +18,16 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from repvgg import linear
-from repvgg.dataflow import Dataflow, Tracer, has_hooks, uses
+from repvgg.dataflow import (
+    Dataflow,
+    Tracer,
+    describe,
+    erase_if_transparent,
+    has_hooks,
+    mentions,
+    shared_copy,
+    uses,
+)
 from repvgg.reparam import Affine, bare_affine, identity_kernel, merge, scale_output
 
 ADDITIONS = (add, iadd, torch.add, "add", "add_")
@@ -54,22 +65,10 @@ class Branch(NamedTuple):
     subsampling: int = 1
 
 
-class Merged(NamedTuple):
-    """A module whose sums were merged.
-
-    Attributes:
-        module: to stand in its place.
-        sums: names of the modules that became one, the remaining one first.
-    """
-
-    module: nn.Module
-    sums: list[tuple[str, ...]]
-
-
 def owners(flow: Dataflow) -> Iterator[str]:
     """Modules in whose forward something is added, inner ones first."""
     found = dict.fromkeys(
-        flow.callers[node][-1]
+        list(flow.callers[node])[-1]
         for graph in flow.graphs
         for node in graph.nodes
         if _is_addition(node)
@@ -79,8 +78,8 @@ def owners(flow: Dataflow) -> Iterator[str]:
 
 def merge_sums(
     model: nn.Module, name: str, flow: Dataflow, *, values: bool = True
-) -> Merged | None:
-    """Merge what can be merged in the forward of one module.
+) -> list[tuple[str, ...]]:
+    """Merge what can be merged in the forward of one module, in place.
 
     Args:
         model: the network, of which `flow` was made.
@@ -88,35 +87,88 @@ def merge_sums(
         values: as in `repvgg.linear.refusal`.
 
     Returns:
-        None where nothing was merged.
+        for each sum the names of the modules that became one, the remaining one first.
     """
     owner = model.get_submodule(name)
-    if has_hooks(owner) or not _is_only_called(owner, model, name):
-        return None
-    parameters = inspect.signature(owner.forward).parameters.values()
-    if any(p.default is not p.empty or p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
-        return None
-    tracer = Tracer({module for module in owner.modules() if linear.is_step(module)})
-    before = set(vars(owner))
-    try:
-        graph = tracer.trace(owner)
-    except Exception:
-        return None  # the whole network's own dataflow has said why
-    finally:
-        for constant in set(vars(owner)) - before:
-            delattr(owner, constant)
-    if tracer.opaque or any("_tensor_constant" in str(node.target) for node in graph.nodes):
-        return None
-    for node in list(graph.nodes):
-        if node.op == "call_module" and type(owner.get_submodule(node.target)) is nn.Identity:
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            graph.erase_node(node)
+    if has_hooks(owner) or name in flow.inspected or name in flow.untraced:
+        return []
+    if type(owner).__call__ is not nn.Module.__call__ or "forward" in vars(owner):
+        return []
+    if mentions(owner, "autocast"):  # what it does to precision is in no graph
+        return []
+    parameters = list(inspect.signature(owner.forward).parameters.values())
+    if len(parameters) != 1 or parameters[0].kind is not parameters[0].POSITIONAL_OR_KEYWORD:
+        return []
+    graph = _own_graph(owner, model, name, flow)
+    if graph is None:
+        return []
     sums = _Sums(model, owner, name, graph, flow, values)
     merged = sums.merge()
-    if not merged:
-        return None
+    in_place = any(
+        node.op == "call_function" and node.target.__name__[0] == "i" and _is_operator(node)
+        for node in graph.nodes
+    )
+    if not merged or in_place:  # the text of a graph does not say `+=` as it was meant
+        return []
     graph.lint()
-    return Merged(_as_module(owner, graph, sums.absorbed), merged)
+    sums.write()
+    _give_forward(owner, graph)
+    return merged
+
+
+def _own_graph(owner: nn.Module, model: nn.Module, name: str, flow: Dataflow) -> fx.Graph | None:
+    """The graph of one module by itself, if each of its calls runs the same steps."""
+    twin = shared_copy(owner)
+    steps = {
+        twin.get_submodule(path) for path, module in owner.named_modules() if linear.is_step(module)
+    }
+    tracer = Tracer(steps)
+    before = _state(twin)
+    try:
+        graph = tracer.trace(twin)
+    except Exception:
+        return None  # the whole network's own dataflow has said why
+    if tracer.opaque or tracer.refusals or tracer.read_storages or _state(twin) != before:
+        return None
+    own = Dataflow()
+    names = {module: path for path, module in model.named_modules()}
+    for node in list(graph.nodes):
+        if node.op == "call_module":
+            module = owner.get_submodule(str(node.target))
+            if not (type(module) is not linear.Rows and erase_if_transparent(node, module)):
+                own._names[node] = names[module]
+        elif node.op == "get_attr":
+            path, _, key = str(node.target).rpartition(".")
+            own._names[node] = f"{names[owner.get_submodule(path)]}.{key}"
+    steps_only = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    checks = [node for node in steps_only if _is_rows(node, owner)]
+    expected = describe(steps_only, own, but=checks)
+    occurrences: dict[tuple[int, str], list[fx.Node]] = {}
+    for number, each in enumerate(flow.graphs):
+        for node in each.nodes:
+            if name in flow.callers[node] and node.op not in ("placeholder", "output"):
+                call = (number, flow.callers[node][name])
+                occurrences.setdefault(call, []).append(node)
+    if any(describe(nodes, flow) != expected for nodes in occurrences.values()):
+        return None
+    return graph if occurrences else None
+
+
+def _is_rows(node: fx.Node, owner: nn.Module) -> bool:
+    return node.op == "call_module" and isinstance(
+        owner.get_submodule(str(node.target)), linear.Rows
+    )
+
+
+def _state(module: nn.Module) -> list[dict[str, Any]]:
+    """What a module and those in it hold, by identity, and how much of it."""
+    return [
+        {
+            key: (id(v), len(v) if isinstance(v, list | dict | set) else 0)
+            for key, v in vars(part).items()
+        }
+        for part in module.modules()
+    ]
 
 
 class _Sums:
@@ -135,7 +187,7 @@ class _Sums:
         self.graph = graph
         self.flow = flow
         self.values = values
-        self.absorbed: set[nn.Module] = set()
+        self.absorbed: dict[nn.Module, nn.Module] = {}  # and what stands in their place
         self.order: dict[fx.Node, int] = {}
         self.names = {module: path for path, module in model.named_modules()}
         self.calls: dict[nn.Module, int] = {}
@@ -167,6 +219,11 @@ class _Sums:
         for source in sorted(convolved, key=self.order.__getitem__):
             group = self._compatible([b for b in branches if b.source is source])
             if len(group) < 2 or self._is_disturbed(root, nodes, group):
+                continue
+            accumulates = any(linear.may_overwrite(node, None) for node in nodes)
+            if accumulates and len(group) < len(branches):  # it would keep the first one's dtype
+                continue
+            if not self._is_guarded(group):
                 continue
             rest.append(self._write(root, source, group))
             merged.append(tuple(b.name for b in group if b.module is not None))
@@ -207,8 +264,10 @@ class _Sums:
         path = self.names[module]
         source, step = node.all_input_nodes[0], 1
         if isinstance(module, _ConvNd) and set(module.kernel_size) == {1}:
-            source, step = _subsampling(source) or (source, 1)
-        within = all(self.name in self.flow.callers[call] for call in self.flow.calls.get(path, []))
+            dims = len(module.kernel_size)
+            source, step = _subsampling(source, dims) or (source, 1)
+        calls = self.flow.calls.get(path, [])
+        within = bool(calls) and all(self.name in self.flow.callers[call] for call in calls)
         known = _geometry(module) is not None
         known = known and linear.refusal(module, values=self.values) is None
         if not within or not known or self.calls[module] != 1 or path in self.flow.reached:
@@ -249,19 +308,32 @@ class _Sums:
         """Whether a value may be overwritten between its first use and the sum."""
         first = min(self.order[b.call] for b in group if b.module is not None)
         for node, position in self.order.items():
-            if first < position <= self.order[root]:
-                module = None
-                if node.op == "call_module":
-                    module = self.owner.get_submodule(str(node.target))
-                if linear.may_overwrite(node, module) and not (
-                    node in nodes and self._is_fresh(node.args[0], nodes)
-                ):
+            module = None
+            if node.op == "call_module":
+                module = self.owner.get_submodule(str(node.target))
+            if isinstance(module, linear.Rows) or not linear.may_overwrite(node, module):
+                continue
+            if node in nodes:
+                if not self._is_fresh(node.args[0], nodes):
                     return True
+            elif first < position <= self.order[root]:
+                return True
         return False
 
     def _is_fresh(self, node: Any, nodes: set[fx.Node]) -> bool:
         """Whether nobody else can see the value of a step that a sum adds to."""
         return node in nodes or self._branch(node).module is not None
+
+    def _is_guarded(self, group: list[Branch]) -> bool:
+        """Whether inputs are refused of which a BatchNorm would normalize another axis."""
+        if any(b.module is not None and self._is_check(b.term) for b in group):
+            return True
+        for branch in group:
+            if branch.module is not None and linear.is_normalization(branch.module):
+                found = linear.read_normalization(branch.module)
+                if isinstance(found, str) or not found.checks:
+                    return False
+        return True
 
     def _write(self, root: fx.Node, source: fx.Node, group: list[Branch]) -> fx.Node:
         main = group[0]
@@ -284,17 +356,20 @@ class _Sums:
         )
         conv.weight = nn.Parameter(total.kernel.to(old.weight), old.weight.requires_grad)
         conv.bias = nn.Parameter(total.bias.to(old.weight), old.weight.requires_grad)
-        conv.eval()
-        self.absorbed |= {branch.module for branch in group if branch.module is not None}
         target = str(main.call.target)
-        parent, _, leaf = target.rpartition(".")
-        setattr(self.owner.get_submodule(parent), leaf, conv)
+        self.absorbed |= {b.module: nn.Identity() for b in group if b.module is not None}
+        self.absorbed[old] = conv.eval()
         checks = [b.term for b in group if b.module is not None and self._is_check(b.term)]
         with self.graph.inserting_before(root):
             node = self.graph.call_module(target, (source,))
             for check in checks[:1]:
                 node = self.graph.call_module(str(check.target), (node,))
         return node
+
+    def write(self) -> None:
+        """Put the merged convolutions, and identities for what they took in, in their places."""
+        for old, new in self.absorbed.items():
+            put(self.model, old, new.eval())
 
     def _erase(self, root: fx.Node) -> None:
         """Remove a sum and the steps that nothing else uses."""
@@ -317,8 +392,8 @@ def _is_addition(node: fx.Node) -> bool:
     )
 
 
-def _subsampling(node: Any) -> tuple[fx.Node, int] | None:
-    """Of x[..., ::s, ::s]: x and s."""
+def _subsampling(node: Any, dims: int) -> tuple[fx.Node, int] | None:
+    """Of x[..., ::s, ::s], over all spatial dimensions: x and s."""
     if not isinstance(node, fx.Node) or node.target is not getitem:
         return None
     source, index = node.args
@@ -326,7 +401,7 @@ def _subsampling(node: Any) -> tuple[fx.Node, int] | None:
         return None
     steps = {part.step for part in index[1:] if isinstance(part, slice)}
     plain = all(isinstance(s, slice) and s.start is None and s.stop is None for s in index[1:])
-    if len(steps) != 1 or not plain or len(index) != 3:
+    if len(steps) != 1 or not plain or len(index) != 1 + dims:
         return None
     (step,) = steps
     return (source, step) if isinstance(step, int) and step > 0 else None
@@ -428,45 +503,45 @@ def _plain(cls: type[nn.Module]) -> Any:
     return next(base for base in linear.CONVOLUTIONS if issubclass(cls, base))
 
 
-def _is_only_called(owner: nn.Module, model: nn.Module, name: str) -> bool:
-    """Whether no other forward names a method that only the owner's class has."""
-    methods = {
-        key
-        for cls in type(owner).__mro__
-        for key, value in vars(cls).items()
-        if cls not in nn.Module.__mro__ and inspect.isfunction(value) and not key.startswith("_")
-    } - {"forward", "extra_repr", "reset_parameters"}
-    if not name:
-        return not methods
-    classes = {type(module) for module in model.modules()} - {type(owner)}
-    return not any(methods & _names_in_forward(cls) for cls in classes)
+def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Replace a module under every name that it has."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new
 
 
-def _names_in_forward(cls: type) -> set[str]:
-    """Names that a class's forward uses, and the methods it calls."""
-    names: set[str] = set()
-    todo = ["forward"]
-    while todo:
-        method = todo.pop()
-        for base in cls.__mro__:
-            function = inspect.unwrap(vars(base).get(method, None) or object)
-            codes = [function.__code__] if inspect.isfunction(function) else []
-            while codes:
-                code = codes.pop()
-                codes += [const for const in code.co_consts if inspect.iscode(const)]
-                todo += [key for key in code.co_names if key not in names]
-                names |= set(code.co_names)
-    return names
+def _is_operator(node: fx.Node) -> bool:
+    return getattr(node.target, "__module__", "") == "_operator" and linear.may_overwrite(
+        node, None
+    )
 
 
-def _as_module(owner: nn.Module, graph: fx.Graph, absorbed: set[nn.Module]) -> nn.Module:
-    """The graph as a module that keeps what the owner had, but for what was merged."""
-    graph._tracer_cls = fx.Tracer  # by which the module is unpickled
-    module = fx.GraphModule(owner, graph, class_name=type(owner).__name__)
-    for name, child in owner.named_children():
-        if not hasattr(module, name) and not absorbed & set(child.modules()):
-            setattr(module, name, child)
-    for name, value in vars(owner).items():
-        if not name.startswith("_") and not hasattr(module, name):
-            setattr(module, name, value)
-    return module.eval()
+def _give_forward(owner: nn.Module, graph: fx.Graph) -> None:
+    """Make a module run a graph; all else of it, its class's methods too, stays."""
+    code = graph.python_code("self")
+    names = {
+        key: (value.__name__ if isinstance(value, ModuleType) else value)
+        for key, value in code.globals.items()
+    }
+    owner.__class__ = _specialized(type(owner), code.src, names)
+
+
+def _specialized(base: type[nn.Module], source: str, names: dict[str, Any]) -> type[nn.Module]:
+    """A subclass with another forward, whose instances can be pickled."""
+    namespace = {
+        key: importlib.import_module(value) if isinstance(value, str) else value
+        for key, value in names.items()
+    }
+    exec(source, namespace)
+
+    def reduce(self: nn.Module, _: Any) -> tuple[Any, ...]:
+        return _restore, (base, source, names), vars(self)
+
+    members = {"forward": namespace["forward"], "__reduce_ex__": reduce}
+    return type(base.__name__, (base,), members | {"__module__": base.__module__})
+
+
+def _restore(base: type[nn.Module], source: str, names: dict[str, Any]) -> nn.Module:
+    cls = _specialized(base, source, names)
+    return cls.__new__(cls)

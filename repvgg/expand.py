@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from repvgg import dataflow, linear
 from repvgg.block import KERNEL_SIZE, RepVGGBlock
-from repvgg.fuse import put
+from repvgg.branches import put
 from repvgg.reparam import identity_kernel, pad_kernel
 
 
@@ -138,27 +138,29 @@ def over_parameterize(model: nn.Module, **options: Any) -> nn.Module:
         the copy, to be trained. `repvgg.switch_to_deploy` gives the original layers back.
 
     Raises:
-        ValueError: the network has no eligible convolution.
+        ValueError: the network has no eligible convolution, or a forward of it depends on what its
+            layers are.
     """
-    model = copy.deepcopy(model)
-    modes = {module: module.training for module in model.modules()}
-    flow = dataflow.trace(model.eval(), linear.is_step)
-    for module, training in modes.items():
-        module.training = training
+    model = dataflow.copied(model)
     modules = dict(model.named_modules())
+    flows = _flows(model)
     inside = {
         part
         for module in modules.values()
         if hasattr(module, "switch_to_deploy")
         for part in module.modules()
     }
+    holders: dict[int, set[nn.Module]] = {}  # of weights, which may be tied
+    for module in modules.values():
+        for tensor in dataflow.own_tensors(module).values():
+            holders.setdefault(id(tensor), set()).add(module)
     found = [
         (name, module)
         for name, module in modules.items()
         if isinstance(module, nn.Conv2d)
         and module not in inside
-        and name in flow.calls
-        and name not in flow.reached
+        and all(_is_called_plainly(name, flow) for flow in flows)
+        and all(len(holders[id(parameter)]) == 1 for parameter in module.parameters())
         and _is_eligible(module)
     ]
     if not found:
@@ -166,17 +168,57 @@ def over_parameterize(model: nn.Module, **options: Any) -> nn.Module:
             f"{type(model).__name__} has no convolution to over-parameterize: none is 3x3, padded "
             "by its dilation and without code of its own"
         )
+    replaced: set[str] = set()
     for name, conv in found:
-        bn, slot = _bn_behind(name, conv, flow, modules), None
-        if bn is not None:
+        behind, *others = [_bn_behind(name, conv, flow, modules) for flow in flows]
+        bn = modules[behind] if behind is not None and {behind} == {behind, *others} else None
+        slot: nn.Module | None = None
+        if isinstance(bn, _BatchNorm) and bn.training == conv.training:
             reading = linear.read_normalization(copy.deepcopy(bn).eval())
             assert isinstance(reading, linear.Normalization)
             slot = linear.replacement(bn, reading, 4).train(bn.training)
-        block = RepVGGConv(conv, bn, slot, **options)
-        put(model, conv, block)
-        if bn is not None and slot is not None:
             put(model, bn, slot)
+            if not reading.tail:
+                replaced.add(str(behind))
+        else:
+            bn = None
+        put(model, conv, RepVGGConv(conv, bn, slot, **options))
+    for before, after in zip(flows, _flows(model), strict=True):
+        for call in [call for name in replaced for call in before.calls[name]]:
+            call.replace_all_uses_with(call.all_input_nodes[0])
+            call.graph.erase_node(call)
+        if not dataflow.equal(before, after, apart_from=[name for name, _ in found]):
+            raise ValueError(
+                f"{type(model).__name__} cannot be over-parameterized: some forward depends on "
+                "what its layers are, or on what they say of themselves"
+            )
     return model
+
+
+def _flows(model: nn.Module) -> list[dataflow.Dataflow]:
+    """What feeds what, in eval and in training mode."""
+    modes = {module: module.training for module in model.modules()}
+    flows = [
+        dataflow.trace(model.eval(), _is_step),
+        dataflow.trace(model.train(), _is_step),
+    ]
+    for module, training in modes.items():
+        module.training = training
+    return flows
+
+
+def _is_step(module: nn.Module) -> bool:
+    """As for fusing, in either mode, and the blocks that are made here."""
+    if linear.is_normalization(module):
+        module = copy.deepcopy(module).eval()
+    return isinstance(module, RepVGGConv) or linear.is_step(module)
+
+
+def _is_called_plainly(name: str, flow: dataflow.Dataflow) -> bool:
+    """Whether all that is done with a module is to call it, on one argument."""
+    calls = flow.calls.get(name, [])
+    plain = all(not call.kwargs and len(call.args) == 1 for call in calls)
+    return bool(calls) and plain and name not in flow.reached
 
 
 def _is_eligible(conv: nn.Conv2d) -> bool:
@@ -193,23 +235,23 @@ def _is_eligible(conv: nn.Conv2d) -> bool:
 
 def _bn_behind(
     name: str, conv: nn.Conv2d, flow: dataflow.Dataflow, modules: dict[str, nn.Module]
-) -> _BatchNorm | None:
+) -> str | None:
     """The BatchNorm that normalizes all that a convolution gives, and nothing else."""
     users = {user for call in flow.calls[name] for user in dataflow.uses(call)}
     names = {flow.called(user) for user in users}
     if len(names) != 1:
         return None
     (behind,) = names
-    if behind is None or behind in flow.reached or set(flow.calls[behind]) != users:
+    if behind is None or not _is_called_plainly(behind, flow):
+        return None
+    if set(flow.calls[behind]) != users:
         return None
     bn = modules[behind]
-    if any(flow.called(call.all_input_nodes[0]) != name for call in users):
-        return None
     if not isinstance(bn, _BatchNorm) or linear.refusal(bn, values=False) is not None:
         return None
     reading = linear.read_normalization(copy.deepcopy(bn).eval())
     fits = isinstance(reading, linear.Normalization) and reading.dims in (2, None)
-    return bn if fits and bn.num_features == conv.out_channels else None
+    return behind if fits and bn.num_features == conv.out_channels else None
 
 
 def _without_weights(conv: nn.Conv2d) -> nn.Conv2d:

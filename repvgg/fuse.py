@@ -46,7 +46,7 @@ def switch_to_deploy(model: Model) -> Model:
             raise ValueError(f"{name}: {error}") from error
         if hasattr(module, "originals"):
             for old, new in module.originals():
-                put(model, old, new)
+                branches.put(model, old, new)
     return model.eval()
 
 
@@ -156,16 +156,17 @@ def fuse_conv_bn(model: nn.Module) -> tuple[nn.Module, FusionReport]:
     The copy computes what `model` computes in eval mode; `model` does not change. A folded
     convolution keeps its name, and an `nn.Identity` (or what a normalization did besides
     normalizing, timm's activation) stands in the place of its BatchNorm. Where a sum was merged,
-    the module whose forward adds is a `torch.fx.GraphModule`. Assumed is that a network is used by
-    calling it, not by single methods or parts of it, and that its forward does not depend on what
-    it did before.
+    the module whose forward adds gets a forward that was written anew. At the end the copy is
+    followed again: if it takes other steps than `model`, because a forward asks what its modules
+    are, nothing is fused. Assumed is that a network is used by calling it, not by single methods
+    or parts of it, and that its forward does not depend on what it did before.
 
     Returns:
         the copy, in eval mode, and a report of what was fused, and of what was not and why.
 
     Raises:
-        ValueError: the network is in training mode, or holds what cannot be copied: lazy parameters
-            that were never initialized, weights that a hook computes (pruning, old weight_norm).
+        ValueError: the network is in training mode, or cannot be copied: it has lazy parameters
+            that were never initialized, or weights that a hook computes (pruning, old weight_norm).
     """
     if model.training:
         raise ValueError(
@@ -177,25 +178,74 @@ def fuse_conv_bn(model: nn.Module) -> tuple[nn.Module, FusionReport]:
 
 def _fuse(model: nn.Module, *, values: bool) -> tuple[nn.Module, FusionReport]:
     for name, module in model.named_modules():
-        if any(
-            isinstance(t, UninitializedBuffer | UninitializedParameter) for t in _tensors(module)
-        ):
-            raise ValueError(f"{name} is not initialized: run the network once")
-        for key, value in vars(module).items():
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                raise ValueError(
-                    f"{name}.{key} is computed by a hook: make it permanent first "
-                    "(torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm)"
-                )
-    model = copy.deepcopy(model)
-    flow = dataflow.trace(model, linear.is_step)
+        _require_copyable(name, module)
+    given = dataflow.copied(model)
+    training = {
+        name
+        for name, module in given.named_modules()
+        if module.training and linear.is_normalization(module)
+    }
+    given.eval()
+    flow = dataflow.trace(given, linear.is_step)
+    for name in training:
+        flow.reached[name] = "it is in training mode: call .eval()"
+
     report = FusionReport(untraced=flow.untraced)
-    _Folding(model, flow, report, values).run()
-    return _merge_sums(model, flow, report, values).eval(), report
+    folded = dataflow.shared_copy(given)
+    _Folding(folded, flow, report, values).run()
+    after = dataflow.trace(folded, linear.is_step)
+    if not dataflow.equal(flow, after):
+        reason = "some forward depends on what would be replaced (its class, or what it says)"
+        kept = {name: report.kept.get(name, reason) for name in _norms(given)}
+        return given, FusionReport(kept=kept, untraced=flow.untraced)
+
+    merged = dataflow.shared_copy(folded)
+    sums = _merge_sums(merged, after, values)
+    if not sums:
+        return folded, report
+    owners = {owner for owner, _ in sums}
+
+    def trace_around(network: nn.Module) -> dataflow.Dataflow:
+        known = {network.get_submodule(owner) for owner in owners}
+        return dataflow.trace(network, lambda module: module in known or linear.is_step(module))
+
+    if not dataflow.equal(trace_around(folded), trace_around(merged), apart_from=owners):
+        return folded, report
+    for _, names in sums:
+        report.merged.append(names)
+        for name in names[1:]:
+            if report.kept.pop(name, None) is not None:
+                report.fused.append((names[0], name))
+    return merged, report
 
 
-def _tensors(module: nn.Module) -> Iterable[Tensor]:
-    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+def _require_copyable(name: str, module: nn.Module) -> None:
+    """Refuse what holds no numbers of its own."""
+    tensors = dataflow.own_tensors(module).values()
+    if any(isinstance(t, UninitializedBuffer | UninitializedParameter) for t in tensors):
+        raise ValueError(f"{name} is not initialized: run the network once")
+    for key, value in vars(module).items():
+        computed = any(f"{key}{end}" in module._parameters for end in ("_orig", "_g", "_v"))
+        if isinstance(value, Tensor) and value.grad_fn is not None and computed:
+            raise ValueError(
+                f"{name}.{key} is computed by a hook: make it permanent first "
+                "(torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm)"
+            )
+
+
+def _norms(model: nn.Module) -> list[str]:
+    return [name for name, m in model.named_modules() if linear.is_normalization(m)]
+
+
+def _merge_sums(
+    model: nn.Module, flow: dataflow.Dataflow, values: bool
+) -> list[tuple[str, tuple[str, ...]]]:
+    """Merge sums of branches in every forward that adds; the owners and names of each."""
+    return [
+        (owner, names)
+        for owner in branches.owners(flow)
+        for names in branches.merge_sums(model, owner, flow, values=values)
+    ]
 
 
 class _Folding:
@@ -244,6 +294,8 @@ class _Folding:
         sources: dict[str, None] = {}
         for call in calls:
             given = call.all_input_nodes
+            if call.kwargs:
+                return "it is called with keywords"
             source = self.flow.called(given[0]) if len(given) == 1 else None
             module = None if source is None else self.modules[source]
             if source is None or not isinstance(module, nn.Linear | _ConvNd):
@@ -271,11 +323,13 @@ class _Folding:
     def _fold_before(self, name: str, found: linear.Normalization) -> str | None:
         """Fold a normalization into the one that it feeds; or why not."""
         calls = self.flow.calls.get(name, [])
-        if name in self.flow.reached or not calls or found.tail:
+        if name in self.flow.reached or not calls or found.tail or found.dtype is not None:
             return "it cannot be folded into what is behind it"
         targets: dict[str, None] = {}
         for call in calls:
             users = dataflow.uses(call)
+            if call.kwargs or len(call.args) != 1:
+                return "it is called with keywords"
             target = self.flow.called(users[0]) if len(users) == 1 else None
             if target is None or not linear.is_linear(self.modules[target]):
                 return "it does not feed a convolution alone"
@@ -340,6 +394,8 @@ class _Folding:
             return "the normalization is for inputs of other dimensions"
         if channels != len(found.scale):
             return "the normalization has another number of channels"
+        if found.dtype is not None and found.dtype != module.weight.dtype:
+            return "the normalization works in another precision"
         if module.weight.device != found.scale.device:
             return "it is on another device than the normalization"
         return None
@@ -357,7 +413,7 @@ class _Folding:
         self.report.fused.extend(pairs)
         old = self.modules[name]
         self.modules[name] = linear.replacement(old, found, ndim)
-        put(self.model, old, self.modules[name])
+        branches.put(self.model, old, self.modules[name])
         if not found.tail:
             for call in calls:
                 call.replace_all_uses_with(call.all_input_nodes[0])
@@ -384,31 +440,3 @@ def _kind(node: fx.Node) -> str:
     if node.op == "output":
         return "the output"
     return getattr(node.target, "__name__", str(node.target))
-
-
-def _merge_sums(
-    model: nn.Module, flow: dataflow.Dataflow, report: FusionReport, values: bool
-) -> nn.Module:
-    """Merge sums of branches in every forward that adds; the network, changed or replaced."""
-    for owner in branches.owners(flow):
-        merged = branches.merge_sums(model, owner, flow, values=values)
-        if merged is None:
-            continue
-        for names in merged.sums:
-            for name in names[1:]:
-                if report.kept.pop(name, None) is not None:
-                    report.fused.append((names[0], name))
-        report.merged.extend(merged.sums)
-        if owner == "":
-            model = merged.module
-        else:
-            put(model, model.get_submodule(owner), merged.module)
-    return model
-
-
-def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Replace a module under every name that it has."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new

@@ -5,10 +5,9 @@ one; a normalization with a forward of its own (torchvision's FrozenBatchNorm2d,
 BatchNormAct2d) is followed to see that it scales and shifts by channel, and what it does then.
 """
 
-import copy
 import operator
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import torch
@@ -19,7 +18,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
-from repvgg.dataflow import Tracer, has_hooks, in_a_line, is_of_torch, uses
+from repvgg.dataflow import Tracer, copied, has_hooks, in_a_line, uses
+from repvgg.reading import is_of_torch
 from repvgg.reparam import Affine, bare_affine, bn_affine, scale_input, scale_output
 from repvgg.reparam import transpose_kernel as transpose
 
@@ -59,6 +59,8 @@ class Rows(nn.Identity):
         ValueError: an input has another number of axes.
     """
 
+    transparent = True  # for the dataflow
+
     def __init__(self, ndim: int) -> None:
         super().__init__()
         self.ndim = ndim
@@ -75,6 +77,10 @@ class Rows(nn.Identity):
         return f"ndim={self.ndim}"
 
 
+class Tail(nn.Sequential):
+    """What a normalization did besides normalizing, in its place; one step of the dataflow."""
+
+
 @dataclass(frozen=True)
 class Normalization:
     """x -> tail(scale * x + shift), by channel.
@@ -84,6 +90,7 @@ class Normalization:
         tail: names of the children that run behind it, in order.
         dims: spatial dimensions of its inputs; None takes any.
         checks: refuses inputs of other dimensions by itself.
+        dtype: of all it works on; None keeps that of its inputs, whatever its own is.
     """
 
     scale: Tensor
@@ -91,6 +98,7 @@ class Normalization:
     tail: tuple[str, ...]
     dims: int | None
     checks: bool
+    dtype: torch.dtype | None = None
 
 
 def is_normalization(module: nn.Module) -> bool:
@@ -111,7 +119,7 @@ def is_step(module: nn.Module) -> bool:
     """Whether the dataflow takes a module as one step, whose inside is known."""
     if is_normalization(module):
         return isinstance(read_normalization(module), Normalization)
-    return is_linear(module) or type(module) is Rows
+    return is_linear(module) or isinstance(module, Tail | Rows)
 
 
 def refusal(module: nn.Module, *, values: bool = True) -> str | None:
@@ -164,7 +172,7 @@ def replacement(module: nn.Module, found: Normalization, ndim: int) -> nn.Module
     """What stands where a normalization of inputs with `ndim` axes was folded away."""
     if found.tail:
         tail = OrderedDict((name, module.get_submodule(name)) for name in found.tail)
-        return nn.Sequential(tail).eval()
+        return Tail(tail).eval()
     stands = nn.Identity() if found.checks else Rows(ndim)
     return stands.eval()
 
@@ -217,7 +225,9 @@ def pads_with_zeros(module: Linear) -> bool:
         return True
     if module.padding_mode != "zeros" or module.padding == "valid":
         return False
-    return module.padding == "same" or any(module.padding)
+    if module.padding == "same":
+        return any(size > 1 for size in module.kernel_size)
+    return any(module.padding)
 
 
 def may_overwrite(node: fx.Node, module: nn.Module | None) -> bool:
@@ -248,7 +258,9 @@ def _has_own_code(module: nn.Module, base: type[nn.Module]) -> bool:
 def _follow_normalization(module: nn.Module, dims: int | None) -> Normalization | str:
     """Follow a forward of its own: operations that scale and shift, then children, one by one."""
     kind = type(module).__name__
-    module = copy.deepcopy(module)
+    assert isinstance(module.running_mean, Tensor)
+    dtype = None if isinstance(module, _BatchNorm) else module.running_mean.dtype
+    module = copied(module)
     try:
         graph = Tracer(set(module.children())).trace(module)
     except Exception as error:
@@ -282,7 +294,8 @@ def _follow_normalization(module: nn.Module, dims: int | None) -> Normalization 
         else:
             return unknown
         node = user
-    return _measure(module.double(), graph, head, tuple(tail), dims) or unknown
+    found = _measure(module.double(), graph, head, tuple(tail), dims)
+    return unknown if found is None else replace(found, dtype=dtype)
 
 
 def _scales_and_shifts(step: fx.Node, node: fx.Node, varying: set[fx.Node]) -> bool:

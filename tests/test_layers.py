@@ -8,9 +8,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"arguments", "reparam", "losses", "rdrop", "verify", "benchmark", "dataflow"},
-    {"block", "linear"},
-    {"model", "branches"},
+    {"arguments", "reparam", "losses", "rdrop", "verify", "benchmark", "reading"},
+    {"block", "dataflow"},
+    {"model", "linear"},
+    {"branches"},
     {"fuse"},
     {"expand"},
     {"zoo"},

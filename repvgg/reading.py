@@ -1,0 +1,249 @@
+"""What the code of a forward that cannot be followed may do with its modules.
+
+Its source is read: a child that it only calls, by itself, in a loop over a container or in a method
+of its own, is told apart from one that it may do more to. What the reading does not understand
+counts as more.
+"""
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterable
+from types import FunctionType
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+
+class Reading:
+    """What a forward does with modules.
+
+    Attributes:
+        called: in the order of the code; only called, unless they are in `escaped` too.
+        escaped: may be used in any way, with all that is inside.
+        inspected: have attributes that are read.
+    """
+
+    def __init__(self) -> None:
+        self.called: dict[nn.Module, None] = {}
+        self.escaped: dict[nn.Module, None] = {}
+        self.inspected: dict[nn.Module, None] = {}
+
+
+def read(module: nn.Module) -> Reading:
+    """Read the forward of a module and every method that it uses."""
+    found = Reading()
+    todo, seen = [(module, "forward")], set()
+    while todo:
+        owner, method = todo.pop()
+        if (owner, method) in seen:
+            continue
+        seen.add((owner, method))
+        found.escaped |= dict.fromkeys(_hidden_modules(owner))
+        cls = type(owner)
+        plain = cls.__getattr__ is nn.Module.__getattr__ and (
+            cls.__getattribute__ is nn.Module.__getattribute__
+            and cls.__call__ is nn.Module.__call__
+        )
+        if method in vars(owner) or not plain:
+            found.escaped |= dict.fromkeys(owner.children())
+        for base in cls.__mro__:
+            if method in vars(base) and base is not nn.Module:
+                for function in _functions(vars(base)[method]):
+                    try:
+                        todo += _Code(function, owner, found).methods
+                    except Exception:  # it has no source, or is no method: nothing is known
+                        found.escaped |= dict.fromkeys(owner.children())
+    return found
+
+
+def _functions(method: Any) -> Iterable[Any]:
+    """A method and the decorators around it, torch's own apart."""
+    parts = [method.fget, method.fset] if isinstance(method, property) else [method]
+    while parts:
+        function = parts.pop()
+        if function is None:
+            continue
+        globals_ = getattr(function, "__globals__", {})  # functools.wraps copies the other names
+        if not globals_.get("__name__", "").startswith("torch."):
+            yield function
+        if hasattr(function, "__wrapped__"):
+            parts.append(function.__wrapped__)
+
+
+class _Code:
+    """One method, read: it may call a child, iterate over a container to call its children."""
+
+    def __init__(self, function: Any, module: nn.Module, found: Reading) -> None:
+        function = getattr(function, "__func__", function)
+        if not isinstance(function, FunctionType):
+            raise TypeError("not written in Python")
+        wrapped = vars(function).pop("__wrapped__", None)  # getsource would go to the innermost
+        try:
+            source = textwrap.dedent(inspect.getsource(function))
+        finally:
+            if wrapped is not None:
+                function.__wrapped__ = wrapped  # type: ignore[attr-defined]
+        tree = ast.parse(source).body[0]
+        assert isinstance(tree, ast.FunctionDef)
+        self.tree = tree
+        self.module = module
+        self.found = found
+        self.methods: list[tuple[nn.Module, str]] = []
+        self.parents = {
+            child: parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)
+        }
+        itself = tree.args.args[0].arg
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and node.id == itself:
+                self._own(self.parents[node], node)
+            elif _is_super(node):
+                parent = self.parents[node]
+                assert isinstance(parent, ast.Attribute)
+                self.methods.append((module, parent.attr))
+
+    def _escape(self, *modules: nn.Module) -> None:
+        self.found.escaped |= dict.fromkeys(modules)
+
+    def _own(self, parent: ast.AST, node: ast.AST) -> None:
+        """`self.something`, or something else that is done with self."""
+        if not isinstance(parent, ast.Attribute) or parent.value is not node:
+            if not (isinstance(parent, ast.Call) and _is_super(parent)):
+                self._escape(*self.module.children())
+        elif parent.attr in self.module._modules:
+            child = self.module._modules[parent.attr]
+            if child is not None:
+                self._use(parent, child)
+        elif hasattr(nn.Module, parent.attr) or parent.attr in ("__dict__", "_modules"):
+            if parent.attr not in ("training",):
+                self._escape(*self.module.children())
+        elif not _is_plain(inspect.getattr_static(type(self.module), parent.attr, 0)):
+            self.methods.append((self.module, parent.attr))
+
+    def _use(self, expression: ast.expr, module: nn.Module) -> None:
+        """An expression whose value is `module`."""
+        parent = self.parents[expression]
+        if isinstance(parent, ast.Call) and parent.func is expression:
+            self.found.called[module] = None
+        elif isinstance(parent, ast.Attribute) and parent.attr in module._modules:
+            self._use(parent, module._modules[parent.attr] or nn.Identity())
+        elif isinstance(parent, ast.Attribute) and _is_plain(
+            inspect.getattr_static(module, parent.attr, None)
+        ):
+            self.found.inspected[module] = None
+        elif isinstance(parent, ast.Attribute) and _is_own_method(module, parent.attr):
+            self.found.inspected[module] = None
+            self.methods.append((module, parent.attr))
+        elif isinstance(parent, ast.Compare) and all(
+            isinstance(test, ast.Is | ast.IsNot) for test in parent.ops
+        ):
+            pass
+        elif isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            self._use_elements(expression, parent, module)
+        else:
+            self._escape(module)
+
+    def _use_elements(self, expression: ast.expr, parent: ast.AST, container: nn.Module) -> None:
+        """A container: `c[i](x)`, `for m in c: m(x)`, also in enumerate, zip, reversed, len."""
+        if isinstance(parent, ast.Subscript) and parent.value is expression:
+            call = self.parents[parent]
+            if isinstance(call, ast.Call) and call.func is parent:
+                self.found.called |= dict.fromkeys(container.children())
+                return
+        positions: list[int] = []  # of the module in the loop's target, innermost first
+        while True:
+            if isinstance(parent, ast.Attribute) and parent.attr in ("items", "values"):
+                positions += [1] * (parent.attr == "items")
+                expression = self.parents[parent]  # type: ignore[assignment]
+            elif isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name):
+                function = parent.func.id
+                if function == "len":
+                    return
+                if (
+                    function not in ("enumerate", "zip", "reversed")
+                    or expression not in parent.args
+                ):
+                    break
+                if function != "reversed":
+                    positions.append(
+                        1 if function == "enumerate" else parent.args.index(expression)
+                    )
+                expression = parent
+            else:
+                break
+            parent = self.parents[expression]
+        if isinstance(parent, ast.For | ast.comprehension) and parent.iter is expression:
+            target = parent.target
+            for position in reversed(positions):
+                if isinstance(target, ast.Tuple) and len(target.elts) > position:
+                    target = target.elts[position]
+            if isinstance(target, ast.Name) and self._is_only_called(target.id):
+                self.found.called |= dict.fromkeys(container.children())
+                return
+        self._escape(container)
+
+    def _is_only_called(self, name: str) -> bool:
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load):
+                parent = self.parents[node]
+                if not (isinstance(parent, ast.Call) and parent.func is node):
+                    return False
+        return True
+
+
+def _is_super(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
+    )
+
+
+def _is_own_method(module: nn.Module, name: str) -> bool:
+    """Whether a class has a method or property of its own, which torch's do not have."""
+    own = inspect.getattr_static(type(module), name, None)
+    return (
+        isinstance(own, FunctionType | property | staticmethod | classmethod)
+        and not hasattr(nn.Module, name)
+        and not is_of_torch(module)
+    )
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, bool | int | float | str) or (
+        isinstance(value, tuple | list) and all(_is_plain(item) for item in value)
+    )
+
+
+def _hidden_modules(module: nn.Module) -> Iterable[nn.Module]:
+    """Modules that a module holds in plain attributes, where no registry knows of them."""
+    registries = ("_modules", "_parameters", "_buffers")
+    todo: list[Any] = [value for key, value in vars(module).items() if key not in registries]
+    seen: set[int] = set()
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            yield value
+        elif isinstance(value, dict):
+            todo += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set | frozenset):
+            todo += value
+        elif isinstance(value, functools.partial):
+            todo += [value.func, value.args, value.keywords]
+        elif inspect.ismethod(value):
+            todo.append(value.__self__)
+        elif inspect.isfunction(value):
+            todo += [cell.cell_contents for cell in value.__closure__ or ()]
+        elif not isinstance(value, Tensor | type):
+            slots = [slot for cls in type(value).__mro__ for slot in vars(cls).get("__slots__", ())]
+            todo += [getattr(value, slot, None) for slot in slots if isinstance(slot, str)]
+            todo += getattr(value, "__dict__", {}).values()
+
+
+def is_of_torch(module: nn.Module) -> bool:
+    """Whether a module is one of torch's own, other than a mere sequence."""
+    return type(module).__module__.startswith("torch.") and not isinstance(
+        module, nn.Sequential | fx.GraphModule
+    )

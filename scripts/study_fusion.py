@@ -146,7 +146,8 @@ def inputs_for(part: str, name: str) -> list[Any]:
         ]
     if part == "segmentation":
         return [torch.rand(1, 3, 200, 232)]
-    size = {"inception_v3": 299, "nasnetalarge": 331, "pnasnet5large": 331}.get(name, 224)
+    fixed = name.startswith(("vit_", "maxvit"))
+    size = 224 if fixed else 128
     return [torch.rand(1, 3, size, size)]
 
 

@@ -410,3 +410,146 @@ def test_the_order_of_terms_does_not_matter():
         block.order = order
         found, _ = merged(nn.Sequential(block), images(2, 4, 9, 8))
         assert convolutions(found) == 1
+
+
+class MayBeNone(Overwritten):
+    def forward(self, x, skip):
+        y = self.a(x) + self.b(x)
+        return y.sigmoid() if skip is not None else y.relu()
+
+
+class PassesNone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = MayBeNone()
+
+    def forward(self, x):
+        return self.block(x, None)
+
+
+class Flagged(Overwritten):
+    flag = False
+
+    def forward(self, x):
+        y = self.a(x) + self.b(x)
+        return y.relu() if self.flag else y
+
+
+class SetsFlag(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Flagged()
+
+    def forward(self, x):
+        self.block.flag = True
+        y = self.block(x)
+        self.block.flag = False
+        return self.block(y)
+
+
+class Keeps(Overwritten):
+    def forward(self, x):
+        self.last = self.a(x) + self.b(x)
+        return self.last.relu()
+
+
+class ReadsWhatWasKept(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Keeps()
+
+    def forward(self, x):
+        return self.block(x) + self.block.last
+
+
+class OwnCall(Overwritten):
+    def __call__(self, x):
+        return super().__call__(x).relu()
+
+    def forward(self, x):
+        return self.a(x) + self.b(x)
+
+
+class HookedIdentity(Overwritten):
+    def __init__(self):
+        super().__init__()
+        self.identity = nn.Identity()
+        self.identity.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+    def forward(self, x):
+        return self.identity(self.a(x) + self.b(x))
+
+
+class AddsInPlaceBefore(Overwritten):
+    def forward(self, x):
+        h = x * 1
+        skip = h
+        h += x.flip(2)
+        return (h + self.a(x) + self.b(x)) * skip
+
+
+class Autocast(Overwritten):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.a(x) + self.b(x)
+
+
+@pytest.mark.parametrize(
+    ("network", "merges"),
+    [
+        (PassesNone, False),
+        (SetsFlag, False),
+        (ReadsWhatWasKept, False),
+        (lambda: nn.Sequential(OwnCall()), False),
+        (lambda: nn.Sequential(HookedIdentity()), True),
+        (lambda: nn.Sequential(AddsInPlaceBefore()), False),
+        (lambda: nn.Sequential(Autocast()), False),
+    ],
+)
+def test_forwards_that_do_more_than_their_graph_says_stay(network, merges):
+    _, report = merged(network(), images(2, 4, 9, 8))
+
+    assert bool(report.merged) == merges
+
+
+class Described(HandWritten):
+    """A parent asks it for its class, a method, a property and a child."""
+
+    expansion = 2
+
+    @property
+    def width(self):
+        return 3
+
+    def gain(self):
+        return 0.5
+
+
+class Asks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Described(4)
+
+    def forward(self, x):
+        y = self.block(x) * self.block.expansion + self.block.width
+        return y * self.block.gain() if isinstance(self.block, Described) else y
+
+
+@pytest.mark.parametrize("transfer", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))])
+def test_a_merged_module_is_still_what_it_was(transfer):
+    network = settle(Asks()).double()
+
+    found, report = fuse_conv_bn(network)
+
+    assert report.merged
+    x = images(2, 4, 9, 8)
+    assert relative_error(network(x), transfer(found)(x)) < 1e-12
+
+
+def test_the_weights_of_a_merged_network_load_into_another_one():
+    first, _ = merged(nn.Sequential(HandWritten(4)), images(2, 4, 9, 8))
+    second, _ = merged(nn.Sequential(HandWritten(4)), images(2, 4, 9, 8))
+
+    second.load_state_dict(first.state_dict())
+
+    assert torch.equal(first(images(1, 4, 9, 8)), second(images(1, 4, 9, 8)))

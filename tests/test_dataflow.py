@@ -1,6 +1,8 @@
 """What cannot be followed is fused inside its parts, where the code that uses them allows it."""
 
 import copy
+import functools
+import types
 
 import pytest
 import torch
@@ -365,3 +367,252 @@ def test_a_single_layer_comes_back_as_it_is(network):
     found, _ = fuse_conv_bn(network)
 
     assert torch.equal(network(images(2, 4, 8, 8)), found(images(2, 4, 8, 8)))
+
+
+class ListOfLayers(Pair):
+    """Holds its layers where no registry knows of them, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [self.conv, self.bn]
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class AsksForClass(Pair):
+    def forward(self, x):
+        for layer in self.children():
+            x = layer(x)
+            if isinstance(layer, nn.BatchNorm2d):
+                x = x.relu()
+        return x
+
+
+class AsksForBias(Pair):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        return y if self.conv.bias is None else y.relu()
+
+
+class AsksForChannels(Pair):
+    def forward(self, x):
+        return self.bn(self.conv(x)).reshape(-1, self.bn.num_features, 8, 8)
+
+
+class SumsWeights(Pair):
+    def forward(self, x):
+        return self.bn(self.conv(x)) * sum(p.norm() for p in self.conv.parameters())
+
+
+class ReadsState(Pair):
+    def forward(self, x):
+        return self.bn(self.conv(x)) * self.state_dict()["conv.weight"].mean()
+
+
+class TiedWeight(Pair):
+    def __init__(self) -> None:
+        super().__init__()
+        self.aaa = nn.Conv2d(4, 4, 3)
+        self.conv.weight = self.aaa.weight
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) * self.conv.weight.mean()
+
+
+class IsTensor(Pair):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y) * y if torch.is_tensor(x) else self.bn(y)
+
+
+class TypeOf(Pair):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y) * y if type(x) is torch.Tensor else self.bn(y)
+
+
+class LooksUpSize(Pair):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y) * y if x.shape[-1] in {8, 16} else self.bn(y)
+
+
+class ReadsText(Pair):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y) * y if str(x.dtype) == "torch.float64" else self.bn(y)
+
+
+class IdentityOfTuple(Pair):
+    def __init__(self) -> None:
+        super().__init__()
+        self.identity = nn.Identity()
+
+    def forward(self, x):
+        y = self.conv(x)
+        first, second = self.identity((x, y))
+        return first + second * self.bn(y)
+
+
+class OwnCall(Pair):
+    def __call__(self, x):
+        return super().__call__(x) * self.conv(x)
+
+
+class PassesNone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = MayBeNone()
+
+    def forward(self, x):
+        return self.part(x, None) if x.sum() < 1e9 else x
+
+
+class MayBeNone(Pair):
+    def forward(self, x, skip):
+        y = self.conv(x)
+        return y if skip is None else self.bn(y) + skip
+
+
+class GivesNone(Pair):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = Gate()
+
+    def forward(self, x):
+        y = self.conv(x)
+        gate = self.gate(x)
+        return self.bn(y) * y if gate is None else self.bn(y)
+
+
+class Gate(nn.Module):
+    def forward(self, x):
+        return None if x.sum() < 1e9 else x
+
+
+class Decorated(Untraceable):
+    def forward(self, x):
+        return self.pair(x) if x.sum() < 1e9 else x
+
+
+def adding_convolution(function):
+    @functools.wraps(function)
+    def wrapper(self, x):
+        return function(self, x) + self.pair.conv(x)
+
+    return wrapper
+
+
+Decorated.forward = adding_convolution(Decorated.forward)
+
+
+class Delegates(Untraceable):
+    def __getattr__(self, name):
+        return self.pair.conv if name == "inner" else super().__getattr__(name)
+
+    def forward(self, x):
+        return self.pair(x) + self.inner(x) if x.sum() < 1e9 else x
+
+
+class HoldsObject(Untraceable):
+    def __init__(self) -> None:
+        super().__init__()
+        self.box = types.SimpleNamespace(conv=self.pair.conv)
+
+    def forward(self, x):
+        return self.pair(x) + self.box.conv(x) if x.sum() < 1e9 else x
+
+
+class ScaleOfWeights(Pair):
+    @property
+    def scale(self):
+        return float(self.conv.weight.detach().norm())
+
+
+class ReadsProperty(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = ScaleOfWeights()
+
+    def forward(self, x):
+        return self.part(x) * self.part.scale if x.sum() < 1e9 else x
+
+
+def hooked() -> nn.Module:
+    network = Pair()
+    network.register_forward_hook(lambda module, inputs, output: output + module.conv(inputs[0]))
+    return network
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        ListOfLayers,
+        AsksForClass,
+        AsksForBias,
+        AsksForChannels,
+        SumsWeights,
+        ReadsState,
+        TiedWeight,
+        IsTensor,
+        TypeOf,
+        LooksUpSize,
+        ReadsText,
+        IdentityOfTuple,
+        OwnCall,
+        PassesNone,
+        GivesNone,
+        Decorated,
+        Delegates,
+        HoldsObject,
+        ReadsProperty,
+        hooked,
+    ],
+)
+def test_what_a_forward_can_tell_apart_is_left_alone(network):
+    network = settle(network()).double()
+    x = images(2, 4, 8, 8)
+
+    found, report = fuse_conv_bn(network)
+
+    assert relative_error(network(x), found(x)) < 1e-12
+    assert {"bn", "pair.bn", "part.bn"} & set(report.kept), report
+
+
+class Unregistered(Pair):
+    def forward(self, x):
+        return nn.ReLU()(self.bn(self.conv(x)))
+
+
+class LeftBehind(Pair):
+    """Holds a value of an earlier forward, which cannot be copied as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = self.conv(torch.zeros(1, 4, 3, 3))
+
+    def forward(self, x):
+        self.last = self.conv(x)
+        return self.bn(self.last)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [Unregistered, LeftBehind, lambda: nn.Sequential(torch.jit.script(Pair().eval()), Pair())],
+)
+@pytest.mark.filterwarnings("ignore:.torch.jit.*")
+def test_unusual_networks_are_fused_without_an_error(network):
+    network = settle(network()).double()
+    x = images(2, 4, 8, 8)
+
+    found, report = fuse_conv_bn(network)
+
+    assert relative_error(network(x), found(x)) < 1e-12
+    assert len(report.fused) == 1 or report.kept

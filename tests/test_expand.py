@@ -223,3 +223,61 @@ def test_branches_can_be_dropped_while_it_trains():
     expanded[1].branch_1x1.bn.weight.data.fill_(1)
 
     assert not torch.equal(expanded(torch.ones(2, 3, 8, 8)), expanded(torch.ones(2, 3, 8, 8)))
+
+
+class TrainingSkip(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y) + y if self.training else self.bn(y)
+
+
+def test_both_modes_count():
+    network = settle(nn.Sequential(TrainingSkip())).double().train()
+
+    expanded = repvgg.over_parameterize(network)
+
+    assert type(expanded[0].bn) is nn.BatchNorm2d
+    assert relative_error(network(images(2, 3, 9, 8)), expanded(images(2, 3, 9, 8))) < 1e-12
+
+
+def test_a_batchnorm_that_is_frozen_while_the_rest_trains_stays():
+    network = settle(conv_bn()).double().train()
+    network[2].eval()
+
+    expanded = repvgg.over_parameterize(network)
+
+    assert relative_error(network(images(2, 3, 9, 8)), expanded(images(2, 3, 9, 8))) < 1e-12
+
+
+def test_tied_weights_stay_tied():
+    network = settle(nn.Sequential(*conv_bn(), nn.Conv2d(8, 8, 3, padding=1)))
+    network.append(nn.Conv2d(8, 8, 3, padding=1))
+    network[-1].weight = network[-2].weight
+
+    expanded = repvgg.over_parameterize(network)
+
+    assert blocks(expanded) == 1
+    assert expanded[-1].weight is expanded[-2].weight
+
+
+class AsksForClass(nn.Sequential):
+    def forward(self, x):
+        for layer in self:
+            x = layer(x).relu() if isinstance(layer, nn.Conv2d) else layer(x)
+        return x
+
+
+class AsksForKernel(nn.Sequential):
+    def forward(self, x):
+        return self[0](x) * self[0].kernel_size[0]
+
+
+@pytest.mark.parametrize("network", [AsksForClass, AsksForKernel])
+def test_a_network_that_asks_what_its_layers_are_is_refused(network):
+    with pytest.raises(ValueError, match="cannot be over-parameterized: some forward depends"):
+        repvgg.over_parameterize(network(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)))

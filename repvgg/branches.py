@@ -18,17 +18,9 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from repvgg import linear
-from repvgg.dataflow import (
-    Dataflow,
-    Tracer,
-    describe,
-    erase_if_transparent,
-    has_hooks,
-    mentions,
-    shared_copy,
-    uses,
-)
+from repvgg.dataflow import Dataflow, describe, erase_if_transparent, shared_copy, uses
 from repvgg.reparam import Affine, bare_affine, identity_kernel, merge, scale_output
+from repvgg.tracing import Tracer, has_hooks, mentions
 
 ADDITIONS = (add, iadd, torch.add, "add", "add_")
 POOLS = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}

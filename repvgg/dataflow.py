@@ -7,25 +7,28 @@ the code may reach is marked as such. Nothing is ever concluded from the order o
 """
 
 import copy
-import dis
 import inspect
 import itertools
-import operator
-import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from repvgg.reading import is_of_torch, read
+from repvgg.tracing import (
+    Tracer,
+    UntraceableError,
+    asks_for_types,
+    has_hooks,
+    in_a_line,
+    storage_of,
+    tests_for_none,
+)
 
 MAX_VARIANTS = 16  # ways to call one forward that are followed, by its optional arguments
-_ONE_TENSOR = ("activation", "batchnorm", "conv", "dropout", "linear")  # modules of torch.nn
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 METADATA = {"shape", "ndim", "dtype", "device", "size", "dim", "numel", "is_cuda", "requires_grad"}
 
 
@@ -125,8 +128,8 @@ class _Following:
         self.storages: dict[tuple[nn.Module, str], int] = {}
         for module in names:
             for key, tensor in own_tensors(module).items():
-                self.storages[module, key] = _storage(tensor)
-                self.holders.setdefault(_storage(tensor), []).append(module)
+                self.storages[module, key] = storage_of(tensor)
+                self.holders.setdefault(storage_of(tensor), []).append(module)
 
     def look_into(self, scope: nn.Module, caller: str) -> list[tuple[nn.Module, str]]:
         """Follow one module; what else is to be followed then, and who calls it."""
@@ -185,7 +188,7 @@ class _Following:
                     continue
                 return opaque | {scope: in_a_line(error)}
             opaque |= tracer.opaque
-            if tracer.opaque and _tests_for_none(scope):
+            if tracer.opaque and tests_for_none(scope):
                 tracer.refuse("it tests for None what another could not be followed to give")
             if tracer.refusals:
                 return opaque | {scope: tracer.refusals[-1]}
@@ -290,243 +293,6 @@ def equal(first: Dataflow, second: Dataflow, *, apart_from: Collection[str] = ()
     return untraced[0] == untraced[1] and graphs[0] == graphs[1]
 
 
-class UntraceableError(ValueError):
-    """A forward asked for something that is only known when it runs."""
-
-
-class _Unknown:
-    """Nothing is known about a value, mostly not its type: who asks cannot be followed."""
-
-    node: Any
-    tracer: Any
-
-    @property
-    def __class__(self) -> type:
-        if _asked_by_torch(sys._getframe(1)):
-            return type(self)
-        if self.tracer.is_tensor(self.node):
-            return torch.Tensor
-        raise self.tracer.refuse("it asks for the type of a value")
-
-    @__class__.setter
-    def __class__(self, value: type) -> None:
-        raise self.tracer.refuse("it changes the type of a value")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("node", "tracer", "root", "attr", "_node"):
-            raise self.tracer.refuse("it sets an attribute of a value")
-        super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or not hasattr(torch.Tensor, name):
-            raise self.tracer.refuse(f"it asks a value for '{name}', which tensors do not have")
-        return _Attribute(self, name)  # type: ignore[arg-type]
-
-    def __hash__(self) -> int:
-        if _asked_by_torch(sys._getframe(1)):
-            return object.__hash__(self)
-        raise self.tracer.refuse("it looks a value up")
-
-    def __repr__(self) -> str:
-        return _Text(object.__getattribute__(self, "tracer"))
-
-    __str__ = __repr__
-
-    def __format__(self, _: str) -> str:
-        return _Text(self.tracer)
-
-
-class _Text(str):
-    """A value in words: good for messages, not for decisions."""
-
-    tracer: "Tracer"
-
-    def __new__(cls, tracer: "Tracer") -> "_Text":
-        text = super().__new__(cls, "(a value)")
-        text.tracer = tracer
-        return text
-
-    def __eq__(self, other: object) -> bool:
-        raise self.tracer.refuse("it compares a value as text")
-
-    def __hash__(self) -> int:
-        raise self.tracer.refuse("it compares a value as text")
-
-    __ne__ = __eq__
-    __contains__ = __eq__
-
-
-def _asked_by_torch(frame: Any) -> bool:
-    """Whether a question comes from inside torch, which knows its proxies."""
-    home = frame.f_globals.get("__name__", "")
-    return home.split(".")[0] == "torch" and frame.f_code.co_name != "is_tensor"
-
-
-class _Value(_Unknown, fx.Proxy):
-    pass
-
-
-class _Attribute(_Unknown, fx.proxy.Attribute):
-    pass
-
-
-def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """torch's proxies take `x += y` for `x = x + y`, and so lose that x changes."""
-
-    def method(self: Any, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operation, (self, other), {})
-
-    return method
-
-
-def _refused(name: str) -> Callable[..., Any]:
-    def method(self: Any, *_: Any) -> Any:
-        raise self.tracer.refuse(f"it needs a value when it calls {name}")
-
-    return method
-
-
-_AUGMENTED = (
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "matmul",
-    "and",
-    "or",
-    "xor",
-)
-for _name in _AUGMENTED:
-    setattr(_Unknown, f"__i{_name}__", _in_place(getattr(operator, f"__i{_name}__")))
-for _name in ("len", "int", "float", "complex", "index", "contains", "setitem", "delitem"):
-    setattr(_Unknown, f"__{_name}__", _refused(f"__{_name}__"))
-
-
-class Tracer(fx.Tracer):
-    """Takes a module that cannot be followed as one step, and remembers it."""
-
-    proxy_buffer_attributes = True
-
-    def __init__(
-        self, steps: Collection[nn.Module], names: Collection[nn.Module] | None = None
-    ) -> None:
-        super().__init__(param_shapes_constant=True)
-        self.steps = steps
-        self.names = names  # what may be taken as one step if it cannot be followed; None is all
-        self.read_storages: set[int] = set()
-        self.opaque: dict[nn.Module, str] = {}
-        self.refusals: list[str] = []
-
-    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        before = set(vars(root))
-        try:
-            with _Reads() as reads:
-                return super().trace(root, concrete_args)
-        finally:
-            self.read_storages = reads.storages
-            for constant in set(vars(root)) - before:
-                if constant.startswith("_tensor_constant"):
-                    delattr(root, constant)
-
-    def refuse(self, reason: str) -> UntraceableError:
-        """The error to raise. It counts even where the network's own code catches it."""
-        self.refusals.append(reason)
-        return UntraceableError(reason)
-
-    def is_tensor(self, node: fx.Node) -> bool:
-        """Whether a step is sure to give one tensor."""
-        if node.op == "call_module":
-            module = self.root.get_submodule(str(node.target))
-            home = type(module).__module__
-            plain = home in (f"torch.nn.modules.{name}" for name in _ONE_TENSOR)
-            return module in self.steps or (plain and not isinstance(module, nn.MultiheadAttention))
-        adds = node.op == "call_function" and node.target in (operator.add, operator.mul)
-        return adds and any(self.is_tensor(given) for given in node.all_input_nodes)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m in self.opaque or m in self.steps or is_of_torch(m)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Value(node, self)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        # torch's proxies of constant shape are for parameters alone.
-        self.param_shapes_constant = isinstance(attr_val, nn.Parameter)
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        raise self.refuse("its control flow depends on a value")
-
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        raise self.refuse("it iterates over a value")
-
-    def keys(self, obj: fx.Proxy) -> Any:
-        raise self.refuse("it asks for the keys of a value")
-
-    def call_module(
-        self,
-        m: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        stack, num_refusals = self.module_stack.copy(), len(self.refusals)
-        num_opaque = len(self.opaque)
-        try:
-            result = super().call_module(m, forward, args, kwargs)
-            if not self.is_leaf_module(m, ""):
-                given = [value.node for value in tree_leaves((args, kwargs)) if _is_value(value)]
-                unknown = any(
-                    node.op == "call_module"
-                    and self.root.get_submodule(str(node.target)) in self.opaque
-                    for node in given
-                )
-                if _asks_for_types(m):
-                    self.refuse("it asks for the type of a value")
-                elif (unknown or len(self.opaque) > num_opaque) and _tests_for_none(m):
-                    self.refuse("it tests for None what another could not be followed to give")
-            if len(self.refusals) == num_refusals:
-                return result
-            reason = self.refusals[-1]
-        except Exception as error:
-            reason = in_a_line(error)
-            if self.names is not None and m not in self.names:
-                raise  # nobody knows it by name
-        # What it did before it failed stays in the graph, as uses that nobody needs: they can
-        # only forbid a fusion.
-        del self.refusals[num_refusals:]
-        self.module_stack = stack
-        self.opaque[m] = reason
-        return super().call_module(m, forward, args, kwargs)
-
-
-class _Reads(TorchDispatchMode):
-    """Notes which tensors a forward computes with while it is followed; proxies compute nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        for value in tree_leaves((args, kwargs or {})):
-            if type(value) in (Tensor, nn.Parameter):
-                self.storages.add(_storage(value))
-        return func(*args, **(kwargs or {}))
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _is_value(value: object) -> bool:
-    return type(value) in (_Value, _Attribute)
-
-
 def _variants(scope: nn.Module) -> list[tuple[dict[str, Any], bool]]:
     """Ways to call a forward, and whether each may fail.
 
@@ -537,7 +303,7 @@ def _variants(scope: nn.Module) -> list[tuple[dict[str, Any], bool]]:
         raise UntraceableError("its forward was replaced by hand")
     if type(scope).__call__ is not nn.Module.__call__:
         raise UntraceableError("it has a __call__ of its own")
-    if _asks_for_types(scope):
+    if asks_for_types(scope):
         raise UntraceableError("it asks for the type of a value")
     parameters = [
         parameter
@@ -563,66 +329,6 @@ def _variants(scope: nn.Module) -> list[tuple[dict[str, Any], bool]]:
     return variants
 
 
-def _instructions(module: nn.Module) -> Iterator[tuple[str, list[dis.Instruction]]]:
-    """The byte code of a forward and of what it calls of its class, and the name of self there."""
-    todo, seen = ["forward"], set()
-    while todo:
-        name = todo.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        for cls in type(module).__mro__:
-            function = inspect.unwrap(vars(cls).get(name))  # type: ignore[arg-type]
-            if cls is nn.Module or not inspect.isfunction(function):
-                continue
-            codes = [function.__code__]
-            itself = (*codes[0].co_varnames, "")[0]
-            while codes:
-                code = codes.pop()
-                todo += code.co_names
-                codes += [const for const in code.co_consts if inspect.iscode(const)]
-                yield itself, list(dis.get_instructions(code))
-
-
-def _asks_for_types(module: nn.Module) -> bool:
-    """Whether it calls `type` on something, or compares identities: proxies cannot refuse that."""
-    for itself, instructions in _instructions(module):
-        for first, second in itertools.pairwise(instructions):
-            if first.opname == "LOAD_GLOBAL" and first.argval == "type":
-                if second.argval != itself:
-                    return True
-            elif second.opname == "IS_OP" and first.opname != "LOAD_CONST":
-                return True
-    return False
-
-
-def mentions(module: nn.Module, name: str) -> bool:
-    """Whether a forward, or what it calls of its class, mentions a name."""
-    return any(
-        instruction.argval == name
-        for _, instructions in _instructions(module)
-        for instruction in instructions
-    )
-
-
-def _tests_for_none(module: nn.Module) -> bool:
-    """Whether it compares a variable with None: a proxy never is, what it stands for may be."""
-    for _, instructions in _instructions(module):
-        for i, instruction in enumerate(instructions):
-            operand = i - 1 if instruction.opname.endswith("NONE") else i - 2
-            asks = instruction.opname == "IS_OP" or (
-                "JUMP" in instruction.opname and instruction.opname.endswith("NONE")
-            )
-            if asks and instructions[operand].opname.startswith("LOAD_FAST"):
-                return True
-    return False
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody listens to a module's calls, or changes what goes in or comes out."""
-    return any(getattr(module, key) for key in _HOOKS)
-
-
 def is_metadata(node: fx.Node) -> bool:
     """Whether a step asks a tensor for its shape or kind, not for its values."""
     if node.op == "call_function" and node.target is getattr:
@@ -637,10 +343,3 @@ def uses(node: fx.Node) -> list[fx.Node]:
 
 def _has_forward(module: nn.Module) -> bool:
     return getattr(type(module), "forward", None) is not nn.Module.forward
-
-
-def in_a_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return (text if isinstance(error, UntraceableError) else f"{type(error).__name__}: {text}")[
-        :200
-    ]

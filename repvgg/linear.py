@@ -18,10 +18,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
-from repvgg.dataflow import Tracer, copied, has_hooks, in_a_line, uses
+from repvgg.dataflow import copied, uses
 from repvgg.reading import is_of_torch
 from repvgg.reparam import Affine, bare_affine, bn_affine, scale_input, scale_output
 from repvgg.reparam import transpose_kernel as transpose
+from repvgg.tracing import Tracer, has_hooks, in_a_line
 
 Linear = _ConvNd | nn.Linear
 

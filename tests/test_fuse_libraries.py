@@ -18,20 +18,16 @@ def count(network: nn.Module) -> int:
 # With random weights; BatchNorms that are left.
 TORCHVISION = {
     "densenet121": 62,  # behind a concatenation
-    "efficientnet_b0": 0,
     "googlenet": 0,
     "maxvit_t": 0,
     "mnasnet0_5": 0,
     "mobilenet_v3_small": 0,
     "regnet_y_400mf": 0,
     "resnet18": 0,
-    "resnext50_32x4d": 0,
     "shufflenet_v2_x0_5": 0,
-    "vgg11_bn": 0,
 }
 TIMM = {
     "convnext_atto": 0,
-    "dla34": 0,
     "dpn68": 27,  # behind a concatenation
     "efficientnet_b0": 0,
     "ghostnet_100": 0,
@@ -47,7 +43,6 @@ TIMM = {
     "resnet26d": 0,
     "tf_efficientnet_b0": 5,  # convolutions that pad by the size of their input
     "vovnet39a": 0,
-    "xception41": 0,
 }
 
 

@@ -62,7 +62,7 @@ GRAPH = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(GRAPH)
 def test_random_graphs_compute_the_same_after_fusing(steps):
     torch.manual_seed(0)

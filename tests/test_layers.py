@@ -9,8 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"arguments", "reparam", "losses", "rdrop", "verify", "benchmark", "reading"},
-    {"block", "dataflow"},
-    {"model", "linear"},
+    {"block", "tracing"},
+    {"model", "dataflow"},
+    {"linear"},
     {"branches"},
     {"fuse"},
     {"expand"},

@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import benchmark_fusion
 import benchmark_rdrop
 import pytest
+import study_fusion
 import study_rdrop
 from PIL import Image
 
@@ -117,3 +119,38 @@ def test_help_shows_the_keys(script, run):
     printed = run(script, "--help")
 
     assert all(f"{key}:" in printed for key in script.DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("classification", "shufflenet_v2_x0_5"), ("detection", "ssdlite320_mobilenet_v3_large")],
+)
+def test_the_study_of_fusing_measures_a_network(part, name):
+    row = study_fusion.measure("torchvision", part, name)
+
+    assert row["left"] == 0 < row["batchnorms"]
+    assert max(row["error_float64"], row["worst_module"]) < 1e-10
+    assert row["error_float32"] < 1e-4
+    text = study_fusion.summary([{key: "" if v is None else str(v) for key, v in row.items()}])
+    assert f"| torchvision, {part} | 1 | {row['batchnorms']} | 0 |" in text
+
+
+def test_the_benchmark_of_fusing_writes_a_table_and_a_figure(run, tmp_path):
+    out = run(
+        benchmark_fusion,
+        "networks=[resnet18]",
+        "compile=false",
+        "rounds=2",
+        "size=32",
+        f"out={tmp_path}",
+    )
+
+    assert "| resnet18 | fused |" in out
+    assert (tmp_path / "benchmark.md").read_text() in out
+    assert (tmp_path / "benchmark.png").stat().st_size > 5_000
+    assert len((tmp_path / "benchmark.csv").read_text().splitlines()) == 4
+
+
+def test_the_benchmark_of_fusing_refuses_an_unknown_network(run, tmp_path):
+    with pytest.raises(SystemExit):
+        run(benchmark_fusion, "networks=[resnet19]", f"out={tmp_path}")

@@ -124,6 +124,11 @@ class _Following:
         self.names = names
         self.steps = steps
         self.flow = Dataflow()
+        self.held = {
+            module: _with_own_containers(vars(module))
+            for module in names
+            if not isinstance(module, torch.jit.ScriptModule)
+        }
         self.holders: dict[int, list[nn.Module]] = {}  # of tensors, by storage: they may be tied
         self.storages: dict[tuple[nn.Module, str], int] = {}
         for module in names:
@@ -180,6 +185,9 @@ class _Following:
             return {scope: in_a_line(error)}
         for fixed, may_fail in variants:
             tracer = Tracer(self.steps, self.names)
+            for module, held in self.held.items():  # what a forward keeps would enter this graph
+                vars(module).clear()
+                vars(module).update(_with_own_containers(held))
             try:
                 graph = tracer.trace(scope, fixed)
             except Exception as error:
@@ -225,6 +233,14 @@ class _Following:
         for module in modules:
             if module in self.names:
                 self.flow.reached.setdefault(self.names[module], reason)
+
+
+def _with_own_containers(held: dict[str, Any]) -> dict[str, Any]:
+    """What a module holds; its lists, dictionaries and sets are copies."""
+    return {
+        key: copy.copy(value) if isinstance(value, list | dict | set) else value
+        for key, value in held.items()
+    }
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:

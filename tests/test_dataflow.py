@@ -315,6 +315,32 @@ def test_following_draws_no_random_numbers():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+class Caches(Pair):
+    """Keeps a value of its first call, and is followed several times for its optional argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = None
+        self.seen = []
+
+    def forward(self, x, flag: bool = False):
+        if self.scale is None:
+            self.scale = x.mean()
+        self.seen.append(x)
+        return self.bn(self.conv(x)) * self.scale
+
+
+def test_what_a_forward_keeps_does_not_enter_the_next_graph():
+    network = settle(Caches())
+
+    flow = dataflow.trace(network, linear.is_step)
+
+    for graph in flow.graphs:
+        graph.lint()
+        assert all(node in flow.callers for node in graph.nodes)
+    assert len(flow.graphs) == 2
+
+
 class Auxiliary(nn.Module):
     """A head that only runs while it trains."""
 

@@ -231,9 +231,8 @@ def test_padding_modes_stay(mode):
 
 @pytest.mark.parametrize("kernel", [(1, 3), (2, 2), (5, 2)])
 @pytest.mark.parametrize("padding", ["same", "valid", 1])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_kernels_of_any_shape_are_fused(kernel, padding):
-    if padding == "same" and 2 in kernel:
-        pytest.skip("torch warns of an even kernel with padding 'same'")
     check(Pair(nn.Conv2d(4, 4, kernel, padding=padding)), images(2, 4, 8, 8), fused=1)
 
 
@@ -286,6 +285,7 @@ class Preceding(Pair):
         nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
         nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"),
         nn.Conv2d(4, 6, 3, padding=1, padding_mode="replicate"),
+        nn.Conv2d(4, 6, 1, padding="same"),
     ],
 )
 def test_a_batchnorm_in_front_is_fused_where_no_zeros_are_padded(conv):
@@ -542,3 +542,10 @@ def test_the_result_can_be_copied_and_pickled(transfer):
     x = torch.randn(1, 3, 64, 64)
 
     assert torch.equal(transfer(found)(x), found(x))
+
+
+def test_the_result_moves_between_devices_and_precisions():
+    found, _ = fuse_conv_bn(settle(nn.Sequential(Pair(), Pair(bn=ActivatedNorm(4)))))
+
+    assert found.bfloat16()(torch.randn(1, 4, 8, 8).bfloat16()).dtype == torch.bfloat16
+    assert found.to("meta")(torch.empty(1, 4, 8, 8, device="meta").bfloat16()).is_meta

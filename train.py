@@ -1,4 +1,4 @@
-"""Train a RepVGG: python train.py model=repvgg_a0 rdrop=true
+"""Train a network: python train.py model=repvgg_a0 rdrop=true
 
 Configured by configs/train.yaml; `python train.py --help` lists what can be set. A run lives in
 runs/<data>-<model>/<time>/: its configuration, TensorBoard events and checkpoints.
@@ -201,9 +201,9 @@ def check_runs(network: Any, images: Any, name: str) -> None:
     try:
         with torch.no_grad():
             network(images)
-    except (RuntimeError, AssertionError) as error:
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError) as error:
         size = "x".join(map(str, images.shape[2:]))
-        detail = str(error).splitlines()[0]
+        detail = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"model.name={name}: does not run on images of {size} ({detail}); "
             "type another model.name, or other data"

@@ -1,4 +1,4 @@
-"""RepVGG training for any network: its 3x3 convolutions become RepVGG blocks while it trains.
+"""RepVGG training for any network: eligible 3x3 convolutions become RepVGG blocks while it trains.
 
 The way back is `repvgg.switch_to_deploy`: every block is again the convolution, and the BatchNorm
 behind it, that it came from, so the network has its own layers, names and shapes.
@@ -26,11 +26,16 @@ class RepVGGConv(RepVGGBlock):
         conv: a 3x3 convolution that is padded by its dilation.
         bn: the BatchNorm behind it, or None.
         slot: what stands in the place of `bn`.
-        options: further arguments of `RepVGGBlock`.
+        branch_drop: as in `RepVGGBlock`.
     """
 
     def __init__(
-        self, conv: nn.Conv2d, bn: _BatchNorm | None, slot: nn.Module | None, **options: Any
+        self,
+        conv: nn.Conv2d,
+        bn: _BatchNorm | None,
+        slot: nn.Module | None,
+        *,
+        branch_drop: float = 0.0,
     ) -> None:
         super().__init__(
             conv.in_channels,
@@ -42,7 +47,7 @@ class RepVGGConv(RepVGGBlock):
             bn=bn is not None,
             bias=conv.bias is not None,
             bn_eps=1e-5 if bn is None else bn.eps,
-            **options,
+            branch_drop=branch_drop,
         )
         self.to(conv.weight)
         self.relu = nn.Identity()
@@ -119,27 +124,28 @@ class RepVGGConv(RepVGGBlock):
             norm.weight.zero_()  # it adds nothing until it has learned to, in both modes
 
 
-def over_parameterize(model: nn.Module, **options: Any) -> nn.Module:
+def over_parameterize(model: nn.Module, *, branch_drop: float = 0.0) -> nn.Module:
     """Copy a network and make every eligible 3x3 convolution of the copy a RepVGG block.
 
     Eligible is a convolution padded by its dilation, of any stride, groups and padding mode, that
     has no code or hooks of its own. The BatchNorm behind it joins the block where the dataflow
     proves that it normalizes this convolution and nothing else; without one, the block has none.
 
-    A block starts as the function of what it replaces, in eval and in training mode: the branches
+    A block starts as the function of what it replaces (in training mode if `branch_drop` is 0, and
+    but for a BatchNorm in another mode than its convolution, which stays outside): the branches
     that it adds begin at zero (Goyal et al., 2017, arXiv:1706.02677, section 5.1, for their gamma).
     Where the BatchNorm was never updated, it starts as a fresh RepVGG block does.
 
     Args:
         model: in either mode; it is not changed.
-        options: of `RepVGGBlock`: branch_drop.
+        branch_drop: of the blocks, as in `RepVGGBlock`; 0 is off.
 
     Returns:
         the copy, to be trained. `repvgg.switch_to_deploy` gives the original layers back.
 
     Raises:
-        ValueError: the network has no eligible convolution, or a forward of it depends on what its
-            layers are.
+        ValueError: the network has no eligible convolution, a forward of it depends on what its
+            layers are, it cannot be copied, or `branch_drop` is out of range.
     """
     model = dataflow.copied(model)
     modules = dict(model.named_modules())
@@ -166,7 +172,8 @@ def over_parameterize(model: nn.Module, **options: Any) -> nn.Module:
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no convolution to over-parameterize: none is 3x3, padded "
-            "by its dilation and without code of its own"
+            "by its dilation, called on one argument where that can be followed, and without "
+            "code, hooks or tied weights; type model.over_parameterize=false"
         )
     replaced: set[str] = set()
     for name, conv in found:
@@ -182,7 +189,7 @@ def over_parameterize(model: nn.Module, **options: Any) -> nn.Module:
                 replaced.add(str(behind))
         else:
             bn = None
-        put(model, conv, RepVGGConv(conv, bn, slot, **options))
+        put(model, conv, RepVGGConv(conv, bn, slot, branch_drop=branch_drop))
     for before, after in zip(flows, _flows(model), strict=True):
         for call in [call for name in replaced for call in before.calls[name]]:
             call.replace_all_uses_with(call.all_input_nodes[0])
@@ -190,7 +197,8 @@ def over_parameterize(model: nn.Module, **options: Any) -> nn.Module:
         if not dataflow.equal(before, after, apart_from=[name for name, _ in found]):
             raise ValueError(
                 f"{type(model).__name__} cannot be over-parameterized: some forward depends on "
-                "what its layers are, or on what they say of themselves"
+                "what its layers are, or on what they say of themselves; type "
+                "model.over_parameterize=false"
             )
     return model
 

@@ -71,7 +71,7 @@ def load_safetensors(path: Path) -> nn.Sequential:
     """Rebuild the network from the file's own metadata, switch it, and fill in the weights.
 
     Raises:
-        ValueError: the file has no description of ours.
+        ValueError: the file has no description of ours, or its weights do not fit it.
     """
     from safetensors import safe_open
 
@@ -84,7 +84,11 @@ def load_safetensors(path: Path) -> nn.Sequential:
     data = DataContract(**description["data"])
     with torch.device("meta"):
         model, _ = deployed_form(build_model(**description["model"]))
-    model.load_state_dict(weights, assign=True)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split()[:40])
+        raise ValueError(f"'{path}' does not fit its own description: {detail}") from error
     return nn.Sequential(Normalize(data.mean, data.std), model).eval()
 
 

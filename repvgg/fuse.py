@@ -132,7 +132,7 @@ class FusionReport:
 
     Attributes:
         fused: pairs of a convolution or linear layer and a normalization, in the order in which
-            they ran; they are one module now, under the name of the former.
+            they ran; they are one module now, under the name of the convolution.
         merged: convolutions and what was added to them, one module now, which has the first name.
         kept: every normalization that is left, and why.
         untraced: modules whose forward could not be followed, and why; inside them less is fused.
@@ -142,6 +142,16 @@ class FusionReport:
     merged: list[tuple[str, ...]] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     untraced: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def moved(self) -> set[str]:
+        """Modules whose own outputs are others than before, as another one does their part."""
+        moved = {name for names in self.merged for name in names}
+        for place, (first, second) in enumerate(self.fused):
+            moved.add(first)
+            if any(first == later for later, _ in self.fused[place + 1 :]):
+                moved.add(second)  # one BatchNorm behind another
+        return moved
 
 
 def fuse_conv_bn(model: nn.Module) -> tuple[nn.Module, FusionReport]:
@@ -155,11 +165,12 @@ def fuse_conv_bn(model: nn.Module) -> tuple[nn.Module, FusionReport]:
 
     The copy computes what `model` computes in eval mode; `model` does not change. A folded
     convolution keeps its name, and an `nn.Identity` (or what a normalization did besides
-    normalizing, timm's activation) stands in the place of its BatchNorm. Where a sum was merged,
-    the module whose forward adds gets a forward that was written anew. At the end the copy is
-    followed again: if it takes other steps than `model`, because a forward asks what its modules
-    are, nothing is fused. Assumed is that a network is used by calling it, not by single methods
-    or parts of it, and that its forward does not depend on what it did before.
+    normalizing, timm's activation) stands in the place of its BatchNorm. For BatchNorm1d and
+    SyncBatchNorm it refuses inputs of which another axis would have been normalized. Where a sum
+    was merged, the module whose forward adds gets a forward that was written anew. At the end the
+    copy is followed again: if it takes other steps than `model`, because a forward asks what its
+    modules are, nothing is fused. Assumed is that a network is used by calling it, not by single
+    methods or parts of it, and that its forward does not depend on what it did before.
 
     Returns:
         the copy, in eval mode, and a report of what was fused, and of what was not and why.

@@ -1,4 +1,4 @@
-"""The variants of the family, by name.
+"""The variants of the family, by name, and torchvision's classifiers.
 
 A0 to B3g4: RepVGG (Ding et al., 2021, arXiv:2101.03697), tables 2 and 3. D2se and RepVGGplus-L2pse:
 the authors' later releases. `repvgg_tiny` is ours, for images of 8 to 32 pixels.
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from repvgg.arguments import check_integer, refusal
+from repvgg.arguments import check_integer, check_number, refusal
 from repvgg.expand import over_parameterize as expand
 from repvgg.model import RepVGG
 
@@ -122,30 +122,35 @@ def build_torchvision(
     if name not in names:
         raise ValueError(_unknown("model.name", str(name), names))
     for key, value in (("strides", strides), ("drop_path", drop_path)):
-        if value is not None:
+        if value:
             raise refusal(f"model.{key}", value, "torchvision's networks have none", "null")
     if not isinstance(over_parameterize, bool):
         raise refusal("model.over_parameterize", over_parameterize, "must be true or false", "true")
-    if branch_drop is not None and not over_parameterize:
+    check_number("model.branch_drop", branch_drop or 0.0, below=1, example=0.1)
+    if branch_drop and not over_parameterize:
         allowed = "drops branches of RepVGG blocks, so it needs model.over_parameterize=true"
         raise refusal("model.branch_drop", branch_drop, allowed, "null")
     given = {key: value for key, value in arguments.items() if value is not None}
-    if name in ("googlenet", "inception_v3"):  # their auxiliary outputs are not logits alone
+    # Their auxiliary outputs are not logits alone, and they warn of the default of init_weights.
+    if name in ("googlenet", "inception_v3"):
         given = {"aux_logits": False, "init_weights": True} | given
     check_integer("model.num_classes", num_classes, minimum=1, example=10)
     try:
         network = models.get_model(name, weights=None, num_classes=num_classes, **given)
     except TypeError as error:
-        raise ValueError(f"model: torchvision's {name} does not take this: {error}") from error
+        keys = ", ".join(f"model.{key}={value}" for key, value in given.items())
+        raise ValueError(
+            f"{keys}: torchvision's {name} does not take this ({error}); type model.KEY=null"
+        ) from error
     if check_integer("model.in_channels", in_channels, minimum=1, example=3) != 3:
         _replace_stem(network, in_channels)
     if not over_parameterize:
         return network
-    return expand(network, **({} if branch_drop is None else {"branch_drop": branch_drop}))
+    return expand(network, branch_drop=branch_drop or 0.0)
 
 
 def _replace_stem(network: nn.Module, in_channels: int) -> None:
-    """Give a network's first convolution another number of input channels, and fresh weights."""
+    """Replace the convolution that was declared first: other input channels, fresh weights."""
     for path, conv in network.named_modules():
         if type(conv) is nn.Conv2d:
             stem = nn.Conv2d(

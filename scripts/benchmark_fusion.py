@@ -4,7 +4,7 @@ Latency of networks before and after `repvgg.fuse_conv_bn`, in eager mode and co
 with freezing, under no_grad), and how far each is from the network in float64. Every candidate
 lives in a process of its own; all of one network are timed in turns, one at a time, in a new order
 each round. The network before fusing is there twice: the ratio of the two is the noise. Writes a
-table, a figure and all numbers.
+table, a figure and the numbers of the table.
 """
 
 import copy
@@ -23,7 +23,7 @@ from torch import nn
 
 import repvgg
 from repvgg import cli, verify
-from repvgg.arguments import check_integer
+from repvgg.arguments import check_integer, refusal
 
 DEFAULTS: dict[str, Any] = {
     "networks": ["resnet18", "resnet34", "resnet50", "resnet152", "mobilenet_v2", "repvgg_a0"],
@@ -48,11 +48,13 @@ class Candidate(NamedTuple):
 
 def main(settings: dict[str, Any]) -> None:
     study.require_packages()
-    for key in ("batch", "size", "rounds", "threads"):
+    for key in ("batch", "size", "threads"):
         check_integer(key, settings[key], minimum=1, example=DEFAULTS[key])
-    unknown = [name for name in settings["networks"] if name not in DEFAULTS["networks"]]
-    if unknown:
-        raise ValueError(f"networks={unknown}: allowed are {', '.join(DEFAULTS['networks'])}")
+    check_integer("rounds", settings["rounds"], minimum=2, example=40)  # quartiles need two
+    allowed = DEFAULTS["networks"]
+    if not settings["networks"] or any(name not in allowed for name in settings["networks"]):
+        names = f"must be some of {', '.join(allowed)}"
+        raise refusal("networks", settings["networks"], names, "[resnet18]")
     names = (BEFORE, AGAIN, AFTER, *(COMPILED if settings["compile"] else ()))
     out = Path(settings["out"])
     out.mkdir(parents=True, exist_ok=True)
@@ -60,11 +62,11 @@ def main(settings: dict[str, Any]) -> None:
     for network in settings["networks"]:
         rows += measure(network, names, settings)
         text = table(rows, settings)
-        print(text)
-    (out / "benchmark.md").write_text(text)
-    (out / "benchmark.csv").unlink(missing_ok=True)
-    for row in rows:
-        study.append(out / "benchmark.csv", row)
+        (out / "benchmark.md").write_text(text)
+        (out / "benchmark.csv").unlink(missing_ok=True)
+        for row in rows:
+            study.append(out / "benchmark.csv", row)
+    print(text)
     draw(rows, out / "benchmark.png")
 
 
@@ -114,7 +116,11 @@ def start(network: str, name: str, settings: dict[str, Any]) -> Candidate:
     ours, theirs = context.Pipe()
     process = context.Process(target=serve, args=(theirs, network, name, settings), daemon=True)
     process.start()
-    return Candidate(process, ours, ours.recv())
+    theirs.close()
+    try:
+        return Candidate(process, ours, ours.recv())
+    except EOFError:
+        raise ValueError(f"{network}, {name}: the process ended; what it said is above") from None
 
 
 def serve(pipe: Connection, network: str, name: str, settings: dict[str, Any]) -> None:
@@ -152,7 +158,10 @@ def build(name: str) -> nn.Module:
 def table(rows: list[study.Row], settings: dict[str, Any]) -> str:
     size, threads = settings["size"], settings["threads"]
     lines = [
-        f"`python scripts/benchmark_fusion.py`: batches of {settings['batch']}, {size}x{size}, "
+        "# Before and after fusing",
+        "",
+        f"`python scripts/benchmark_fusion.py rounds={settings['rounds']}`: batches of "
+        f"{settings['batch']}, {size}x{size}, "
         f"float32, {settings['rounds']} rounds after 3 to warm up; {study.machine()}, {threads} "
         f"threads, load {os.getloadavg()[0]:.1f}. The speed-up is the median over rounds, against "
         "the same mode before fusing.",
@@ -198,6 +207,7 @@ def draw(rows: list[study.Row], path: Path) -> None:
     axes.set_ylabel("times as fast as before fusing")
     axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

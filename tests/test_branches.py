@@ -82,7 +82,6 @@ def test_a_hand_written_repvgg_block_becomes_one_convolution(groups):
     assert report.merged[0] == ("1.conv3", "1.conv1", "1.bn0")
 
 
-SAME = {"padding": 1}
 CASES = {
     "plain residual": ([nn.Conv2d(4, 4, 3, padding=1)], True, 1),
     "two of 3x3": ([nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1)], False, 1),

@@ -10,7 +10,8 @@ import repvgg
 from repvgg.export import FORMATS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("repvgg*.yaml"))
+MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
+MODELS.remove("torchvision")
 DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
 
 

@@ -57,8 +57,7 @@ def check(network: nn.Module, left: int, *inputs: torch.Tensor) -> None:
         expected, found = (verify.tensors(net(*wide)) for net in (network, fused))
     errors = [relative_error(a, b) for a, b in zip(expected, found, strict=True)]
     assert max(errors) < 1e-10
-    moved = {pair[0] for pair in report.fused} | {name for sum in report.merged for name in sum}
-    modules = verify.compare_modules(network, fused, wide, moved=moved)
+    modules = verify.compare_modules(network, fused, wide, moved=report.moved)
     assert max(modules.values()) < 1e-10, max(modules, key=modules.__getitem__)
 
 
@@ -128,9 +127,7 @@ def test_detectors_which_cannot_be_traced(name, parts):
     assert report.kept == {}
     assert "" in report.untraced
     with torch.no_grad():
-        errors = verify.compare_modules(
-            network, fused, [images], moved={pair[0] for pair in report.fused}
-        )
+        errors = verify.compare_modules(network, fused, [images], moved=report.moved)
     before_boxes = {key: error for key, error in errors.items() if key.startswith(parts)}
     assert set(parts) <= set(before_boxes)
     assert max(before_boxes.values()) < 1e-10

@@ -151,6 +151,8 @@ def test_the_benchmark_of_fusing_writes_a_table_and_a_figure(run, tmp_path):
     assert len((tmp_path / "benchmark.csv").read_text().splitlines()) == 4
 
 
-def test_the_benchmark_of_fusing_refuses_an_unknown_network(run, tmp_path):
+def test_the_benchmark_of_fusing_refuses_an_unknown_network(run, tmp_path, capfd):
     with pytest.raises(SystemExit):
         run(benchmark_fusion, "networks=[resnet19]", f"out={tmp_path}")
+
+    assert "networks=['resnet19']: must be some of resnet18" in capfd.readouterr().err

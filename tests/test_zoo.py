@@ -141,7 +141,11 @@ def test_an_argument_that_is_null_is_the_builders_own():
         ({"name": "resnet19"}, "unknown model.name 'resnet19': did you mean resnet18"),
         ({"name": "resnet18", "strides": [1] * 5}, "model.strides=.*have none"),
         ({"name": "resnet18", "drop_path": 0.1}, "model.drop_path=0.1.*have none"),
-        ({"name": "resnet18", "dropout": 0.1}, "resnet18 does not take this.*'dropout'"),
+        ({"name": "resnet18", "dropout": 0.1}, "model.dropout=0.1: .*resnet18 does not take this"),
+        (
+            {"name": "resnet18", "over_parameterize": True, "branch_drop": 1.5},
+            "model.branch_drop=1.5",
+        ),
         ({"name": "resnet18", "branch_drop": 0.1}, "needs model.over_parameterize=true"),
         ({"name": "resnet18", "over_parameterize": 1}, "must be true or false"),
         ({"name": "resnet18", "num_classes": 0}, "model.num_classes=0"),

@@ -86,7 +86,7 @@ def merge_sums(
         return []
     if type(owner).__call__ is not nn.Module.__call__ or "forward" in vars(owner):
         return []
-    if mentions(owner, "autocast"):  # what it does to precision is in no graph
+    if mentions(type(owner), "autocast"):  # what it does to precision is in no graph
         return []
     parameters = list(inspect.signature(owner.forward).parameters.values())
     if len(parameters) != 1 or parameters[0].kind is not parameters[0].POSITIONAL_OR_KEYWORD:

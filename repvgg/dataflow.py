@@ -185,9 +185,10 @@ class _Following:
             return {scope: in_a_line(error)}
         for fixed, may_fail in variants:
             tracer = Tracer(self.steps, self.names)
-            for module, held in self.held.items():  # what a forward keeps would enter this graph
-                vars(module).clear()
-                vars(module).update(_with_own_containers(held))
+            for module in scope.modules():  # what a forward keeps would enter this graph
+                if module in self.held:
+                    vars(module).clear()
+                    vars(module).update(_with_own_containers(self.held[module]))
             try:
                 graph = tracer.trace(scope, fixed)
             except Exception as error:
@@ -196,7 +197,7 @@ class _Following:
                     continue
                 return opaque | {scope: in_a_line(error)}
             opaque |= tracer.opaque
-            if tracer.opaque and tests_for_none(scope):
+            if tracer.opaque and tests_for_none(type(scope)):  # type: ignore[arg-type]
                 tracer.refuse("it tests for None what another could not be followed to give")
             if tracer.refusals:
                 return opaque | {scope: tracer.refusals[-1]}
@@ -319,7 +320,7 @@ def _variants(scope: nn.Module) -> list[tuple[dict[str, Any], bool]]:
         raise UntraceableError("its forward was replaced by hand")
     if type(scope).__call__ is not nn.Module.__call__:
         raise UntraceableError("it has a __call__ of its own")
-    if asks_for_types(scope):
+    if asks_for_types(type(scope)):  # type: ignore[arg-type]
         raise UntraceableError("it asks for the type of a value")
     parameters = [
         parameter

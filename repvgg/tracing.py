@@ -6,6 +6,7 @@ catches the error. What no proxy can notice (`type(x)`, `x is y`) is found in th
 """
 
 import dis
+import functools
 import inspect
 import itertools
 import operator
@@ -218,9 +219,9 @@ class Tracer(fx.Tracer):
                     and self.root.get_submodule(str(node.target)) in self.opaque
                     for node in given
                 )
-                if asks_for_types(m):
+                if asks_for_types(type(m)):  # type: ignore[arg-type]
                     self.refuse("it asks for the type of a value")
-                elif (unknown or len(self.opaque) > num_opaque) and tests_for_none(m):
+                elif (unknown or len(self.opaque) > num_opaque) and tests_for_none(type(m)):  # type: ignore[arg-type]
                     self.refuse("it tests for None what another could not be followed to give")
             if len(self.refusals) == num_refusals:
                 return result
@@ -261,7 +262,7 @@ def _is_value(value: object) -> bool:
     return type(value) in (_Value, _Attribute)
 
 
-def _instructions(module: nn.Module) -> Iterator[tuple[str, list[dis.Instruction]]]:
+def _instructions(cls: type[nn.Module]) -> Iterator[tuple[str, list[dis.Instruction]]]:
     """The byte code of a forward and of what it calls of its class, and the name of self there."""
     todo, seen = ["forward"], set()
     while todo:
@@ -269,9 +270,9 @@ def _instructions(module: nn.Module) -> Iterator[tuple[str, list[dis.Instruction
         if name in seen:
             continue
         seen.add(name)
-        for cls in type(module).__mro__:
-            function = inspect.unwrap(vars(cls).get(name))  # type: ignore[arg-type]
-            if cls is nn.Module or not inspect.isfunction(function):
+        for base in cls.__mro__:
+            function = inspect.unwrap(vars(base).get(name))  # type: ignore[arg-type]
+            if base is nn.Module or not inspect.isfunction(function):
                 continue
             codes = [function.__code__]
             itself = (*codes[0].co_varnames, "")[0]
@@ -282,9 +283,10 @@ def _instructions(module: nn.Module) -> Iterator[tuple[str, list[dis.Instruction
                 yield itself, list(dis.get_instructions(code))
 
 
-def asks_for_types(module: nn.Module) -> bool:
+@functools.lru_cache(maxsize=4096)
+def asks_for_types(cls: type[nn.Module]) -> bool:
     """Whether it calls `type` on something, or compares identities: proxies cannot refuse that."""
-    for itself, instructions in _instructions(module):
+    for itself, instructions in _instructions(cls):
         for first, second in itertools.pairwise(instructions):
             if first.opname == "LOAD_GLOBAL" and first.argval == "type":
                 if second.argval != itself:
@@ -294,18 +296,19 @@ def asks_for_types(module: nn.Module) -> bool:
     return False
 
 
-def mentions(module: nn.Module, name: str) -> bool:
+def mentions(cls: type[nn.Module], name: str) -> bool:
     """Whether a forward, or what it calls of its class, mentions a name."""
     return any(
         instruction.argval == name
-        for _, instructions in _instructions(module)
+        for _, instructions in _instructions(cls)
         for instruction in instructions
     )
 
 
-def tests_for_none(module: nn.Module) -> bool:
+@functools.lru_cache(maxsize=4096)
+def tests_for_none(cls: type[nn.Module]) -> bool:
     """Whether it compares a variable with None: a proxy never is, what it stands for may be."""
-    for _, instructions in _instructions(module):
+    for _, instructions in _instructions(cls):
         for i, instruction in enumerate(instructions):
             operand = i - 1 if instruction.opname.endswith("NONE") else i - 2
             asks = instruction.opname == "IS_OP" or (

@@ -20,10 +20,7 @@ TORCHVISION = {
     "densenet121": 62,  # behind a concatenation
     "googlenet": 0,
     "maxvit_t": 0,
-    "mnasnet0_5": 0,
     "mobilenet_v3_small": 0,
-    "regnet_y_400mf": 0,
-    "resnet18": 0,
     "shufflenet_v2_x0_5": 0,
 }
 TIMM = {
@@ -33,16 +30,11 @@ TIMM = {
     "ghostnet_100": 0,
     "hrnet_w18_small": 0,
     "mobilenetv2_100": 0,
-    "mobilenetv4_conv_small": 0,
     "mobileone_s0": 0,
     "regnety_002": 0,
-    "repghostnet_050": 0,
     "repvgg_a0": 0,
-    "res2net50_26w_4s": 0,
     "resnest14d": 0,
-    "resnet26d": 0,
     "tf_efficientnet_b0": 5,  # convolutions that pad by the size of their input
-    "vovnet39a": 0,
 }
 
 

@@ -421,13 +421,12 @@ def test_help_shows_the_keys_and_writes_nothing(program, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("over_parameterize", ["false", "true"])
-def test_a_network_of_torchvision_is_trained_and_deployed(tmp_path, over_parameterize):
+def test_a_network_of_torchvision_is_trained_and_deployed(tmp_path):
     done = run(
         "train.py",
         "model=torchvision",
         "model.name=resnet18",
-        f"model.over_parameterize={over_parameterize}",
+        "model.over_parameterize=true",
         "trainer.max_epochs=1",
         "data.batch_size=128",
         cwd=tmp_path,
@@ -451,7 +450,6 @@ def test_a_network_of_torchvision_is_trained_and_deployed(tmp_path, over_paramet
     [
         (("rdrop=true",), "nothing in resnet18 is random"),
         (("model.name=vit_b_16",), "model.name=vit_b_16: does not run on images of 8x8"),
-        (("model.name=resnet",), "unknown model.name 'resnet'"),
     ],
 )
 def test_a_network_that_does_not_fit_is_refused_before_training(tmp_path, arguments, message):

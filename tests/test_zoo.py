@@ -115,9 +115,11 @@ def test_a_config_builds_a_network_of_torchvision():
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_auxiliary_outputs_are_left_out(name):
-    network = build_model(library="torchvision", name=name, num_classes=7).train()
+    with torch.device("meta"):
+        network = build_model(library="torchvision", name=name, num_classes=7, init_weights=False)
+        logits = network.train()(torch.randn(2, 3, 96, 96))
 
-    assert isinstance(network(torch.randn(2, 3, 96, 96)), torch.Tensor)
+    assert isinstance(logits, torch.Tensor)
 
 
 def test_a_config_over_parameterizes():

@@ -91,11 +91,7 @@ def train(config: dict[str, Any], folder: Path) -> None:
         logger=logger,
         plugins=[callbacks.WholeFileIO()],
         callbacks=[
-            *(
-                [callbacks.ReestimateBN()]
-                if model.get("branch_drop") or model.get("drop_path")
-                else []
-            ),
+            *([callbacks.ReestimateBN()] if model["branch_drop"] or model["drop_path"] else []),
             callbacks.SelfDescribing(
                 checkpoint.KEY,
                 lambda net: checkpoint.describe(

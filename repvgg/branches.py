@@ -8,7 +8,6 @@ the module it stands in gets a forward that was written from the graph of its ow
 
 import importlib
 import inspect
-from collections.abc import Iterator
 from operator import add, getitem, iadd
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -57,7 +56,7 @@ class Branch(NamedTuple):
     subsampling: int = 1
 
 
-def owners(flow: Dataflow) -> Iterator[str]:
+def owners(flow: Dataflow) -> list[str]:
     """Modules in whose forward something is added, inner ones first."""
     found = dict.fromkeys(
         list(flow.callers[node])[-1]
@@ -65,7 +64,7 @@ def owners(flow: Dataflow) -> Iterator[str]:
         for node in graph.nodes
         if _is_addition(node)
     )
-    return iter(sorted(found, key=lambda name: -name.count(".") if name else 1))
+    return sorted(found, key=lambda name: -name.count(".") if name else 1)
 
 
 def merge_sums(
@@ -86,7 +85,7 @@ def merge_sums(
         return []
     if type(owner).__call__ is not nn.Module.__call__ or "forward" in vars(owner):
         return []
-    if mentions(type(owner), "autocast"):  # what it does to precision is in no graph
+    if mentions(owner, "autocast"):  # what it does to precision is in no graph
         return []
     parameters = list(inspect.signature(owner.forward).parameters.values())
     if len(parameters) != 1 or parameters[0].kind is not parameters[0].POSITIONAL_OR_KEYWORD:
@@ -96,11 +95,8 @@ def merge_sums(
         return []
     sums = _Sums(model, owner, name, graph, flow, values)
     merged = sums.merge()
-    in_place = any(
-        node.op == "call_function" and node.target.__name__[0] == "i" and _is_operator(node)
-        for node in graph.nodes
-    )
-    if not merged or in_place:  # the text of a graph does not say `+=` as it was meant
+    # The text of a graph does not say `+=` as it was meant.
+    if not merged or any(_is_augmented(node) for node in graph.nodes):
         return []
     graph.lint()
     sums.write()
@@ -127,7 +123,7 @@ def _own_graph(owner: nn.Module, model: nn.Module, name: str, flow: Dataflow) ->
     for node in list(graph.nodes):
         if node.op == "call_module":
             module = owner.get_submodule(str(node.target))
-            if not (type(module) is not linear.Rows and erase_if_transparent(node, module)):
+            if type(module) is linear.Rows or not erase_if_transparent(node, module):
                 own._names[node] = names[module]
         elif node.op == "get_attr":
             path, _, key = str(node.target).rpartition(".")
@@ -503,10 +499,10 @@ def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
-def _is_operator(node: fx.Node) -> bool:
-    return getattr(node.target, "__module__", "") == "_operator" and linear.may_overwrite(
-        node, None
-    )
+def _is_augmented(node: fx.Node) -> bool:
+    """Whether a step is x += y, or another of its kind."""
+    home = getattr(node.target, "__module__", "")
+    return home == "_operator" and linear.may_overwrite(node, None)
 
 
 def _give_forward(owner: nn.Module, graph: fx.Graph) -> None:

@@ -22,10 +22,10 @@ from repvgg.tracing import (
     Tracer,
     UntraceableError,
     asks_for_types,
+    compares_with_none,
     has_hooks,
     in_a_line,
     storage_of,
-    tests_for_none,
 )
 
 MAX_VARIANTS = 16  # ways to call one forward that are followed, by its optional arguments
@@ -197,7 +197,7 @@ class _Following:
                     continue
                 return opaque | {scope: in_a_line(error)}
             opaque |= tracer.opaque
-            if tracer.opaque and tests_for_none(type(scope)):  # type: ignore[arg-type]
+            if tracer.opaque and compares_with_none(scope):
                 tracer.refuse("it tests for None what another could not be followed to give")
             if tracer.refusals:
                 return opaque | {scope: tracer.refusals[-1]}
@@ -320,7 +320,7 @@ def _variants(scope: nn.Module) -> list[tuple[dict[str, Any], bool]]:
         raise UntraceableError("its forward was replaced by hand")
     if type(scope).__call__ is not nn.Module.__call__:
         raise UntraceableError("it has a __call__ of its own")
-    if asks_for_types(type(scope)):  # type: ignore[arg-type]
+    if asks_for_types(scope):
         raise UntraceableError("it asks for the type of a value")
     parameters = [
         parameter

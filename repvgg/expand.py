@@ -181,7 +181,7 @@ def over_parameterize(model: nn.Module, *, branch_drop: float = 0.0) -> nn.Modul
         bn = modules[behind] if behind is not None and {behind} == {behind, *others} else None
         slot: nn.Module | None = None
         if isinstance(bn, _BatchNorm) and bn.training == conv.training:
-            reading = linear.read_normalization(copy.deepcopy(bn).eval())
+            reading = linear.read_normalization(bn)
             assert isinstance(reading, linear.Normalization)
             slot = linear.replacement(bn, reading, 4).train(bn.training)
             put(model, bn, slot)
@@ -216,9 +216,7 @@ def _flows(model: nn.Module) -> list[dataflow.Dataflow]:
 
 
 def _is_step(module: nn.Module) -> bool:
-    """As for fusing, in either mode, and the blocks that are made here."""
-    if linear.is_normalization(module):
-        module = copy.deepcopy(module).eval()
+    """As for fusing, and the blocks that are made here."""
     return isinstance(module, RepVGGConv) or linear.is_step(module)
 
 
@@ -257,7 +255,7 @@ def _bn_behind(
     bn = modules[behind]
     if not isinstance(bn, _BatchNorm) or linear.refusal(bn, values=False) is not None:
         return None
-    reading = linear.read_normalization(copy.deepcopy(bn).eval())
+    reading = linear.read_normalization(bn)
     fits = isinstance(reading, linear.Normalization) and reading.dims in (2, None)
     return behind if fits and bn.num_features == conv.out_channels else None
 

@@ -154,9 +154,7 @@ def is_never_updated(module: nn.Module) -> bool:
 
 
 def read_normalization(module: nn.Module) -> Normalization | str:
-    """What a module that looks like a BatchNorm computes, or why that is not known."""
-    if module.training and isinstance(module, _BatchNorm):
-        return "it is in training mode: call .eval()"
+    """What a module that looks like a BatchNorm computes in eval mode, or why that is not known."""
     if any(getattr(module, key, None) is None for key in ("running_mean", "running_var")):
         return "it has no running statistics, so its output depends on the batch"
     base = next((base for base in NORMALIZATIONS if isinstance(module, base)), None)
@@ -261,7 +259,7 @@ def _follow_normalization(module: nn.Module, dims: int | None) -> Normalization 
     kind = type(module).__name__
     assert isinstance(module.running_mean, Tensor)
     dtype = None if isinstance(module, _BatchNorm) else module.running_mean.dtype
-    module = copied(module)
+    module = copied(module).eval()
     try:
         graph = Tracer(set(module.children())).trace(module)
     except Exception as error:

@@ -219,9 +219,9 @@ class Tracer(fx.Tracer):
                     and self.root.get_submodule(str(node.target)) in self.opaque
                     for node in given
                 )
-                if asks_for_types(type(m)):  # type: ignore[arg-type]
+                if asks_for_types(m):
                     self.refuse("it asks for the type of a value")
-                elif (unknown or len(self.opaque) > num_opaque) and tests_for_none(type(m)):  # type: ignore[arg-type]
+                elif (unknown or len(self.opaque) > num_opaque) and compares_with_none(m):
                     self.refuse("it tests for None what another could not be followed to give")
             if len(self.refusals) == num_refusals:
                 return result
@@ -283,9 +283,16 @@ def _instructions(cls: type[nn.Module]) -> Iterator[tuple[str, list[dis.Instruct
                 yield itself, list(dis.get_instructions(code))
 
 
+def asks_for_types(module: nn.Module) -> bool:
+    """Whether a forward calls `type` on something, or compares identities.
+
+    Proxies cannot refuse that.
+    """
+    return _asks_for_types(type(module))  # type: ignore[arg-type]
+
+
 @functools.lru_cache(maxsize=4096)
-def asks_for_types(cls: type[nn.Module]) -> bool:
-    """Whether it calls `type` on something, or compares identities: proxies cannot refuse that."""
+def _asks_for_types(cls: type[nn.Module]) -> bool:
     for itself, instructions in _instructions(cls):
         for first, second in itertools.pairwise(instructions):
             if first.opname == "LOAD_GLOBAL" and first.argval == "type":
@@ -296,18 +303,22 @@ def asks_for_types(cls: type[nn.Module]) -> bool:
     return False
 
 
-def mentions(cls: type[nn.Module], name: str) -> bool:
+def mentions(module: nn.Module, name: str) -> bool:
     """Whether a forward, or what it calls of its class, mentions a name."""
     return any(
         instruction.argval == name
-        for _, instructions in _instructions(cls)
+        for _, instructions in _instructions(type(module))
         for instruction in instructions
     )
 
 
+def compares_with_none(module: nn.Module) -> bool:
+    """Whether a forward compares a variable with None: a proxy never is, a value may be."""
+    return _compares_with_none(type(module))  # type: ignore[arg-type]
+
+
 @functools.lru_cache(maxsize=4096)
-def tests_for_none(cls: type[nn.Module]) -> bool:
-    """Whether it compares a variable with None: a proxy never is, what it stands for may be."""
+def _compares_with_none(cls: type[nn.Module]) -> bool:
     for _, instructions in _instructions(cls):
         for i, instruction in enumerate(instructions):
             operand = i - 1 if instruction.opname.endswith("NONE") else i - 2

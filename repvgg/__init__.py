@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from repvgg import checkpoint, losses, rdrop, reparam, verify
-    from repvgg.block import RepVGGBlock
+    from repvgg.block import QARepVGGBlock, RepVGGBlock
     from repvgg.expand import over_parameterize
     from repvgg.fuse import fuse_conv_bn, reestimate_bn, switch_to_deploy
     from repvgg.model import RepVGG
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "QARepVGGBlock",
     "RepVGG",
     "RepVGGBlock",
     "checkpoint",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "QARepVGGBlock": "block",
     "RepVGG": "model",
     "RepVGGBlock": "block",
     "create_model": "zoo",

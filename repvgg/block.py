@@ -7,6 +7,9 @@ RepVGG (Ding et al., 2021, arXiv:2101.03697), section 3.2 and figure 4:
 The identity branch exists where channels and size stay. The only way to the deployed form is to
 build the block and call `switch_to_deploy()`. While it trains, a block can drop branches at random;
 the deployed convolution is the expectation over what was dropped.
+
+QARepVGG (Chu et al., 2022, arXiv:2212.01593) moves two of the three BatchNorms behind the sum, so
+that the deployed kernels survive 8-bit quantization: `QARepVGGBlock`.
 """
 
 import torch
@@ -192,17 +195,8 @@ class RepVGGBlock(nn.Module):
         if self.reparam is not None:
             return bare_affine(self.reparam.weight, self.reparam.bias)
         assert self.branch_3x3 is not None
-        assert self.branch_1x1 is not None
-        dense = self.branch_3x3.affine()
-        point = self.branch_1x1.affine()
-        branches = [dense, Affine(pad_kernel(point.kernel, KERNEL_SIZE), point.bias)]
-        if self.branch_identity is not None:
-            eye = identity_kernel(self.in_channels, self.groups, device=dense.kernel.device)
-            bn = self.branch_identity
-            same = fold_bn(eye, None, bn) if isinstance(bn, nn.BatchNorm2d) else bare_affine(eye)
-            branches.append(Affine(pad_kernel(same.kernel, KERNEL_SIZE), same.bias))
-        kernel, bias = merge(*branches)
         dtype = self.branch_3x3.conv.weight.dtype
+        kernel, bias = self._merged()
         return Affine(kernel.to(dtype), bias.to(dtype))
 
     @torch.no_grad()
@@ -247,6 +241,20 @@ class RepVGGBlock(nn.Module):
             "padding_mode": self.padding_mode,
         }
 
+    def _merged(self) -> Affine:
+        """The sum of the branches in eval mode; in float64."""
+        assert self.branch_3x3 is not None
+        assert self.branch_1x1 is not None
+        dense = self.branch_3x3.affine()
+        point = self.branch_1x1.affine()
+        branches = [dense, Affine(pad_kernel(point.kernel, KERNEL_SIZE), point.bias)]
+        if self.branch_identity is not None:
+            eye = identity_kernel(self.in_channels, self.groups, device=dense.kernel.device)
+            bn = self.branch_identity
+            same = fold_bn(eye, None, bn) if isinstance(bn, nn.BatchNorm2d) else bare_affine(eye)
+            branches.append(Affine(pad_kernel(same.kernel, KERNEL_SIZE), same.bias))
+        return merge(*branches)
+
     def _sum_of_branches(self, x: Tensor) -> Tensor:
         assert self.branch_3x3 is not None
         assert self.branch_1x1 is not None
@@ -267,3 +275,67 @@ class RepVGGBlock(nn.Module):
             )
         assert self.reparam is not None
         return self.reparam(x)
+
+
+class QARepVGGBlock(RepVGGBlock):
+    """The quantization-friendly sibling: a bare 1x1, a bare identity, one BatchNorm behind the sum.
+
+    QARepVGG (Chu et al., 2022, arXiv:2212.01593), section 3 ("S4"):
+
+        y = ReLU(BN(BN3(W3 * x) + W1 * x + x))
+
+    The variance of the deployed kernels stays small without the BatchNorms of the two thin
+    branches, and the one behind the sum keeps training stable. Squeeze-and-excite gates stand
+    behind that BatchNorm, as the fold would not be exact otherwise.
+
+    Shapes, arguments, errors: those of `RepVGGBlock`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        dilation: int = 1,
+        padding_mode: str = "zeros",
+        bn_eps: float = 1e-5,
+        branch_drop: float = 0.0,
+        drop_path: float = 0.0,
+        se_before_relu: int = 0,
+        se_after_relu: int = 0,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            stride=stride,
+            groups=groups,
+            dilation=dilation,
+            padding_mode=padding_mode,
+            bn_eps=bn_eps,
+            branch_drop=branch_drop,
+            drop_path=drop_path,
+            se_before_relu=se_before_relu,
+            se_after_relu=se_after_relu,
+        )
+        assert self.branch_1x1 is not None
+        self.branch_1x1.bn = None
+        if self.branch_identity is not None:
+            self.branch_identity = nn.Identity()
+        self.post_bn: nn.BatchNorm2d | None = nn.BatchNorm2d(out_channels, eps=bn_eps)
+
+    def switch_to_deploy(self) -> None:
+        super().switch_to_deploy()
+        self.post_bn = None
+
+    def _merged(self) -> Affine:
+        assert self.post_bn is not None
+        return fold_bn(*super()._merged(), self.post_bn)
+
+    def _sum_of_branches(self, x: Tensor) -> Tensor:
+        assert self.post_bn is not None
+        return self.post_bn(super()._sum_of_branches(x))
+
+
+BLOCKS: dict[str, type[RepVGGBlock]] = {"repvgg": RepVGGBlock, "qarepvgg": QARepVGGBlock}

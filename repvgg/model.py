@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.arguments import check_integer, check_integers, check_number, refusal
-from repvgg.block import RepVGGBlock
+from repvgg.block import BLOCKS, RepVGGBlock
 
 MAX_STEM_WIDTH = 64
 
@@ -26,6 +26,7 @@ class RepVGG(nn.Module):
     Args:
         depths: blocks in each of the four stages.
         widths: channels of each stage. The stem has min(64, widths[0]).
+        block: "repvgg", or "qarepvgg" for blocks that survive 8-bit quantization.
         strides: of the stem and of the first block of each stage. The paper's five twos divide
             the resolution by 32; small images want ones in front.
         groups: of the 3x3 and 1x1 convolutions of every second block after the stem, the second
@@ -53,6 +54,7 @@ class RepVGG(nn.Module):
         *,
         depths: Sequence[int],
         widths: Sequence[int],
+        block: str = "repvgg",
         strides: Sequence[int] = (2, 2, 2, 2, 2),
         groups: int = 1,
         num_classes: int = 1000,
@@ -86,13 +88,15 @@ class RepVGG(nn.Module):
             )
         if any(width % groups for width in widths):
             raise refusal("model.groups", groups, f"must divide all of widths {widths}", 1)
+        if block not in BLOCKS:
+            raise refusal("model.block", block, f"must be one of {', '.join(BLOCKS)}", "repvgg")
         self.num_classes = num_classes
         self.in_channels = in_channels
 
-        def block(number: int, in_width: int, out_width: int, stride: int) -> RepVGGBlock:
+        def build(number: int, in_width: int, out_width: int, stride: int) -> RepVGGBlock:
             """The stem has number 0."""
             has_identity = in_width == out_width and stride == 1
-            return RepVGGBlock(
+            return BLOCKS[block](
                 in_width,
                 out_width,
                 stride=stride,
@@ -105,14 +109,14 @@ class RepVGG(nn.Module):
             )
 
         width = min(MAX_STEM_WIDTH, widths[0])
-        self.stem = block(0, in_channels, width, strides[0])
+        self.stem = build(0, in_channels, width, strides[0])
         stages = []
         number = 0
         for depth, out_width, stride in zip(depths, widths, strides[1:], strict=True):
             stage = []
             for i in range(depth):
                 number += 1
-                stage.append(block(number, width, out_width, stride if i == 0 else 1))
+                stage.append(build(number, width, out_width, stride if i == 0 else 1))
                 width = out_width
             stages.append(nn.Sequential(*stage))
         self.stages = nn.Sequential(*stages)

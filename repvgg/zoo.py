@@ -1,7 +1,8 @@
 """The variants of the family, by name, and torchvision's classifiers.
 
 A0 to B3g4: RepVGG (Ding et al., 2021, arXiv:2101.03697), tables 2 and 3. D2se and RepVGGplus-L2pse:
-the authors' later releases. `repvgg_tiny` is ours, for images of 8 to 32 pixels.
+the authors' later releases. `repvgg_tiny` is ours, for images of 8 to 32 pixels. `qarepvgg_*`:
+QARepVGG (Chu et al., 2022, arXiv:2212.01593) has the shapes of its RepVGG namesake.
 """
 
 import difflib
@@ -41,6 +42,11 @@ _VARIANTS: dict[str, tuple[tuple[int, ...], tuple[float, ...], dict[str, Any]]] 
         (2.5, 2.5, 2.5, 5),
         {"se_after_relu": 4, "auxiliary_heads": True},
     ),
+}
+_VARIANTS |= {
+    f"qa{name}": (depths, multipliers, {**extra, "block": "qarepvgg"})
+    for name, (depths, multipliers, extra) in _VARIANTS.items()
+    if not any(key.startswith("se_") for key in extra)
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from networks import relative_error, settle
 from torch import nn
 
-from repvgg import RepVGGBlock
+from repvgg import QARepVGGBlock, RepVGGBlock
 
 CASES = {
     "identity": {"in_channels": 8, "out_channels": 8},
@@ -41,11 +41,16 @@ CASES = {
     "both drops": {"in_channels": 8, "out_channels": 8, "branch_drop": 0.3, "drop_path": 0.3},
     "both se": {"in_channels": 8, "out_channels": 8, "se_before_relu": 2, "se_after_relu": 2},
 }
+QA = "quantization-friendly, "
+CASES |= {
+    QA + name: options for name, options in CASES.items() if not {"bn", "bias"} & options.keys()
+}
 
 
 def build(case: str = "identity", seed: int = 0) -> RepVGGBlock:
     torch.manual_seed(seed)
-    return settle(RepVGGBlock(**CASES[case]), seed)
+    block = QARepVGGBlock if case.startswith(QA) else RepVGGBlock
+    return settle(block(**CASES[case]), seed)
 
 
 def images(height: int = 9, width: int = 7) -> torch.Tensor:
@@ -199,7 +204,7 @@ def test_training_in_channels_last_does_not_corrupt_memory():
     # torch's own 1x1 convolution of stride 2 does so here, in its weight gradient on CPU.
     program = """
 import torch
-from repvgg import RepVGGBlock
+from repvgg import QARepVGGBlock, RepVGGBlock
 for seed in range(3):
     torch.manual_seed(seed)
     block = RepVGGBlock(3, 48, stride=2).to(memory_format=torch.channels_last)

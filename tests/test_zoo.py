@@ -48,7 +48,27 @@ def test_parameter_counts_of_repvggplus_are_the_published_ones():
 
 
 def test_the_list_holds_every_published_variant_and_the_small_one():
-    assert set(repvgg.list_models()) == {*PARAMETERS, "repvggplus_l2pse", "repvgg_tiny"}
+    plain = {name for name in PARAMETERS if name != "repvgg_d2se"} | {"repvgg_tiny"}
+
+    assert set(repvgg.list_models()) == {
+        *plain,
+        *(f"qa{name}" for name in plain),
+        "repvgg_d2se",
+        "repvggplus_l2pse",
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in PARAMETERS if name != "repvgg_d2se"])
+def test_a_quantization_friendly_variant_deploys_to_the_shapes_of_its_namesake(name):
+    with torch.device("meta"):
+        ours, theirs = (
+            repvgg.switch_to_deploy(repvgg.create_model(prefix + name)).state_dict()
+            for prefix in ("", "qa")
+        )
+
+    assert {key: value.shape for key, value in ours.items()} == {
+        key: value.shape for key, value in theirs.items()
+    }
 
 
 def test_overrides_replace_what_the_variant_says():
@@ -95,6 +115,7 @@ def test_every_second_block_of_a_grouped_variant_is_grouped():
         ("repvgg_a0", {"strides": (2, 2)}, "model.strides=.*must be 5 integers"),
         ("repvgg_a0", {"widths": "abcd"}, "model.widths='abcd'"),
         ("repvgg_a0", {"groups": 5}, "model.groups=5: must divide"),
+        ("repvgg_a0", {"block": "qa"}, "model.block='qa': must be one of repvgg, qarepvgg"),
     ],
 )
 def test_a_bad_name_or_value_is_refused_with_what_to_type(name, overrides, message):

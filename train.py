@@ -47,7 +47,13 @@ def train(config: dict[str, Any], folder: Path) -> None:
 
     quieten()
     L.seed_everything(config["seed"], verbose=False)
-    data = instantiate(config["data"])
+    data = instantiate(
+        config["data"],
+        views=config["rdrop_views"],
+        mixup=config["mixup"],
+        cutmix=config["cutmix"],
+        seed=config["seed"],
+    )
     model = config["model"]
     check_fit(config, data)
     steps = count_steps(config, data)
@@ -182,11 +188,6 @@ def check_fit(config: dict[str, Any], data: Any) -> None:
             raise ValueError(
                 f"model.{key}={model[key]}: the data has {wanted}; type model.{key}={wanted}"
             )
-    if config["rdrop_views"] != data.views:
-        raise ValueError(
-            f"rdrop_views={config['rdrop_views']}: the data gives {data.views}; leave data.views "
-            "alone, it follows rdrop_views"
-        )
 
 
 def check_runs(network: Any, images: Any, name: str) -> None:

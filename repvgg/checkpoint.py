@@ -98,7 +98,8 @@ def describe(
         "format": FORMAT,
         "model": dict(config),
         "data": asdict(data),
-        "probe": {"images": images.cpu(), "labels": labels.cpu(), "logits": logits},
+        # Copies: of a slice, torch would save all that it was cut from.
+        "probe": {"images": images.cpu().clone(), "labels": labels.cpu().clone(), "logits": logits},
     }
 
 

@@ -44,6 +44,20 @@ def test_the_restored_predictor_reproduces_the_recorded_logits(tmp_path):
     torch.testing.assert_close(logits, restored.probe.logits, rtol=1e-5, atol=1e-6)
 
 
+def test_a_probe_is_saved_without_the_data_set_it_was_cut_from():
+    many = torch.zeros(1000, 1, 8, 8, dtype=torch.uint8)
+
+    probe = checkpoint.describe(
+        create_model(**CONFIG),
+        config=CONFIG,
+        data=CONTRACT,
+        images=many[:4],
+        labels=torch.zeros(1000).long()[:4],
+    )["probe"]
+
+    assert [tensor.untyped_storage().nbytes() for tensor in probe.values()] == [256, 32, 48]
+
+
 def test_describing_leaves_mode_statistics_and_random_state_alone():
     model = settle(create_model(**CONFIG)).train()
     model.stem.eval()

@@ -8,17 +8,14 @@ table, a figure and the numbers of the table.
 """
 
 import copy
-import multiprocessing
 import os
-import random
-import statistics
-import time
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import study
 import torch
+import turns
 from torch import nn
 
 import repvgg
@@ -36,14 +33,6 @@ DEFAULTS: dict[str, Any] = {
 }
 BEFORE, AGAIN, AFTER = "before", "before, again", "fused"
 COMPILED = ("before, compiled", "before, compiled, again", "fused, compiled")
-
-
-class Candidate(NamedTuple):
-    """One process: its pipe, and how far its network is from the float64 one."""
-
-    process: Any
-    pipe: Connection
-    error: float
 
 
 def main(settings: dict[str, Any]) -> None:
@@ -72,55 +61,20 @@ def main(settings: dict[str, Any]) -> None:
 
 def measure(network: str, names: tuple[str, ...], settings: dict[str, Any]) -> list[study.Row]:
     """Latency and error of every candidate of one network."""
-    candidates = {name: start(network, name, settings) for name in names}
-    times: dict[str, list[float]] = {name: [] for name in names}
-    order = list(names)
-    shuffle = random.Random(0).shuffle
+    candidates = {
+        name: turns.start(f"{network}, {name}", serve, network, name, settings) for name in names
+    }
     try:
-        for _ in range(settings["rounds"] + 3):
-            shuffle(order)
-            for name in order:
-                candidates[name].pipe.send("run")
-                times[name].append(candidates[name].pipe.recv())
+        times = turns.measure(candidates, None, rounds=settings["rounds"])
     finally:
-        for candidate in candidates.values():
-            candidate.pipe.send("stop")
-            candidate.process.join()
+        turns.stop(candidates)
     rows = []
     for name in names:
         base = COMPILED[0] if name in COMPILED else BEFORE
-        values, bases = times[name][3:], times[base][3:]
-        lower, median, upper = statistics.quantiles(values, n=4)
-        # By round, as the speed of the machine drifts.
-        low, ratio, high = statistics.quantiles(
-            [b / v for v, b in zip(values, bases, strict=True)], n=4
-        )
-        rows.append(
-            {
-                "network": network,
-                "form": name,
-                "milliseconds": median,
-                "lower": lower,
-                "upper": upper,
-                "speedup": ratio,
-                "speedup_lower": low,
-                "speedup_upper": high,
-                "error": candidates[name].error,
-            }
-        )
+        timing = turns.summarize(times[name], times[base])
+        row = {"network": network, "form": name, **timing._asdict()}
+        rows.append({**row, "error": candidates[name].said})
     return rows
-
-
-def start(network: str, name: str, settings: dict[str, Any]) -> Candidate:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, network, name, settings), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        return Candidate(process, ours, ours.recv())
-    except EOFError:
-        raise ValueError(f"{network}, {name}: the process ended; what it said is above") from None
 
 
 def serve(pipe: Connection, network: str, name: str, settings: dict[str, Any]) -> None:
@@ -137,12 +91,8 @@ def serve(pipe: Connection, network: str, name: str, settings: dict[str, Any]) -
 
             inductor.freezing = True
             model = torch.compile(model)  # type: ignore[assignment]
-        pipe.send(verify.relative_error(expected, model(images)))
-        while pipe.recv() == "run":
-            model(images)  # wakes threads and caches
-            begin = time.perf_counter()
-            model(images)
-            pipe.send(1000 * (time.perf_counter() - begin))
+        error = verify.relative_error(expected, model(images))
+        turns.answer(pipe, error, lambda _: model(images))
 
 
 def build(name: str) -> nn.Module:

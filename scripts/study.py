@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import csv
+import importlib.metadata
 import math
 import multiprocessing
 import os
@@ -153,6 +154,17 @@ def machine() -> str:
         f"{names[0] if names else platform.processor()}, {os.cpu_count()} processors, "
         f"Python {platform.python_version()}, torch {torch.__version__}"
     )
+
+
+def versions(*packages: str) -> str:
+    """Those of packages that are installed."""
+    found = []
+    for package in packages:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
 
 
 @torch.no_grad()

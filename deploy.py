@@ -1,44 +1,68 @@
 """Deploy a trained network: python deploy.py ckpt=runs/.../checkpoints/best.ckpt
 
 Folds the network, writes it in each format, reloads every file from disk and compares it with the
-multi-branch network in float64. The folder appears under its name when all verdicts passed.
+trained network in float64. The folder appears under its name when all verdicts passed.
 """
 
 import copy
-import hashlib
-import json
 import os
 import platform
 import shlex
 import shutil
 import sys
 import tempfile
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from repvgg import cli
+from repvgg.arguments import check_integer, check_number, refusal
 
 if TYPE_CHECKING:
-    from repvgg.verify import Verdict
+    from torch import Tensor, nn
+
+    from repvgg.checkpoint import Checkpoint
+    from repvgg.export import Artifact, Description
+    from repvgg.verify import Predictor, Verdict
 
 CONFIG = Path(__file__).absolute().parent / "configs" / "deploy.yaml"
-CHOICES = ("safetensors", "onnx")  # as repvgg.export.FORMATS, known here without importing torch
+# As in repvgg.export, known here without importing torch.
+CHOICES = ("safetensors", "onnx", "pt2", "openvino", "aoti")
+INT8 = "model-int8.onnx"
+DEPLOYED, TRAINED = "deployed, torch", "trained form, torch"
+NETWORK = "1."  # its place behind the normalization
+MAX_NOISE = 0.1  # of the control against its twin, beyond which no ratio is told
 
 
 def main(config: dict[str, Any], _: Path) -> None:
+    if config["verify"] is not None:
+        verify_again(config)
+        return
     path, out = check_arguments(config)
     near = next(folder for folder in out.absolute().parents if folder.exists())
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=near))
     try:
-        report = deploy(path, work, formats=config["formats"], benchmark=config["benchmark"])
-        (work / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        (work / "report.md").write_text(as_markdown(report))
+        text = deploy(path, work, config)
         publish(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    print(as_markdown(report))
+    print(text)
     print(f"written to {shlex.quote(os.path.relpath(out))}")
+
+
+def verify_again(config: dict[str, Any]) -> None:
+    """Check every byte of a deployed folder, and every artifact on the recorded probe."""
+    from repvgg import certificate
+
+    folder = Path(str(config["verify"]))
+    if config["ckpt"] is not None:
+        raise ValueError("verify: it needs no checkpoint; type python deploy.py verify=FOLDER")
+    for name, verdict in certificate.check(folder).items():
+        if not verdict.passed:
+            raise ValueError(f"verify={folder}: {name}: {exceeds(verdict)}")
+        print(f"{name}: {verdict.error:.1e}, at most {verdict.tolerance:.0e} is allowed")
+    print(f"{folder}: every file is as it was deployed, and gives what it gave")
 
 
 def check_arguments(config: dict[str, Any]) -> tuple[Path, Path]:
@@ -48,7 +72,7 @@ def check_arguments(config: dict[str, Any]) -> tuple[Path, Path]:
         newest = found[-1] if found else "runs/.../checkpoints/best.ckpt"
         raise ValueError(f"ckpt is missing: type python deploy.py ckpt={newest}")
     path = Path(str(config["ckpt"]))
-    for key in ("benchmark", "overwrite"):
+    for key in ("benchmark", "overwrite", "int8", "bf16"):
         if not isinstance(config[key], bool):
             raise ValueError(f"{key}={config[key]}: must be true or false")
     formats = config["formats"]
@@ -57,6 +81,12 @@ def check_arguments(config: dict[str, Any]) -> tuple[Path, Path]:
             f"formats={formats}: must be a list of {', '.join(CHOICES)}; "
             f"type for example formats=[{CHOICES[0]}]"
         )
+    for key, allowed in (("input", ("float32", "uint8")), ("output", ("logits", "probabilities"))):
+        if config[key] not in allowed:
+            raise refusal(key, config[key], f"must be one of {', '.join(allowed)}", allowed[1])
+    check_integer("int8_images", config["int8_images"], minimum=1, example=256)
+    check_integer("int8_float_layers", config["int8_float_layers"], minimum=0, example=2)
+    check_number("int8_drop", config["int8_drop"], below=1, example=0.005)
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "no file"
         raise ValueError(
@@ -82,114 +112,380 @@ def one_run(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def deploy(path: Path, folder: Path, *, formats: list[str], benchmark: bool) -> dict[str, Any]:
-    """Fold, export into `folder` and verify.
+def deploy(path: Path, folder: Path, config: dict[str, Any]) -> str:
+    """Fold, export into `folder`, verify, and write the certificate.
 
     Returns:
-        the report, of plain types.
+        the report, for people.
 
     Raises:
         ValueError: the checkpoint is bad, or a verdict failed; it says which.
     """
     import torch  # here, so that --help answers at once
-    from torch import nn
 
-    from repvgg import checkpoint, verify
+    from repvgg import certificate, checkpoint, verify
     from repvgg.export import FORMATS, Description
     from repvgg.fuse import deployed_form
     from repvgg.model import to_float
 
     restored = checkpoint.load(path)
-    trained = restored.predictor  # normalization, then the multi-branch network
-    images = to_float(restored.probe.images)
+    sets = load_sets(config, restored)
+    description = Description(restored.config, restored.data, config["input"], config["output"])
+    images, labels = to_float(restored.probe.images), restored.probe.labels
     probe = verify.compare(
-        lambda _: restored.probe.logits, trained, images, tolerance=verify.PROBE_TOLERANCE
+        lambda _: restored.probe.logits,
+        restored.predictor,
+        images,
+        tolerance=verify.PROBE_TOLERANCE,
     )
     require("probe: the restored network and the recorded logits", probe)
 
-    reference = copy.deepcopy(trained).double()
     network, fusion = deployed_form(restored.model)
-    folded = nn.Sequential(trained[0], network).eval()
-    network64, _ = deployed_form(reference[1])
-    folded64 = nn.Sequential(reference[0], network64).eval()
+    forms = Forms.of(restored, network, description)
+    reference = forms.reference
     verdicts = {
-        "multi-branch, float32": verify.compare(reference, trained, images),
-        "folded, float64": verify.compare(reference, folded64, images.double()),
-        "folded, float32": verify.compare(reference, folded, images),
+        "trained form, float32": verify.compare(reference, forms.trained, images),
+        "folded, float64": verify.compare(reference, forms.folded64, images.double()),
+        "folded, float32": verify.compare(reference, forms.folded, images),
     }
-    moved = {f"1.{name}" for name in fusion.moved}
-    blocks = {
-        name: {
-            block: error
-            for block, error in verify.compare_blocks(reference, candidate, images).items()
-            if block not in moved
-        }
-        for name, candidate in (("float64", folded64), ("float32", folded))
-    }
-    if not blocks["float64"]:  # it has none: every module counts whose output should be the same
-        errors = verify.compare_modules(reference, folded64, [images.double()], moved=moved)
-        blocks = {"float64": {key: e for key, e in errors.items() if key.startswith("1.")}}
+    blocks = compare_blocks(forms, images, fusion.moved)
     for name, errors in blocks.items():
         worst = max(errors, key=errors.__getitem__)
-        verdicts[f"worst block, {name} ({worst.removeprefix('1.')})"] = verify.Verdict(
-            errors[worst], verify.TOLERANCE[getattr(torch, name)]
-        )
-    blocks = {
-        name: {block.removeprefix("1."): error for block, error in errors.items()}
-        for name, errors in blocks.items()
-    }
+        tolerance = verify.TOLERANCE[getattr(torch, name)]
+        verdicts[f"worst block, {name} ({worst})"] = verify.Verdict(errors[worst], tolerance)
 
-    predictors = {"multi-branch, torch": trained, "deployed, torch": folded}
-    files = {}
-    for name in formats:
+    predictors: dict[str, Predictor] = {TRAINED: forms.trained, DEPLOYED: forms.folded}
+    layers = count_layers(network)
+    files: dict[str, dict[str, Any]] = {}
+    for name in config["formats"]:
         target = folder / FORMATS[name].filename
-        FORMATS[name].save(folded, target, Description(restored.config, restored.data))
-        predictor = FORMATS[name].load(target)  # from disk: what will be shipped
-        verdicts[target.name] = verify.compare(reference, predictor, images)
-        predictors[target.name] = predictor
-        content = target.read_bytes()
-        files[target.name] = {
-            "bytes": len(content),
-            "sha256": hashlib.sha256(content).hexdigest(),
-        }
+        write(target, FORMATS[name].save, network, description)
+        artifact = FORMATS[name].load(target)  # from disk: what will be shipped
+        require_layers(target.name, artifact, layers)
+        verdicts[target.name] = verdict = verify.compare(reference, artifact, images)
+        predictors[target.name] = artifact
+        files[target.name] = {"layers": artifact.layers, "tolerance": verdict.tolerance}
+    if config["bf16"]:
+        for name, predictor in in_bf16(forms.folded, folder).items():
+            tolerance = verify.TOLERANCE[torch.bfloat16]
+            verdicts[name] = verify.compare(reference, predictor, images, tolerance=tolerance)
+            predictors[name] = predictor
     for name, verdict in verdicts.items():
         require(name, verdict)
 
-    labels = restored.probe.labels
-    report = {
-        "verdict": "passed",
-        "checkpoint": str(path),
+    report: dict[str, Any] = {"verdict": "passed", "checkpoint": str(path)}
+    if config["int8"]:
+        report["int8"], rounded = quantize(network, restored, description, sets, config)
+        write(folder / INT8, save_proto, rounded)
+        judged, truth = sets.judged
+        expected = batched(forms.folded, judged)
+        for name, artifact in open_int8(folder / INT8).items():
+            require_layers(INT8, artifact, layers)
+            verdicts[name] = verdict = certificate.judge_rounded(
+                expected, batched(artifact, judged), truth, tolerance=config["int8_drop"]
+            )
+            require(f"{name}: accuracy lost", verdict)
+            predictors[name] = artifact
+            files[INT8] = {"layers": artifact.layers, "lost": config["int8_drop"]}
+
+    recorded = certificate.Recorded(
+        restored.probe.images, labels, reference(images.double()).detach()
+    )
+    report |= {
         "model": restored.config,
         "data": asdict(restored.data),
+        "input": description.input,
+        "output": description.output,
         "images": len(images),
         "probe": as_dict(probe),
         "verdicts": {name: as_dict(verdict) for name, verdict in verdicts.items()},
         "blocks": blocks,
         "batchnorms_left": fusion.kept,
         "accuracy_on_probe": {
-            "recorded": accuracy(restored.probe.logits, labels),
-            **{name: accuracy(predict(images), labels) for name, predict in predictors.items()},
+            "recorded": certificate.accuracy(restored.probe.logits, labels),
+            **accuracies(predictors, images, labels),
         },
+    }
+    if sets.validation is not None:
+        report["accuracy_on_validation"] = accuracies(predictors, *sets.validation)
+    for written in sorted(folder.iterdir()):  # OpenVINO's weights are a file by themselves
+        files[written.name] = {
+            "bytes": written.stat().st_size,
+            "sha256": certificate.digest(written),
+            "layers": {},
+            **files.get(written.name, {}),
+        }
+    report |= {
         "files": files,
-        "size": sizes(trained, folded, images),
+        "size": sizes(forms, images),
         "environment": environment(),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
-    if benchmark:
+    if config["benchmark"]:
         report["latency"] = latency(predictors, images[:1])
-    return report
+    certificate.write(folder, report, recorded)
+    return certificate.as_markdown(report)
+
+
+class Forms(NamedTuple):
+    """A network before and after folding, each a predictor with the output that was asked for.
+
+    Attributes:
+        reference: as it was trained, in float64.
+        trained: as it was trained.
+        folded, folded64: deployed; folded in float64, whatever they compute in.
+    """
+
+    reference: "nn.Sequential"
+    trained: "nn.Sequential"
+    folded: "nn.Sequential"
+    folded64: "nn.Sequential"
+
+    @classmethod
+    def of(
+        cls, restored: "Checkpoint", network: "nn.Module", description: "Description"
+    ) -> "Forms":
+        from repvgg.export import build_program
+        from repvgg.fuse import deployed_form
+
+        plain = replace(description, input="float32")
+        double = copy.deepcopy(restored.model).double()
+        return cls(
+            build_program(double, plain).double(),
+            build_program(restored.model, plain),
+            build_program(network, plain),
+            build_program(deployed_form(double)[0], plain).double(),
+        )
+
+
+def compare_blocks(forms: Forms, images: "Tensor", moved: set[str]) -> dict[str, dict[str, float]]:
+    """The error of every block, or of every module where there are no blocks, by precision."""
+    from repvgg import verify
+
+    moved = {NETWORK + name for name in moved}
+    found = {
+        name: {
+            block: error
+            for block, error in verify.compare_blocks(forms.reference, candidate, images).items()
+            if block not in moved
+        }
+        for name, candidate in (("float64", forms.folded64), ("float32", forms.folded))
+    }
+    if not found["float64"]:
+        errors = verify.compare_modules(
+            forms.reference, forms.folded64, [images.double()], moved=moved
+        )
+        found = {"float64": {key: e for key, e in errors.items() if key.startswith(NETWORK)}}
+    return {
+        name: {block.removeprefix(NETWORK): error for block, error in errors.items()}
+        for name, errors in found.items()
+    }
+
+
+class Sets(NamedTuple):
+    """Images (float32 in [0, 1]) and labels beside the checkpoint's own.
+
+    Attributes:
+        measured: images on which ranges of int8 are measured.
+        held_out: images on which they are chosen.
+        judged: images and labels on which int8 is judged.
+        validation: of the data that was given, if any was.
+        source: where `measured` and `held_out` come from.
+    """
+
+    measured: "Tensor"
+    held_out: "Tensor"
+    judged: "tuple[Tensor, Tensor]"
+    validation: "tuple[Tensor, Tensor] | None"
+    source: str
+
+
+def load_sets(config: dict[str, Any], restored: "Checkpoint") -> Sets:
+    """Read the data set, if one was given, or divide the probe.
+
+    Raises:
+        ValueError: the data does not fit the checkpoint.
+    """
+    import torch
+
+    from repvgg.model import to_float
+
+    probe = to_float(restored.probe.images), restored.probe.labels
+    if config.get("data") is None:
+        return Sets(probe[0][::2], probe[0][1::2], probe, None, "the checkpoint's probe")
+    from hydra.utils import instantiate
+
+    data = instantiate(config["data"])
+    for key in ("in_channels", "image_size", "classes"):
+        wanted, given = (list_or_value(getattr(c, key)) for c in (restored.data, data.contract))
+        if wanted != given:
+            raise ValueError(
+                f"data: its {key} is {short(given)}, the checkpoint was trained on "
+                f"{short(wanted)}; give the data it was trained on, or none"
+            )
+    count = min(config["int8_images"], len(data.train[0]) // 2)
+    order = torch.randperm(len(data.train[0]), generator=torch.Generator().manual_seed(0))
+    measured, held_out = (
+        to_float(data.train[0][rows]) for rows in (order[:count], order[count : 2 * count])
+    )
+    validation = to_float(data.val[0]), data.val[1]
+    return Sets(measured, held_out, validation, validation, "the training set")
+
+
+def list_or_value(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def short(value: Any) -> str:
+    return (
+        f"{len(value)} names from {value[:2]}"
+        if isinstance(value, list) and len(value) > 3
+        else str(value)
+    )
+
+
+def quantize(
+    network: "nn.Module",
+    restored: "Checkpoint",
+    description: "Description",
+    sets: Sets,
+    config: dict[str, Any],
+) -> tuple[dict[str, Any], Any]:
+    """Choose how to round; what the report says of it, and the `onnx.ModelProto`."""
+    from repvgg import quantize
+    from repvgg.linear import is_never_updated, is_normalization
+
+    norms = [module for module in restored.model.modules() if is_normalization(module)]
+    if norms and all(is_never_updated(norm) for norm in norms):
+        raise ValueError(
+            "int8=true: this network was never trained: its BatchNorms have the statistics they "
+            "began with, so ranges would be measured on what it will never see; train it first"
+        )
+    found = quantize.quantize(
+        network,
+        description,
+        sets.measured,
+        held_out=sets.held_out,
+        float_layers=config["int8_float_layers"],
+        tolerance=config["int8_drop"],
+    )
+    said = {
+        "source": sets.source,
+        "measured_on": len(sets.measured),
+        "chosen_on": len(sets.held_out),
+        "chosen": found.chosen._asdict(),
+        "trials": [trial._asdict() for trial in found.trials],
+        "sensitivity": found.sensitivity,
+    }
+    return said, found.model
+
+
+def save_proto(proto: Any, path: Path, _: "Description") -> None:
+    import onnx
+
+    onnx.save_model(proto, path)
+
+
+def open_int8(path: Path) -> "dict[str, Artifact]":
+    """Open a file of 8 bits in every engine that is installed."""
+    from importlib.util import find_spec
+
+    from repvgg.export import load_onnx, load_openvino
+
+    found = {f"{path.name}, onnxruntime": load_onnx(path)}
+    if find_spec("openvino"):
+        found[f"{path.name}, OpenVINO"] = load_openvino(path)
+    return found
+
+
+def in_bf16(folded: "nn.Sequential", folder: Path) -> "dict[str, Predictor]":
+    """The deployed network in 16 bits, in torch and in OpenVINO if its file was written.
+
+    Raises:
+        ValueError: the processor computes no bf16.
+    """
+    import torch
+
+    from repvgg.export import FORMATS, load_openvino
+
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise ValueError("bf16=true: this processor has no bf16; type bf16=false")
+    normalize, network, *rest = copy.deepcopy(folded)
+    network.bfloat16()
+
+    def run(images: "Tensor") -> "Tensor":
+        scores = network(normalize(images).bfloat16()).float()
+        for layer in rest:
+            scores = layer(scores)
+        return scores
+
+    found: dict[str, Predictor] = {f"{DEPLOYED}, bf16": run}
+    path = folder / FORMATS["openvino"].filename
+    if path.exists():
+        found[f"{path.name}, bf16"] = load_openvino(path, precision="bf16")
+    return found
+
+
+def write(target: Path, save: Callable[..., None], network: Any, description: Any = None) -> None:
+    """Write one file. Engines fail in many ways when a disk is full or refuses."""
+    try:
+        save(network, target, description)
+    except (ImportError, ValueError, OSError):
+        raise
+    except Exception as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(f"{target.name} could not be written, nothing is left: {said}") from error
+
+
+def count_layers(network: "nn.Module") -> dict[str, int]:
+    """Convolutions and BatchNorms of the deployed network: what every file must hold."""
+    from torch import nn
+
+    kinds = {"convolutions": nn.Conv2d, "batchnorms": nn.BatchNorm2d}
+    return {
+        name: sum(isinstance(module, kind) for module in network.modules())
+        for name, kind in kinds.items()
+    }
+
+
+def require_layers(name: str, artifact: "Artifact", layers: dict[str, int]) -> None:
+    """Raise ValueError unless a file holds the layers that it should, if it tells."""
+    if artifact.layers and artifact.layers != layers:
+        raise ValueError(
+            f"verification failed, nothing was written: {name} holds {artifact.layers}, "
+            f"the deployed network {layers}"
+        )
 
 
 def require(name: str, verdict: "Verdict") -> None:
     """Raise ValueError unless the verdict passed."""
     if not verdict.passed:
-        raise ValueError(
-            f"verification failed, nothing was written: {name}: relative error "
-            f"{verdict.error:.1e} exceeds {verdict.tolerance:.0e}"
-        )
+        raise ValueError(f"verification failed, nothing was written: {name}: {exceeds(verdict)}")
 
 
-def sizes(trained: Any, folded: Any, images: Any) -> dict[str, Any]:
+def exceeds(verdict: "Verdict") -> str:
+    return f"error {verdict.error:.1e} exceeds {verdict.tolerance:.0e}"
+
+
+def batched(predict: "Predictor", images: "Tensor", size: int = 64) -> "Tensor":
+    """Predict a set of images of any size."""
+    import torch
+
+    with torch.no_grad():
+        return torch.cat([predict(batch) for batch in images.split(size)])
+
+
+def accuracies(
+    predictors: "dict[str, Predictor]", images: "Tensor", labels: "Tensor"
+) -> dict[str, float]:
+    from repvgg.certificate import accuracy
+
+    return {
+        name: accuracy(batched(predict, images), labels) for name, predict in predictors.items()
+    }
+
+
+def sizes(forms: Forms, images: "Tensor") -> dict[str, Any]:
     """Parameters and multiply-accumulates for one image, before and after."""
     from repvgg.benchmark import count_macs, count_parameters
 
@@ -198,44 +494,46 @@ def sizes(trained: Any, folded: Any, images: Any) -> dict[str, Any]:
             "parameters": count_parameters(network),
             "macs": count_macs(network, images[:1]),
         }
-        for name, network in (("multi-branch", trained), ("deployed", folded))
+        for name, network in (("trained form", forms.trained), ("deployed", forms.folded))
     }
 
 
-def latency(predictors: dict[str, Any], images: Any) -> dict[str, Any]:
+def latency(predictors: "dict[str, Predictor]", images: "Tensor") -> dict[str, Any]:
     """Milliseconds per image, all predictors interleaved, one of them twice as a control."""
     import torch
 
     from repvgg.benchmark import measure_latency
 
-    control = "deployed, torch, again"
-    measured = measure_latency(
-        {**predictors, control: predictors["deployed, torch"]}, images, seconds=3.0
-    )
+    control = f"{DEPLOYED}, again"
+    measured = measure_latency({**predictors, control: predictors[DEPLOYED]}, images, seconds=3.0)
+    base = measured[DEPLOYED].median
     return {
         "batch": len(images),
         "threads": torch.get_num_threads(),
-        "milliseconds": {name: asdict(value) for name, value in measured.items()},
+        "load": os.getloadavg()[0],
+        "noisy": abs(measured[control].median / base - 1) > MAX_NOISE,
+        "milliseconds": {
+            name: {**asdict(value), "ratio": base / value.median}
+            for name, value in measured.items()
+        },
     }
 
 
 def environment() -> dict[str, str]:
     """Versions and machine."""
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
     import repvgg
 
+    found = {"repvgg": repvgg.__version__, "python": platform.python_version()}
     packages = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "safetensors")
-    return {
-        "repvgg": repvgg.__version__,
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
-    }
-
-
-def accuracy(logits: Any, labels: Any) -> float:
-    return (logits.argmax(1) == labels).double().mean().item()
+    for package in (*packages, "openvino"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue  # an extra
+    found["system"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors"
+    return found
 
 
 def as_dict(verdict: "Verdict") -> dict[str, Any]:
@@ -257,53 +555,6 @@ def publish(work: Path, out: Path) -> None:
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         work.rename(out)
-
-
-def as_markdown(report: dict[str, Any]) -> str:
-    """The report for people."""
-    size = report["size"]
-    lines = [
-        f"# {report['model']['name']}: {report['verdict']}",
-        "",
-        f"Compared with the multi-branch network in float64 on {report['images']} validation "
-        "images. Errors are relative to the largest value.",
-        "",
-        "| compared | largest error | allowed | same top-1 |",
-        "|---|---|---|---|",
-    ]
-    probe = {"restored network and recorded logits": report["probe"]}
-    for name, verdict in (probe | report["verdicts"]).items():
-        agreement = "" if verdict["agreement"] is None else f"{verdict['agreement']:.1%}"
-        lines.append(
-            f"| {name} | {verdict['error']:.1e} | {verdict['tolerance']:.0e} | {agreement} |"
-        )
-    if report["batchnorms_left"]:
-        reasons = "; ".join(sorted(set(report["batchnorms_left"].values())))
-        lines += ["", f"{len(report['batchnorms_left'])} BatchNorms are left: {reasons}."]
-    lines += ["", "| | parameters | multiply-accumulates |", "|---|---|---|"]
-    for name, value in size.items():
-        lines.append(f"| {name} | {value['parameters']:,} | {value['macs']:,} |")
-    lines += ["", "| file | bytes | SHA-256 |", "|---|---|---|"]
-    for name, value in report["files"].items():
-        lines.append(f"| {name} | {value['bytes']:,} | {value['sha256'][:16]}... |")
-    if "latency" in report:
-        measured = report["latency"]
-        lines += [
-            "",
-            f"Latency of one image, {measured['threads']} threads, calls interleaved in one run; "
-            "the row that stands twice shows the noise.",
-            "",
-            "| | median ms | quartiles | rounds |",
-            "|---|---|---|---|",
-        ]
-        for name, value in measured["milliseconds"].items():
-            lines.append(
-                f"| {name} | {value['median']:.2f} | {value['lower']:.2f} to "
-                f"{value['upper']:.2f} | {value['rounds']} |"
-            )
-    versions = ", ".join(f"{name} {value}" for name, value in report["environment"].items())
-    lines += ["", f"{versions}", "", f"`{report['command']}`", ""]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -68,18 +68,13 @@ def test_the_command_line_wins_over_the_data_config():
     assert (config["trainer"]["max_epochs"], config["optim"]["lr"]) == (3, 0.5)
 
 
-def test_the_seed_reaches_the_data():
-    assert compose("train", "seed=7")["data"]["seed"] == 7
-
-
-def test_what_a_batch_holds_reaches_the_data():
-    data = compose("train", "rdrop_views=2", "mixup=0.2", "cutmix=1")["data"]
-
-    assert (data["views"], data["mixup"], data["cutmix"]) == (2, 0.2, 1)
-
-
 def test_the_deployment_composes():
     assert compose("deploy")["formats"] == ["safetensors", "onnx"]
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_the_deployment_composes_with_every_data_set(data):
+    assert compose("deploy", f"data={data}")["data"]["_target_"].startswith("repvgg.data.")
 
 
 def test_the_formats_that_the_command_line_knows_are_those_of_the_package():

@@ -17,6 +17,7 @@ LAYERS = [
     {"expand"},
     {"zoo"},
     {"module", "data", "callbacks", "checkpoint", "export"},
+    {"quantize", "certificate"},
     {"cli"},
 ]
 FRONTIERS = {
@@ -25,9 +26,11 @@ FRONTIERS = {
     "lightning": {"module", "data", "callbacks"},
     "torchvision": {"data", "zoo"},
     "torchmetrics": {"module"},
-    "onnx": {"export"},
-    "onnxruntime": {"export"},
-    "safetensors": {"export", "data"},
+    "onnx": {"export", "quantize"},
+    "onnxruntime": {"export", "quantize"},
+    "openvino": {"export"},
+    "safetensors": {"export", "data", "certificate"},
+    "numpy": {"quantize"},
 }
 MODULES = sorted(path.stem for path in (ROOT / "repvgg").glob("*.py") if path.stem != "__init__")
 

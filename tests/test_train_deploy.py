@@ -1,22 +1,29 @@
 """The two commands of the project, as a user types them, on a short run."""
 
+import copy
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import hydra
 import onnx
 import pytest
 import torch
+from omegaconf import OmegaConf
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import deploy
 import repvgg
+from repvgg.data import digits
 from repvgg.export import FORMATS, Format
 
 ROOT = Path(__file__).parents[1]
@@ -162,8 +169,10 @@ def test_the_checkpoint_opens_without_lightning(folder):
 
 def test_deploying_writes_both_formats_and_a_report(deployed, folder):
     assert sorted(path.name for path in (folder / "deploy").iterdir()) == [
+        "SHA256SUMS",
         "model.onnx",
         "model.safetensors",
+        "probe.safetensors",
         "report.json",
         "report.md",
     ]
@@ -179,7 +188,7 @@ def test_the_report_certifies_every_step(deployed, folder):
         assert report["verdicts"][name]["agreement"] == 1.0
     assert len(report["blocks"]["float64"]) == 7
     assert max(report["blocks"]["float64"].values()) <= 1e-10
-    assert report["size"]["deployed"]["parameters"] < report["size"]["multi-branch"]["parameters"]
+    assert report["size"]["deployed"]["parameters"] < report["size"]["trained form"]["parameters"]
     assert report["latency"]["milliseconds"]["deployed, torch"]["median"] > 0
 
 
@@ -212,7 +221,7 @@ def test_an_existing_deployment_is_kept_unless_it_may_be_replaced(folder, tmp_pa
     assert "type overwrite=true" in refused.stderr
     assert unchanged
     assert replaced.returncode == 0, replaced.stderr
-    assert set(tree(tmp_path)) == {"out/model.safetensors", "out/report.json", "out/report.md"}
+    assert {path for path in tree(tmp_path) if "model" in path} == {"out/model.safetensors"}
 
 
 def test_a_deployment_goes_where_it_is_told(folder, tmp_path):
@@ -231,27 +240,238 @@ def test_a_deployment_goes_where_it_is_told(folder, tmp_path):
     assert (out / "model.safetensors").is_file()
 
 
-def test_a_failed_verdict_leaves_nothing_behind(folder, tmp_path, monkeypatch):
-    whole = FORMATS["safetensors"]
+def settings(**overrides) -> dict:
+    """What deploy.py is given, when nothing else is typed."""
+    with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        composed = OmegaConf.to_container(hydra.compose("deploy"), resolve=True)
+    return {**composed, "formats": ["safetensors"], "benchmark": False, **overrides}
 
-    def spoil(network, path, description):
+
+def spoiled(name: str) -> Format:
+    """A format that writes another bias than it was given."""
+    whole = FORMATS[name]
+
+    def save(network, path, description):
+        network = copy.deepcopy(network)
         with torch.no_grad():
-            network[1].stem.reparam.bias.add_(1e-3)
+            network.stem.reparam.bias.add_(1e-3)
         whole.save(network, path, description)
 
-    monkeypatch.setitem(FORMATS, "safetensors", Format(whole.filename, spoil, whole.load))
-    config = {
-        "ckpt": str(folder / "checkpoints" / "best.ckpt"),
-        "out": str(tmp_path / "out"),
-        "formats": ["safetensors"],
-        "benchmark": False,
-        "overwrite": False,
-    }
+    return replace(whole, save=save)
 
-    with pytest.raises(ValueError, match=r"verification failed.*model\.safetensors"):
+
+def with_a_layer_too_many(name: str) -> Format:
+    whole = FORMATS[name]
+
+    def load(path):
+        return replace(whole.load(path), layers={"convolutions": 8, "batchnorms": 0})
+
+    return replace(whole, load=load)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (spoiled, r"verification failed.*model\.safetensors: error"),
+        (with_a_layer_too_many, "holds {'convolutions': 8, 'batchnorms': 0}, the deployed network"),
+    ],
+)
+def test_a_failed_verdict_leaves_nothing_behind(damage, message, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMATS, "safetensors", damage("safetensors"))
+    path = str(folder / "checkpoints" / "best.ckpt")
+
+    with pytest.raises(ValueError, match=message):
+        deploy.main(settings(ckpt=path, out=str(tmp_path / "out")), tmp_path)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_int8_that_loses_too_much_leaves_nothing_behind(folder, tmp_path, monkeypatch):
+    from repvgg import quantize
+
+    def narrow(histogram):
+        return 0.0, histogram.high / 100
+
+    monkeypatch.setattr(quantize, "RANGES", {"narrow": narrow})
+    path = str(folder / "checkpoints" / "best.ckpt")
+    config = settings(ckpt=path, out=str(tmp_path / "out"), int8=True, int8_float_layers=0)
+
+    with pytest.raises(ValueError, match=r"model-int8\.onnx, onnxruntime: accuracy lost"):
         deploy.main(config, tmp_path)
 
     assert list(tmp_path.iterdir()) == []
+
+
+HAS_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@pytest.fixture(scope="module")
+def certified(folder, tmp_path_factory) -> Path:
+    """A deployment of everything: stored images in, probabilities out."""
+    out = tmp_path_factory.mktemp("certified") / "out"
+    done = run(
+        "deploy.py",
+        f"ckpt={folder / 'checkpoints' / 'best.ckpt'}",
+        f"out={out}",
+        "formats=[safetensors,onnx,pt2,openvino]",
+        "input=uint8",
+        "output=probabilities",
+        "int8=true",
+        f"bf16={'true' if HAS_BF16 else 'false'}",
+        "data=digits",
+        cwd=out.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_every_format_is_certified_and_8_bits_keep_the_accuracy(certified):
+    report = json.loads((certified / "report.json").read_text())
+
+    files = {"model.safetensors", "model.onnx", "model.pt2", "model.xml"}
+    rounded = {f"model-int8.onnx, {engine}" for engine in ("onnxruntime", "OpenVINO")}
+    assert set(report["files"]) == files | {"model.bin", "model-int8.onnx"}
+    assert all(report["verdicts"][name]["error"] <= 1e-5 for name in files)
+    assert all(report["verdicts"][name]["error"] <= 0.005 for name in rounded)
+    assert set(report["accuracy_on_validation"]) >= files | rounded
+    assert report["int8"]["source"] == "the training set"
+    assert len(report["int8"]["trials"]) >= 10
+
+
+def test_every_predictor_is_timed_beside_a_control(certified):
+    measured = json.loads((certified / "report.json").read_text())["latency"]["milliseconds"]
+
+    assert set(measured) >= {"trained form, torch", "deployed, torch", "deployed, torch, again"}
+    assert measured["deployed, torch"]["ratio"] == 1
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="this processor has no bf16: see the test of its refusal")
+def test_16_bits_are_certified_in_both_engines(certified):
+    verdicts = json.loads((certified / "report.json").read_text())["verdicts"]
+
+    assert verdicts["deployed, torch, bf16"]["passed"]
+    assert verdicts["model.xml, bf16"]["passed"]
+
+
+def test_16_bits_are_refused_where_the_processor_has_none(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    path = str(folder / "checkpoints" / "best.ckpt")
+
+    with pytest.raises(ValueError, match="bf16=true: this processor has no bf16"):
+        deploy.main(settings(ckpt=path, out=str(tmp_path / "out"), bf16=True), tmp_path)
+
+
+def test_a_deployed_folder_is_verified_again(certified, tmp_path):
+    done = run("deploy.py", f"verify={certified}", cwd=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 6
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_changed_byte_fails_the_verification(certified, tmp_path):
+    shutil.copytree(certified, tmp_path / "out")
+    content = bytearray((tmp_path / "out" / "model.bin").read_bytes())
+    content[1000] ^= 1
+    (tmp_path / "out" / "model.bin").write_bytes(content)
+
+    done = run("deploy.py", "verify=out", cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert done.stderr == "deploy.py: verify=out: changed since it was deployed: ['model.bin']\n"
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model-int8.onnx", "model.pt2", "model.xml"])
+def test_a_deployed_file_labels_images_by_itself(name, certified, tmp_path):
+    images, labels = digits().test
+    for i in range(8):
+        Image.fromarray(images[i, 0].numpy()).save(tmp_path / f"{i}.png")
+
+    done = run("scripts/predict.py", f"model={certified / name}", "images=.", cwd=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [path for path, _, _ in lines] == [f"{i}.png" for i in range(8)]
+    assert sum(int(label) == truth for (_, label, _), truth in zip(lines, labels, strict=False)) > 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model=model.onnx"], "images is missing: type images=PATH"),
+        (["model=none.onnx", "images=x.png"], "'none.onnx' is no file"),
+        (["model=none.onnx", "images=."], "images=.: there is no image"),
+    ],
+)
+def test_a_mistake_in_labelling_is_told_in_one_line(arguments, message, tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "x.png")
+    (tmp_path / "empty").mkdir()
+    where = tmp_path / "empty" if arguments[-1] == "images=." else tmp_path
+
+    done = run("scripts/predict.py", *arguments, cwd=where)
+
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_full_disk_leaves_nothing_behind(folder, tmp_path):
+    """The limit on a file's size stands for it: writing fails in the middle of a file."""
+    for name in FORMATS:
+        if name == "aoti":
+            continue  # its compiler writes elsewhere first
+        done = subprocess.run(
+            [
+                sys.executable,
+                ROOT / "deploy.py",
+                f"ckpt={folder / 'checkpoints' / 'best.ckpt'}",
+                "out=out",
+                f"formats=[{name}]",
+                "benchmark=false",
+            ],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+        )
+
+        assert done.returncode == 1, name
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_8_bits_of_a_network_that_was_never_trained_are_refused(folder, tmp_path):
+    content = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    restored = repvgg.checkpoint.load(folder / "checkpoints" / "best.ckpt")
+    torch.manual_seed(0)
+    fresh = repvgg.create_model(**restored.config)
+    content["state_dict"] = {f"net.{key}": value for key, value in fresh.state_dict().items()}
+    content[repvgg.checkpoint.KEY] = repvgg.checkpoint.describe(
+        fresh,
+        config=restored.config,
+        data=restored.data,
+        images=restored.probe.images,
+        labels=restored.probe.labels,
+    )
+    torch.save(content, tmp_path / "fresh.ckpt")
+
+    with pytest.raises(ValueError, match="int8=true: this network was never trained"):
+        deploy.main(settings(ckpt=str(tmp_path / "fresh.ckpt"), int8=True), tmp_path)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["fresh.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("image_size", [16, 16]), ("classes", list("abcdefghij"))]
+)
+def test_data_that_does_not_fit_the_checkpoint_is_refused(key, value, folder, tmp_path):
+    content = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    content[repvgg.checkpoint.KEY]["data"][key] = value
+    torch.save(content, tmp_path / "best.ckpt")
+    data = {"_target_": "repvgg.data.digits"}
+
+    with pytest.raises(ValueError, match=f"data: its {key} is"):
+        deploy.main(settings(ckpt=str(tmp_path / "best.ckpt"), data=data), tmp_path)
 
 
 def test_a_checkpoint_whose_logits_are_not_its_own_is_not_deployed(folder, tmp_path):
@@ -290,7 +510,9 @@ def test_a_network_trained_with_every_regularizer_deploys_exactly(tmp_path):
         ("train.py", ["rdrop=-1"], "rdrop=-1: must be a number of at least 0"),
         ("train.py", ["rdrop_warmup=2"], "rdrop_warmup=2: has no effect without rdrop"),
         ("train.py", ["rdrop_views=2", "data.augment=0"], "without augmentation all views are"),
-        ("train.py", ["data.views=2"], "rdrop_views=1: the data gives 2; leave data.views alone"),
+        ("train.py", ["mixup=-1"], "mixup=-1: must be a number of at least 0"),
+        ("train.py", ["cutmix=-1"], "cutmix=-1: must be a number of at least 0"),
+        ("train.py", ["data.views=2"], "data.views: there is no such key"),
         ("train.py", ["model.num_classes=7"], "type model.num_classes=10"),
         ("train.py", ["trainer.max_epochs=soon"], "trainer.max_epochs='soon': must be an integer"),
         ("train.py", ["trainer.devices=2"], "trainer.devices=2: training uses one device so far"),
@@ -302,6 +524,20 @@ def test_a_network_trained_with_every_regularizer_deploys_exactly(tmp_path):
         ("deploy.py", ["ckpt=nowhere.ckpt"], "ckpt=nowhere.ckpt: there is no file of that name"),
         ("deploy.py", ["ckpt=x.ckpt", "formats=[onnxx]"], "must be a list of safetensors, onnx"),
         ("deploy.py", ["ckpt=x.ckpt", "benchmark=yess"], "benchmark=yess: must be true or false"),
+        ("deploy.py", ["ckpt=x.ckpt", "int8=1"], "int8=1: must be true or false"),
+        (
+            "deploy.py",
+            ["ckpt=x.ckpt", "input=bytes"],
+            "input='bytes': must be one of float32, uint",
+        ),
+        (
+            "deploy.py",
+            ["ckpt=x.ckpt", "int8_drop=1"],
+            "int8_drop=1: must be a number of at least 0",
+        ),
+        ("deploy.py", ["ckpt=x.ckpt", "data=cifar11"], "data=cifar11: there is no such choice"),
+        ("deploy.py", ["verify=nowhere"], "verify=nowhere: no folder with SHA256SUMS"),
+        ("deploy.py", ["verify=.", "ckpt=x.ckpt"], "verify: it needs no checkpoint"),
         ("deploy.py", ["chkpt=x.ckpt"], "did you mean ckpt?"),
         ("deploy.py", ["-m", "ckpt=x.ckpt"], "-m: one checkpoint at a time"),
     ],

@@ -1,0 +1,219 @@
+"""The certificate of a deployment: what was compared with what, and how to compare it again.
+
+A deployed folder holds, beside its artifacts, `report.json` and `report.md`, the probe with the
+logits of the float64 reference, and `SHA256SUMS` over all of them (`sha256sum -c` reads it).
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from repvgg import verify
+from repvgg.export import open_artifact
+from repvgg.model import to_float
+from repvgg.verify import Verdict
+
+SUMS = "SHA256SUMS"
+REPORT = "report.json"
+PROBE = "probe.safetensors"
+
+
+class Recorded(NamedTuple):
+    """The probe of a deployment.
+
+    Attributes:
+        images: (N, C, H, W), uint8.
+        labels: (N,).
+        scores: (N, K), float64: what the multi-branch network gives, behind a softmax if the
+            artifacts have one.
+    """
+
+    images: Tensor
+    labels: Tensor
+    scores: Tensor
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    """Share of rows whose largest entry is the label's."""
+    return (scores.argmax(1) == labels).double().mean().item()
+
+
+def judge_rounded(expected: Tensor, scores: Tensor, labels: Tensor, *, tolerance: float) -> Verdict:
+    """Judge a network in low precision by the accuracy it loses; it may always lose one image.
+
+    Args:
+        expected, scores: (N, K), of the reference and of the candidate.
+        tolerance: share of the images.
+    """
+    agreement = (expected.argmax(1) == scores.argmax(1)).double().mean().item()
+    lost = accuracy(expected, labels) - accuracy(scores, labels)
+    if not scores.isfinite().all():
+        lost = float("inf")
+    return Verdict(max(0.0, lost), max(tolerance, 1.0 / len(labels)), agreement)
+
+
+def write(folder: Path, report: dict[str, Any], recorded: Recorded) -> None:
+    """Complete a folder of artifacts by the report for people and programs, probe and sums."""
+    from safetensors.torch import save_file
+
+    save_file(recorded._asdict(), folder / PROBE)
+    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    (folder / "report.md").write_text(as_markdown(report))
+    sums = [f"{digest(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+    (folder / SUMS).write_text("".join(sums))
+
+
+def check(folder: Path) -> dict[str, Verdict]:
+    """Verify a deployed folder again: every byte, then every artifact on the recorded probe.
+
+    Returns:
+        what was found, by the name of the artifact; all of it may have passed or not.
+
+    Raises:
+        ValueError: this is no deployed folder, or a file is missing, changed or new.
+    """
+    from safetensors.torch import load_file
+
+    if not (folder / SUMS).is_file():
+        kind = "a folder without" if folder.is_dir() else "no folder with"
+        raise ValueError(f"verify={folder}: {kind} {SUMS}; give a folder that deploy.py wrote")
+    wanted = {}
+    for line in (folder / SUMS).read_text(errors="replace").splitlines():
+        checksum, _, name = line.partition("  ")
+        wanted[name] = checksum
+    present = {path.name for path in folder.iterdir()} - {SUMS}
+    missing, new = wanted.keys() - present, present - wanted.keys()
+    changed = {
+        name
+        for name in wanted.keys() & present
+        if not (folder / name).is_file() or digest(folder / name) != wanted[name]
+    }
+    if {REPORT, PROBE} - wanted.keys():
+        changed.add(SUMS)
+    for kind, names in (("missing", missing), ("changed", changed), ("new", new)):
+        if names:
+            raise ValueError(f"verify={folder}: {kind} since it was deployed: {sorted(names)}")
+    report = json.loads((folder / REPORT).read_text())
+    recorded = Recorded(**load_file(folder / PROBE))
+    images = to_float(recorded.images)
+    verdicts = {}
+    for name, entry in report["files"].items():
+        if "lost" in entry:
+            scores = open_artifact(folder / name)(images)
+            verdicts[name] = judge_rounded(
+                recorded.scores, scores, recorded.labels, tolerance=entry["lost"]
+            )
+        elif "tolerance" in entry:
+            verdicts[name] = verify.compare(
+                lambda _: recorded.scores,
+                open_artifact(folder / name),
+                images,
+                tolerance=entry["tolerance"],
+            )
+    return verdicts
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = [
+        f"# {report['model']['name']}: {report['verdict']}",
+        "",
+        f"Compared with the trained network in float64 on {report['images']} validation images. "
+        "Errors are relative to the largest value.",
+        "",
+        *_verdicts({"restored network and recorded logits": report["probe"], **report["verdicts"]}),
+    ]
+    if report["batchnorms_left"]:
+        reasons = "; ".join(sorted(set(report["batchnorms_left"].values())))
+        lines += ["", f"{len(report['batchnorms_left'])} BatchNorms are left: {reasons}."]
+    lines += ["", *_accuracies(report)]
+    if "int8" in report:
+        lines += ["", *_int8(report["int8"])]
+    lines += ["", "| | parameters | multiply-accumulates |", "|---|---|---|"]
+    for name, value in report["size"].items():
+        lines.append(f"| {name} | {value['parameters']:,} | {value['macs']:,} |")
+    lines += ["", "| file | bytes | convolutions | BatchNorms | SHA-256 |", "|---|---|---|---|---|"]
+    for name, value in report["files"].items():
+        layers = value["layers"]
+        lines.append(
+            f"| {name} | {value['bytes']:,} | {layers.get('convolutions', '')} | "
+            f"{layers.get('batchnorms', '')} | {value['sha256'][:16]}... |"
+        )
+    if "latency" in report:
+        lines += ["", *_latency(report["latency"])]
+    versions = ", ".join(f"{name} {value}" for name, value in report["environment"].items())
+    lines += ["", f"{versions}", "", f"`{report['command']}`", ""]
+    return "\n".join(lines)
+
+
+def _verdicts(verdicts: dict[str, Any]) -> list[str]:
+    lines = ["| compared | largest error | allowed | same top-1 |", "|---|---|---|---|"]
+    for name, verdict in verdicts.items():
+        agreement = "" if verdict["agreement"] is None else f"{verdict['agreement']:.1%}"
+        lines.append(
+            f"| {name} | {verdict['error']:.1e} | {verdict['tolerance']:.0e} | {agreement} |"
+        )
+    return lines
+
+
+def _accuracies(report: dict[str, Any]) -> list[str]:
+    columns = [key for key in ("accuracy_on_probe", "accuracy_on_validation") if key in report]
+    names = dict.fromkeys(name for column in columns for name in report[column])
+    lines = [
+        "| accuracy | " + " | ".join(column.rpartition("_")[2] for column in columns) + " |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for name in names:
+        values = [report[column].get(name) for column in columns]
+        shown = ["" if value is None else f"{value:.2%}" for value in values]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def _int8(found: dict[str, Any]) -> list[str]:
+    chosen = found["chosen"]
+    kept = ", ".join(chosen["kept"]) or "none"
+    worst = sorted(found["sensitivity"].items(), key=lambda item: -item[1])[:5]
+    return [
+        f"int8: ranges measured on {found['measured_on']} images, chosen on {found['chosen_on']} "
+        f"others ({found['source']}). Chosen: {chosen['ranges']}"
+        f"{', channels equalized' if chosen['equalized'] else ''}; layers in float32: {kept}. "
+        "Most sensitive, by the change of the outputs when they alone are rounded: "
+        + ", ".join(f"{name} {error:.1%}" for name, error in worst)
+        + ".",
+        "",
+        "| ranges | equalized | layers in float32 | same top-1 | change of the outputs |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {trial['ranges']} | {'yes' if trial['equalized'] else 'no'} | "
+            f"{len(trial['kept'])} | {trial['agreement']:.2%} | {trial['error']:.2%} |"
+            for trial in found["trials"]
+        ),
+    ]
+
+
+def _latency(measured: dict[str, Any]) -> list[str]:
+    said = (
+        f"Latency of one image, {measured['threads']} threads, load {measured['load']:.1f}, calls "
+        "interleaved in one run; the row that stands twice shows the noise. onnxruntime's threads "
+        "do not spin between calls here, which can cost it half of its speed."
+    )
+    if measured["noisy"]:
+        said += " It is too large: no ratios are given."
+    lines = [said, "", "| | median ms | quartiles | times as fast |", "|---|---|---|---|"]
+    for name, value in measured["milliseconds"].items():
+        ratio = "" if measured["noisy"] else f"{value['ratio']:.2f}"
+        lines.append(
+            f"| {name} | {value['median']:.2f} | {value['lower']:.2f} to {value['upper']:.2f} | "
+            f"{ratio} |"
+        )
+    return lines

@@ -8,7 +8,6 @@ table, a figure and the numbers of the table.
 """
 
 import copy
-import os
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -113,7 +112,7 @@ def table(rows: list[study.Row], settings: dict[str, Any]) -> str:
         f"`python scripts/benchmark_fusion.py rounds={settings['rounds']}`: batches of "
         f"{settings['batch']}, {size}x{size}, "
         f"float32, {settings['rounds']} rounds after 3 to warm up; {study.machine()}, {threads} "
-        f"threads, load {os.getloadavg()[0]:.1f}. The speed-up is the median over rounds, against "
+        f"threads. The speed-up is the median over rounds, against "
         "the same mode before fusing.",
         "",
         "| network | form | ms, median (quartiles) | speed-up (quartiles) | largest error |",

@@ -162,7 +162,7 @@ def quantize(
                 f"(N, {wanted}, H, W): give data of its kind"
             )
     sources = {False: build_onnx(model, description)}
-    expected = _run(sources[False], description, held_out)
+    expected = run(sources[False], description, held_out)
     if isinstance(model, RepVGG) and can_equalize(model):
         sources[True] = build_onnx(equalize(model), description)
     histograms = {key: measure(proto, description, images) for key, proto in sources.items()}
@@ -170,7 +170,7 @@ def quantize(
     def attempt(ranges: str, equalized: bool, kept: tuple[str, ...]) -> tuple[Trial, Any]:
         found = {name: RANGES[ranges](h) for name, h in histograms[equalized].items()}
         proto = rewrite(sources[equalized], found, description, keep=kept)
-        scores = _run(proto, description, held_out)
+        scores = run(proto, description, held_out)
         return Trial(ranges, equalized, kept, *_compare(expected, scores)), proto
 
     tried = [attempt(ranges, equalized, ()) for equalized in sources for ranges in RANGES]
@@ -320,13 +320,19 @@ def _rounded(graph: Any) -> list[str]:
 
 
 def rewrite(
-    proto: Any, ranges: Mapping[str, Range], description: Description, *, keep: Collection[str] = ()
+    proto: Any,
+    ranges: Mapping[str, Range],
+    description: Description,
+    *,
+    keep: Collection[str] = (),
+    per_channel: bool = True,
 ) -> Any:
     """Round an ONNX graph to 8 bits, given the range of every tensor.
 
     Args:
         ranges: from the smallest to the largest value of each tensor; 0 is added to them.
         keep: layers that stay in float32, by their names in the network.
+        per_channel: round weights by output channel; else by tensor, which is coarser.
 
     Returns:
         a new `onnx.ModelProto`.
@@ -363,7 +369,7 @@ def rewrite(
             OneImage(),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=[*LAYERS, *ACTIVATIONS, *BETWEEN],
-            per_channel=True,
+            per_channel=per_channel,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             nodes_to_exclude=excluded,
@@ -407,13 +413,14 @@ def _session(proto: Any) -> Any:
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
-def _run(proto: Any, description: Description, images: Tensor) -> Tensor:
+def run(proto: Any, description: Description, images: Tensor) -> Tensor:
+    """Run an ONNX graph in onnxruntime on images (N, C, H, W) in [0, 1]; what it gives, (N, K)."""
     session = _session(proto)
-
-    def run(batch: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
-
-    return torch.cat([run(description.encode(batch)) for batch in images.split(BATCH)])
+    scores = [
+        session.run(None, {"images": description.encode(batch).numpy()})[0]
+        for batch in images.split(BATCH)
+    ]
+    return torch.from_numpy(np.concatenate(scores))
 
 
 def _compare(expected: Tensor, given: Tensor) -> tuple[float, float]:

@@ -1,18 +1,23 @@
 """The programs run by hand, on small jobs."""
 
+import copy
 import csv
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import benchmark_deploy
 import benchmark_fusion
 import benchmark_rdrop
 import pytest
 import study_fusion
+import study_int8
 import study_rdrop
+import torch
 from PIL import Image
 
-from repvgg import cli
+from repvgg import cli, export
+from repvgg.verify import relative_error
 
 
 @pytest.fixture
@@ -152,3 +157,55 @@ def test_the_benchmark_of_fusing_refuses_an_unknown_network(run, tmp_path, capfd
         run(benchmark_fusion, "networks=[resnet19]", f"out={tmp_path}")
 
     assert "networks=['resnet19']: must be some of resnet18" in capfd.readouterr().err
+
+
+def test_the_study_of_8_bits_trains_rounds_and_compares(run, tmp_path):
+    models = "models=[repvgg_tiny,qarepvgg_tiny]"
+
+    printed = run(study_int8, models, "seeds=2", "epochs=1", "images=16", "workers=1", "out=study")
+
+    rows = (tmp_path / "study" / "digits.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 2 * 8
+    assert "| float32 |" in printed
+    assert "| minmax, weights by tensor |" in printed
+    assert (tmp_path / "study" / "digits.png").stat().st_size > 10_000
+    assert len(list((tmp_path / "runs" / "int8").glob("*.ckpt"))) == 4
+
+
+DEPLOYMENT = {**benchmark_deploy.DEFAULTS, "size": 32, "compile": False}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    benchmark_deploy.prepare(folder, DEPLOYMENT)
+    return folder, benchmark_deploy.build(DEPLOYMENT)
+
+
+@pytest.mark.parametrize("name", benchmark_deploy.candidates(DEPLOYMENT))
+@torch.no_grad()
+def test_what_is_timed_computes_the_network(name, prepared):
+    folder, (trained, deployed, description) = prepared
+    program = export.build_program(copy.deepcopy(trained), description)
+    images = torch.rand(2, 3, 32, 32)
+    expected = copy.deepcopy(program).double()(images.double())
+
+    call = benchmark_deploy.candidate(name, folder, program, copy.deepcopy(deployed), description)
+
+    allowed = {"int8": 0.3, "bf16": 0.05}.get(name.rpartition(", ")[2], 1e-5)
+    assert relative_error(expected, call(images).float()) < allowed
+
+
+@pytest.mark.parametrize(("again", "noisy"), [(11.0, False), (20.0, True)])
+def test_ratios_are_told_only_where_the_control_is_quiet(again, noisy, monkeypatch):
+    monkeypatch.setattr(benchmark_deploy, "measure_peak", lambda _: None)
+    names = (benchmark_deploy.TRAINED, benchmark_deploy.BASE, benchmark_deploy.AGAIN)
+    times = {name: [value] * 4 for name, value in zip(names, (30.0, 11.0, again), strict=True)}
+
+    record = benchmark_deploy.summarize(
+        {1: times}, dict.fromkeys(names, 0.0), DEPLOYMENT | {"model": "repvgg_tiny"}
+    )
+
+    text = benchmark_deploy.table(record)
+    assert ("Too noisy" in text) == noisy
+    assert ("2.73x" in text) != noisy

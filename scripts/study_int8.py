@@ -1,0 +1,306 @@
+"""What 8 bits cost: python scripts/study_int8.py [root=FOLDER]
+
+Trains RepVGG and QARepVGG under one recipe, folds them, quantizes them with every range, and counts
+accuracy before and after on the test images. Without `root` the data are the digits that ship
+inside the package; `root` is a folder with train/ and test/, a folder in them for every class.
+Every network is trained in a process of one thread and kept as a checkpoint, `work` says where, so
+that a stopped study goes on and `python deploy.py ckpt=...` takes them too. Writes a table, a
+figure and the numbers of both.
+"""
+
+import functools
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import study
+import torch
+from torch import Tensor, nn
+
+from repvgg import checkpoint, cli, quantize
+from repvgg.arguments import check_integer, check_number, refusal
+from repvgg.certificate import accuracy
+from repvgg.data import InMemory
+from repvgg.export import Description, build_onnx
+from repvgg.fuse import switch_to_deploy
+from repvgg.model import to_float
+from repvgg.zoo import create_model, list_models
+
+DEFAULTS: dict[str, Any] = {
+    "root": None,
+    "models": ["repvgg_a0", "qarepvgg_a0"],
+    "width": 1.0,  # of every stage, in parts of the variant's
+    "strides": [1, 1, 2, 2, 1],
+    "seeds": 3,
+    "epochs": 24,
+    "batch_size": 64,
+    "lr": 0.02,
+    "dropout": 0.2,
+    "images": 256,  # that ranges are measured on; as many others choose
+    "float_layers": 0,
+    "workers": 2,
+    "work": "runs/int8",
+    "out": "docs/int8",
+}
+
+
+class Job(NamedTuple):
+    model: str
+    seed: int
+
+    def path(self, settings: dict[str, Any]) -> Path:
+        return Path(settings["work"]) / f"{self.model}-{self.seed}.ckpt"
+
+
+def check(settings: dict[str, Any]) -> None:
+    for key in ("seeds", "epochs", "batch_size", "images", "workers"):
+        check_integer(key, settings[key], minimum=1, example=DEFAULTS[key])
+    check_integer("float_layers", settings["float_layers"], minimum=0, example=2)
+    check_number("lr", settings["lr"], example=0.02)
+    check_number("width", settings["width"], minimum=0.05, example=1.0)
+    unknown = [name for name in settings["models"] if name not in list_models()]
+    if unknown or not settings["models"]:
+        raise refusal(
+            "models", settings["models"], f"must be of {', '.join(list_models())}", "[repvgg_a0]"
+        )
+
+
+loaded = functools.cache(study.load_images)  # once in each process
+
+
+def train(job: Job, settings: dict[str, Any]) -> study.Row:
+    """Train one network and keep it as a self-describing checkpoint."""
+    import lightning as L
+
+    from repvgg.module import Classifier
+
+    images, test, contract, augment = loaded(settings["root"])
+    data = InMemory(
+        images,
+        test,
+        test,
+        contract,
+        batch_size=settings["batch_size"],
+        augment=augment,
+        seed=job.seed,
+    )
+    with torch.device("meta"):
+        widths = [stage[-1].out_channels for stage in create_model(job.model).stages]
+    config = {
+        "name": job.model,
+        "num_classes": len(contract.classes),
+        "in_channels": contract.in_channels,
+        "strides": settings["strides"],
+        "widths": [8 * round(settings["width"] * width / 8) for width in widths],
+        "dropout": settings["dropout"],
+    }
+    steps = settings["epochs"] * len(data.train_dataloader())
+    torch.manual_seed(job.seed)
+    module = Classifier(
+        config,
+        lr=settings["lr"],
+        momentum=0.9,
+        weight_decay=1e-4,
+        num_steps=steps,
+        num_warmup_steps=steps // 20,
+        seed=job.seed,
+    )
+    L.Trainer(
+        max_epochs=settings["epochs"],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    ).fit(module, datamodule=data)
+    probe_images, probe_labels = data.probe()
+    entry = checkpoint.describe(
+        module.net, config=config, data=contract, images=probe_images, labels=probe_labels
+    )
+    path = job.path(settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = {checkpoint.NETWORK_PREFIX + k: v for k, v in module.net.state_dict().items()}
+    partial = path.with_suffix(".partial")
+    torch.save({"state_dict": weights, checkpoint.KEY: entry}, partial)
+    partial.replace(path)
+    return {"model": job.model, "seed": job.seed, "steps": steps}
+
+
+def outlier_ratio(values: Tensor) -> float:
+    """Largest absolute value over the root mean square: how coarse 8 bits are for most of them."""
+    return (values.abs().max() / values.square().mean().sqrt()).item()
+
+
+@torch.no_grad()
+def examine(job: Job, settings: dict[str, Any]) -> list[study.Row]:
+    """Accuracy of one trained network in float32 and in 8 bits, a row for every way to round.
+
+    The ways: each kind of range with weights rounded by channel; the one that was chosen on
+    held-out training images; and, as most engines did when the problem was found, weights rounded
+    by tensor.
+    """
+    images, test, _, _ = loaded(settings["root"])
+    restored = checkpoint.load(job.path(settings))
+    deployed = switch_to_deploy(restored.model)
+    description = Description(restored.config, restored.data)
+    count = min(settings["images"], len(images[0]) // 2)
+    order = torch.randperm(len(images[0]), generator=torch.Generator().manual_seed(job.seed))
+    measured, held_out = (
+        to_float(images[0][rows]) for rows in (order[:count], order[count : 2 * count])
+    )
+    shown, labels = to_float(test[0]), test[1]
+    found = quantize.quantize(
+        deployed,
+        description,
+        measured,
+        held_out=held_out,
+        float_layers=settings["float_layers"],
+    )
+    proto = build_onnx(deployed, description)
+    histograms = quantize.measure(proto, description, measured)
+    scores = {
+        "float32": quantize.run(proto, description, shown),
+        "chosen": quantize.run(found.model, description, shown),
+    }
+    for name, find in quantize.RANGES.items():
+        ranges = {tensor: find(histogram) for tensor, histogram in histograms.items()}
+        rounded = quantize.rewrite(proto, ranges, description)
+        scores[name] = quantize.run(rounded, description, shown)
+    ranges = {tensor: quantize.minmax(histogram) for tensor, histogram in histograms.items()}
+    rounded = quantize.rewrite(proto, ranges, description, per_channel=False)
+    scores["minmax, weights by tensor"] = quantize.run(rounded, description, shown)
+    kernels = [m.weight for m in deployed.modules() if isinstance(m, nn.Conv2d)]
+    return [
+        {
+            "model": job.model,
+            "seed": job.seed,
+            "rounding": name,
+            "accuracy": accuracy(given, labels),
+            "agreement": (given.argmax(1) == scores["float32"].argmax(1)).double().mean().item(),
+            "chosen": found.chosen.ranges + (", equalized" if found.chosen.equalized else ""),
+            "kernel_outliers": statistics.mean(map(outlier_ratio, kernels)),
+            "largest_kernel_outlier": max(map(outlier_ratio, kernels)),
+            "activation_outliers": statistics.mean(map(spread, histograms.values())),
+        }
+        for name, given in scores.items()
+    ]
+
+
+def spread(histogram: quantize.Histogram) -> float:
+    """`outlier_ratio` of what was counted."""
+    edges = histogram.edges
+    centres = (edges[1:] + edges[:-1]) / 2
+    square = (histogram.counts * centres**2).sum() / histogram.counts.sum()
+    return max(abs(histogram.low), abs(histogram.high)) / square.sqrt().item()
+
+
+def main(settings: dict[str, Any]) -> None:
+    check(settings)
+    study.require_packages()
+    jobs = [Job(model, seed) for seed in range(settings["seeds"]) for model in settings["models"]]
+    calls = [(job, settings) for job in jobs if not job.path(settings).exists()]
+    if calls:
+        Path(settings["work"]).mkdir(parents=True, exist_ok=True)
+        study.run(train, calls, Path(settings["work"]) / "trained.csv", workers=settings["workers"])
+    out = Path(settings["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    data = "digits" if settings["root"] is None else Path(settings["root"]).resolve().name
+    results = out / f"{data}.csv"
+    results.unlink(missing_ok=True)  # minutes, unlike the training
+    for job in jobs:
+        for row in examine(job, settings):
+            study.append(results, row)
+    rows = study.read(results)
+    text = table(rows, settings, data)
+    (out / f"{data}.md").write_text(text)
+    draw(rows, out / f"{data}.png")
+    print(text)
+
+
+def column(rows: list[dict[str, str]], model: str, rounding: str, key: str) -> list[float]:
+    return [float(row[key]) for row in rows if (row["model"], row["rounding"]) == (model, rounding)]
+
+
+def shown(values: list[float], scale: float = 1.0) -> str:
+    """Mean and standard deviation."""
+    deviation = f", sd {scale * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{scale * statistics.mean(values):.2f}{deviation}"
+
+
+def table(rows: list[dict[str, str]], settings: dict[str, Any], data: str) -> str:
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    roundings = list(dict.fromkeys(row["rounding"] for row in rows))
+    typed = "".join(
+        f" {key}={str(settings[key]).replace(' ', '')}"
+        for key in ("models", "width", "strides", "seeds", "epochs", "batch_size", "lr", "dropout")
+        if settings[key] != DEFAULTS[key]
+    )
+    root = "" if settings["root"] is None else " root=..."
+    lines = [
+        f"# 8 bits on {data}",
+        "",
+        f"`python scripts/study_int8.py{root}{typed}`: {settings['epochs']} epochs, "
+        f"{settings['seeds']} seeds, ranges measured on {settings['images']} training images and "
+        f"chosen on as many others; {study.machine()}, {study.versions('onnxruntime')}. Mean and "
+        "standard deviation over seeds; the change is of pairs.",
+        "",
+        "| rounding | " + " | ".join(f"{m}: accuracy, % | change | same top-1, %" for m in models),
+        "|---" * (1 + 3 * len(models)) + "|",
+    ]
+    lines[-2] += " |"
+    for rounding in roundings:
+        cells = []
+        for model in models:
+            values = column(rows, model, rounding, "accuracy")
+            before = column(rows, model, "float32", "accuracy")
+            change = [new - old for new, old in zip(values, before, strict=True)]
+            same = column(rows, model, rounding, "agreement")
+            cells += [shown(values, 100), shown(change, 100), shown(same, 100)]
+        lines.append(f"| {rounding} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Largest absolute value over root mean square, mean over layers: of the deployed kernels, "
+        "in the worst layer, and of what flows between the layers.",
+        "",
+        "| | kernels | worst kernel | activations | chosen |",
+        "|---|---|---|---|---|",
+    ]
+    for model in models:
+        keys = ("kernel_outliers", "largest_kernel_outlier", "activation_outliers")
+        cells = [shown(column(rows, model, "float32", key)) for key in keys]
+        chosen = [row["chosen"] for row in rows if row["model"] == model]
+        lines.append(
+            f"| {model} | " + " | ".join(cells) + f" | {'; '.join(chosen[:: len(roundings)])} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict[str, str]], path: Path) -> None:
+    """What each network loses, over the outliers of its kernels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    markers = {"minmax": "o", "minmax, weights by tensor": "x"}
+    for color, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+        before = column(rows, model, "float32", "accuracy")
+        outliers = column(rows, model, "float32", "kernel_outliers")
+        for rounding, marker in markers.items():
+            values = column(rows, model, rounding, "accuracy")
+            lost = [100 * (old - new) for new, old in zip(values, before, strict=True)]
+            axes.scatter(
+                outliers, lost, marker=marker, color=f"C{color}", label=f"{model}, {rounding}"
+            )
+    axes.set_xlabel("largest weight over root mean square, mean over the deployed kernels")
+    axes.set_ylabel("points of accuracy lost in 8 bits")
+    axes.axhline(0, color="black", linewidth=0.6)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    cli.script(main, __doc__ or "", DEFAULTS)

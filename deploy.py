@@ -203,11 +203,21 @@ def deploy(path: Path, folder: Path, config: dict[str, Any]) -> str:
         "batchnorms_left": fusion.kept,
         "accuracy_on_probe": {
             "recorded": certificate.accuracy(restored.probe.logits, labels),
-            **accuracies(predictors, images, labels),
+            **{
+                name: certificate.accuracy(batched(predict, images), labels)
+                for name, predict in predictors.items()
+            },
         },
     }
     if sets.validation is not None:
-        report["accuracy_on_validation"] = accuracies(predictors, *sets.validation)
+        shown, truth = sets.validation
+        scores = {name: batched(predict, shown) for name, predict in predictors.items()}
+        report["accuracy_on_validation"] = {
+            name: certificate.accuracy(given, truth) for name, given in scores.items()
+        }
+        report["agreement_on_validation"] = {
+            name: certificate.agreement(scores[TRAINED], given) for name, given in scores.items()
+        }
     for written in sorted(folder.iterdir()):  # OpenVINO's weights are a file by themselves
         files[written.name] = {
             "bytes": written.stat().st_size,
@@ -473,16 +483,6 @@ def batched(predict: "Predictor", images: "Tensor", size: int = 64) -> "Tensor":
 
     with torch.no_grad():
         return torch.cat([predict(batch) for batch in images.split(size)])
-
-
-def accuracies(
-    predictors: "dict[str, Predictor]", images: "Tensor", labels: "Tensor"
-) -> dict[str, float]:
-    from repvgg.certificate import accuracy
-
-    return {
-        name: accuracy(batched(predict, images), labels) for name, predict in predictors.items()
-    }
 
 
 def sizes(forms: Forms, images: "Tensor") -> dict[str, Any]:

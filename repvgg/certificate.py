@@ -41,6 +41,11 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
     return (scores.argmax(1) == labels).double().mean().item()
 
 
+def agreement(expected: Tensor, given: Tensor) -> float:
+    """Share of rows whose largest entry is the same."""
+    return (expected.argmax(1) == given.argmax(1)).double().mean().item()
+
+
 def judge_rounded(expected: Tensor, scores: Tensor, labels: Tensor, *, tolerance: float) -> Verdict:
     """Judge a network in low precision by the accuracy it loses; it may always lose one image.
 
@@ -48,11 +53,10 @@ def judge_rounded(expected: Tensor, scores: Tensor, labels: Tensor, *, tolerance
         expected, scores: (N, K), of the reference and of the candidate.
         tolerance: share of the images.
     """
-    agreement = (expected.argmax(1) == scores.argmax(1)).double().mean().item()
     lost = accuracy(expected, labels) - accuracy(scores, labels)
     if not scores.isfinite().all():
         lost = float("inf")
-    return Verdict(max(0.0, lost), max(tolerance, 1.0 / len(labels)), agreement)
+    return Verdict(max(0.0, lost), max(tolerance, 1.0 / len(labels)), agreement(expected, scores))
 
 
 def write(folder: Path, report: dict[str, Any], recorded: Recorded) -> None:
@@ -166,14 +170,18 @@ def _verdicts(verdicts: dict[str, Any]) -> list[str]:
 
 
 def _accuracies(report: dict[str, Any]) -> list[str]:
-    columns = [key for key in ("accuracy_on_probe", "accuracy_on_validation") if key in report]
-    names = dict.fromkeys(name for column in columns for name in report[column])
+    columns = {
+        "accuracy_on_probe": "accuracy on the probe",
+        "accuracy_on_validation": "on the validation set",
+        "agreement_on_validation": "same top-1 there as trained",
+    }
+    present = [key for key in columns if key in report]
     lines = [
-        "| accuracy | " + " | ".join(column.rpartition("_")[2] for column in columns) + " |",
-        "|---" * (1 + len(columns)) + "|",
+        "| | " + " | ".join(columns[key] for key in present) + " |",
+        "|---" * (1 + len(present)) + "|",
     ]
-    for name in names:
-        values = [report[column].get(name) for column in columns]
+    for name in dict.fromkeys(name for key in present for name in report[key]):
+        values = [report[key].get(name) for key in present]
         shown = ["" if value is None else f"{value:.2%}" for value in values]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return lines

@@ -134,12 +134,15 @@ def test_a_file_tells_its_layers(name, tmp_path):
     assert FORMATS[name].load(path).layers == {"convolutions": 7, "batchnorms": 0}
 
 
+@pytest.mark.parametrize("name", PORTABLE)
 @torch.no_grad()
-def test_an_exported_network_takes_images_of_any_memory_layout(a0):
-    reference, path = a0
-    images = torch.rand(2, 32, 32, 3).permute(0, 3, 1, 2)
+def test_a_file_takes_images_of_any_memory_layout(name, tmp_path):
+    reference, deployed, description = networks()
+    path = tmp_path / FORMATS[name].filename
+    FORMATS[name].save(deployed, path, description)
+    images = torch.rand(2, 40, 40, 3).permute(0, 3, 1, 2)[:, :, 4:36, 4:36]
 
-    logits = FORMATS["onnx"].load(path)(images)
+    logits = FORMATS[name].load(path)(images)
 
     assert relative_error(reference(images.double()), logits) < 1e-5
 

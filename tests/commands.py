@@ -1,0 +1,32 @@
+"""The two commands of the project as a user types them, for the tests of either."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SHORT = ("model=repvgg_tiny", "rdrop=true", "trainer.max_epochs=3", "data.batch_size=128")
+
+
+def run(program: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", *quiet(), ROOT / program, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def quiet() -> list[str]:
+    """The one warning of the stack itself, which train.py silences too, but later."""
+    return ["-W", "ignore:`isinstance(treespec, LeafSpec)`:FutureWarning"]
+
+
+def tree(folder: Path) -> dict[str, int]:
+    """Every file below a folder with the time of its last change."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file()
+    }

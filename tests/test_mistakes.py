@@ -1,0 +1,65 @@
+"""Mistakes at the command line: one line, a status that is not 0, nothing written."""
+
+import pytest
+from commands import run
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        ("train.py", ["model=repvgg_a"], "did you mean repvgg_a"),
+        ("train.py", ["trainer.max_epoch=3"], "did you mean trainer.max_epochs?"),
+        ("train.py", ["rdrop=true", "model.dropout=0"], "type for example model.dropout=0.2"),
+        ("train.py", ["rdrop=-1"], "rdrop=-1: must be a number of at least 0"),
+        ("train.py", ["rdrop_warmup=2"], "rdrop_warmup=2: has no effect without rdrop"),
+        ("train.py", ["rdrop_views=2", "data.augment=0"], "without augmentation all views are"),
+        ("train.py", ["mixup=-1"], "mixup=-1: must be a number of at least 0"),
+        ("train.py", ["cutmix=-1"], "cutmix=-1: must be a number of at least 0"),
+        ("train.py", ["data.views=2"], "data.views: there is no such key"),
+        ("train.py", ["model.num_classes=7"], "type model.num_classes=10"),
+        ("train.py", ["trainer.max_epochs=soon"], "trainer.max_epochs='soon': must be an integer"),
+        ("train.py", ["trainer.devices=2"], "trainer.devices=2: training uses one device so far"),
+        ("train.py", ["trainer.precision=64-true"], "trainer.precision='64-true': must be one of"),
+        ("train.py", ["trainer.accelerator=abacus"], "accelerator='abacus'"),
+        ("train.py", ["optim=5"], "optim=5: must be keys"),
+        ("train.py", ["resume=nowhere.ckpt"], "resume=nowhere.ckpt: there is no such file"),
+        ("deploy.py", [], "ckpt is missing: type python deploy.py ckpt="),
+        ("deploy.py", ["ckpt=nowhere.ckpt"], "ckpt=nowhere.ckpt: there is no file of that name"),
+        ("deploy.py", ["ckpt=x.ckpt", "formats=[onnxx]"], "must be a list of safetensors, onnx"),
+        ("deploy.py", ["ckpt=x.ckpt", "benchmark=yess"], "benchmark=yess: must be true or false"),
+        ("deploy.py", ["ckpt=x.ckpt", "int8=1"], "int8=1: must be true or false"),
+        (
+            "deploy.py",
+            ["ckpt=x.ckpt", "input=bytes"],
+            "input='bytes': must be one of float32, uint",
+        ),
+        (
+            "deploy.py",
+            ["ckpt=x.ckpt", "int8_drop=1"],
+            "int8_drop=1: must be a number of at least 0",
+        ),
+        ("deploy.py", ["ckpt=x.ckpt", "data=cifar11"], "data=cifar11: there is no such choice"),
+        ("deploy.py", ["verify=nowhere"], "verify=nowhere: no folder with SHA256SUMS"),
+        ("deploy.py", ["verify=.", "ckpt=x.ckpt"], "verify: it needs no checkpoint"),
+        ("deploy.py", ["chkpt=x.ckpt"], "did you mean ckpt?"),
+        ("deploy.py", ["-m", "ckpt=x.ckpt"], "-m: one checkpoint at a time"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_and_nothing_is_written(
+    program, arguments, message, tmp_path
+):
+    done = run(program, *arguments, cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("program", ["train.py", "deploy.py"])
+def test_help_shows_the_keys_and_writes_nothing(program, tmp_path):
+    done = run(program, "--help", cwd=tmp_path)
+
+    assert done.returncode == 0
+    assert "python " + program in done.stdout
+    assert list(tmp_path.iterdir()) == []

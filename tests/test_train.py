@@ -1,0 +1,199 @@
+"""train.py, as a user types it, on short runs."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from commands import ROOT, SHORT, run, tree
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import repvgg
+
+
+@pytest.fixture(scope="module")
+def events(folder) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    return accumulator
+
+
+def test_training_ends_with_accuracy_checkpoint_and_the_next_commands(trained, folder, home):
+    path = (folder / "checkpoints" / "best.ckpt").relative_to(home)
+
+    assert trained.stdout.splitlines()[-4:] == [
+        re.search(r"test accuracy 0\.\d{4}, loss \d\.\d{4}", trained.stdout)[0],
+        f"checkpoint    {path}",
+        f"deploy it     python deploy.py ckpt={path}",
+        "watch it      tensorboard --logdir runs",
+    ]
+
+
+def test_training_shows_its_progress(trained):
+    assert "Epoch 2" in trained.stdout + trained.stderr
+
+
+def test_a_run_keeps_configuration_events_and_two_checkpoints(folder):
+    names = {re.sub(r"events\..*", "events", path) for path in tree(folder)}
+
+    assert names - {"deploy/report.json", "deploy/report.md"} >= {
+        ".hydra/config.yaml",
+        ".hydra/overrides.yaml",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "events",
+    }
+    assert not [path for path in names if path.endswith(".log")]
+
+
+def test_tensorboard_shows_what_training_is_about(events):
+    assert set(events.Tags()["scalars"]) >= {
+        "train/loss",
+        "train/cross_entropy",
+        "train/kl",
+        "train/kl_to_cross_entropy",
+        "train/agreement",
+        "train/alpha",
+        "train/accuracy",
+        "train/learning_rate",
+        "train/images_per_second",
+        "val/loss",
+        "val/accuracy",
+        "val/calibration_error",
+        "test/accuracy",
+    }
+
+
+def test_tensorboard_has_the_divergence_above_zero_and_the_rate_falling(events):
+    kl = [event.value for event in events.Scalars("train/kl")]
+    rate = [event.value for event in events.Scalars("train/learning_rate")]
+
+    assert min(kl) > 0
+    assert rate[-1] < max(rate) / 10
+
+
+def test_tensorboard_shows_hyperparameters_with_the_final_metric(events, trained):
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    settings = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+
+    assert settings["rdrop"].number_value == 1.0
+    assert settings["model.name"].string_value == "repvgg_tiny"
+    accuracy = events.Scalars("test/accuracy")[-1].value
+    assert f"test accuracy {accuracy:.4f}" in trained.stdout
+
+
+def test_a_checkpoint_holds_plain_types_and_no_more(folder):
+    content = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+    assert content["repvgg"]["model"]["name"] == "repvgg_tiny"
+
+
+def test_the_checkpoint_opens_without_lightning(folder):
+    restored = repvgg.checkpoint.load(folder / "checkpoints" / "best.ckpt")
+
+    logits = restored.predictor(repvgg.checkpoint.to_float(restored.probe.images))
+    assert restored.data.classes == [str(digit) for digit in range(10)]
+    torch.testing.assert_close(logits, restored.probe.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_ctrl_c_saves_and_resuming_ends_with_the_weights_of_an_undisturbed_run(
+    trained, folder, tmp_path
+):
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *SHORT, "hydra.run.dir=run"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    command = said.splitlines()[-1].partition("resume with: python train.py ")[2]
+
+    resumed = run("train.py", command, cwd=tmp_path)
+
+    assert process.returncode == 128 + signal.SIGINT
+    assert command == "resume=run/checkpoints/last.ckpt"
+    assert resumed.returncode == 0, resumed.stderr
+    assert os.listdir(tmp_path) == ["run"]
+    expected, given = (
+        torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for path in (folder, tmp_path / "run")
+    )
+    assert all(torch.equal(expected[key], given[key]) for key in expected)
+
+
+def test_a_sweep_makes_one_run_folder_a_job_and_names_the_job_that_failed(tmp_path):
+    done = run(
+        "train.py", "-m", "model=repvgg_tiny", "trainer.max_epochs=1", "rdrop=-1,0.5", cwd=tmp_path
+    )
+
+    assert done.returncode == 1
+    assert "rdrop=-1: must be a number of at least 0" in done.stderr
+    assert done.stderr.splitlines()[-1] == "train.py: 1 of the sweep's jobs failed"
+    assert len(list(tmp_path.glob("runs/digits-repvgg_tiny/*/checkpoints/best.ckpt"))) == 1
+    assert len(list(tmp_path.glob("runs/digits-repvgg_tiny/*"))) == 1
+
+
+def test_another_run_is_not_started_in_a_folder_that_has_one(trained, folder, home):
+    before = tree(folder)
+
+    done = run("train.py", "model=repvgg_a0", f"hydra.run.dir={folder}", cwd=home)
+
+    assert done.returncode == 1
+    assert "belongs to another run: type resume=" in done.stderr
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize("typed", ["optim.lr=0.5", "rdrop=0.3", "model=repvgg_a0", "seed=4", "-m"])
+def test_a_resumed_run_keeps_what_it_was_started_with(typed, trained, folder, home):
+    before = tree(folder)
+
+    done = run("train.py", f"resume={folder / 'checkpoints' / 'last.ckpt'}", typed, cwd=home)
+
+    assert done.returncode == 1
+    assert f"{typed}: a resumed run keeps what it was started with" in done.stderr
+    assert tree(folder) == before
+
+
+def test_a_finished_run_can_be_made_longer(trained, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "it's moved")
+
+    done = run(
+        "train.py",
+        "resume=it's moved/checkpoints/last.ckpt",
+        "trainer.max_epochs=4",
+        cwd=tmp_path,
+    )
+
+    assert done.returncode == 0, done.stderr
+    last = torch.load(tmp_path / "it's moved" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["epoch"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("rdrop=true",), "nothing in resnet18 is random"),
+        (("model.name=vit_b_16",), "model.name=vit_b_16: does not run on images of 8x8"),
+    ],
+)
+def test_a_network_that_does_not_fit_is_refused_before_training(tmp_path, arguments, message):
+    done = run("train.py", "model=torchvision", *arguments, cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

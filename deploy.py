@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 CONFIG = Path(__file__).absolute().parent / "configs" / "deploy.yaml"
 # As in repvgg.export, known here without importing torch.
 CHOICES = ("safetensors", "onnx", "pt2", "openvino", "aoti")
+EXTRAS = {"openvino"}  # formats that need a package of their name
 INT8 = "model-int8.onnx"
 DEPLOYED, TRAINED = "deployed, torch", "trained form, torch"
 NETWORK = "1."  # its place behind the normalization
@@ -44,7 +46,7 @@ def main(config: dict[str, Any], _: Path) -> None:
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=near))
     try:
         text = deploy(path, work, config)
-        publish(work, out)
+        publish(work, out, overwrite=config["overwrite"])
     finally:
         shutil.rmtree(work, ignore_errors=True)
     print(text)
@@ -56,11 +58,15 @@ def verify_again(config: dict[str, Any]) -> None:
     from repvgg import certificate
 
     folder = Path(str(config["verify"]))
-    if config["ckpt"] is not None:
-        raise ValueError("verify: it needs no checkpoint; type python deploy.py verify=FOLDER")
-    for name, verdict in certificate.check(folder).items():
+    if config["ckpt"] is not None or config["out"] is not None:
+        raise ValueError("verify: it stands alone; type python deploy.py verify=FOLDER")
+    try:
+        found = certificate.check(folder)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    for name, verdict in found.items():
         if not verdict.passed:
-            raise ValueError(f"verify={folder}: {name}: {exceeds(verdict)}")
+            raise ValueError(f"{folder}: {name}: {exceeds(verdict)}")
         print(f"{name}: {verdict.error:.1e}, at most {verdict.tolerance:.0e} is allowed")
     print(f"{folder}: every file is as it was deployed, and gives what it gave")
 
@@ -76,9 +82,14 @@ def check_arguments(config: dict[str, Any]) -> tuple[Path, Path]:
         if not isinstance(config[key], bool):
             raise ValueError(f"{key}={config[key]}: must be true or false")
     formats = config["formats"]
-    if not isinstance(formats, list) or not formats or any(f not in CHOICES for f in formats):
+    if (
+        not isinstance(formats, list)
+        or not formats
+        or any(f not in CHOICES for f in formats)
+        or len({*formats}) < len(formats)
+    ):
         raise ValueError(
-            f"formats={formats}: must be a list of {', '.join(CHOICES)}; "
+            f"formats={formats}: must be a list of {', '.join(CHOICES)}, each once; "
             f"type for example formats=[{CHOICES[0]}]"
         )
     for key, allowed in (("input", ("float32", "uint8")), ("output", ("logits", "probabilities"))):
@@ -100,9 +111,31 @@ def check_arguments(config: dict[str, Any]) -> tuple[Path, Path]:
         out = path.parent / f"{path.stem}-deploy"
     if out.exists() and not config["overwrite"]:
         raise ValueError(f"{out} exists: type overwrite=true to replace it, or out=OTHER_FOLDER")
-    if out.exists() and not (out / "report.json").is_file():
-        raise ValueError(f"{out} is not a deployment, so it is not replaced: type out=OTHER_FOLDER")
+    check_replaceable(out)
+    for extra in sorted(EXTRAS & set(formats)):
+        if find_spec(extra) is None:
+            raise ValueError(f'{extra} is missing: type pip install -e ".[{extra}]"')
     return path, out.resolve()
+
+
+def check_replaceable(out: Path) -> None:
+    """Refuse to replace anything but what deploy.py wrote, and that alone."""
+    if not out.exists():
+        return
+    from repvgg.certificate import SUMS, read_sums
+
+    try:
+        ours = {*read_sums(out), SUMS}
+    except (ValueError, OSError):
+        raise ValueError(
+            f"{out} is not a deployment, so it is not replaced: type out=OTHER_FOLDER"
+        ) from None
+    others = sorted(path.name for path in out.iterdir() if path.name not in ours)
+    if others:
+        raise ValueError(
+            f"{out} holds what deploy.py did not write, so it is not replaced: "
+            f"{', '.join(others[:5])}; type out=OTHER_FOLDER"
+        )
 
 
 def one_run(arguments: list[str]) -> list[str]:
@@ -162,9 +195,9 @@ def deploy(path: Path, folder: Path, config: dict[str, Any]) -> str:
         write(target, FORMATS[name].save, network, description)
         artifact = FORMATS[name].load(target)  # from disk: what will be shipped
         require_layers(target.name, artifact, layers)
-        verdicts[target.name] = verdict = verify.compare(reference, artifact, images)
+        verdicts[target.name] = verify.compare(reference, artifact, images)
         predictors[target.name] = artifact
-        files[target.name] = {"layers": artifact.layers, "tolerance": verdict.tolerance}
+        files[target.name] = {"layers": artifact.layers, "verified": "float32"}
     if config["bf16"]:
         for name, predictor in in_bf16(forms.folded, folder).items():
             tolerance = verify.TOLERANCE[torch.bfloat16]
@@ -174,22 +207,26 @@ def deploy(path: Path, folder: Path, config: dict[str, Any]) -> str:
         require(name, verdict)
 
     report: dict[str, Any] = {"verdict": "passed", "checkpoint": str(path)}
+    by_int8 = torch.empty(0)
     if config["int8"]:
         report["int8"], rounded = quantize(network, restored, description, sets, config)
         write(folder / INT8, save_proto, rounded)
+        report["int8"]["verdicts"] = {}
         judged, truth = sets.judged
         expected = batched(forms.folded, judged)
         for name, artifact in open_int8(folder / INT8).items():
             require_layers(INT8, artifact, layers)
-            verdicts[name] = verdict = certificate.judge_rounded(
+            verdict = certificate.judge_rounded(
                 expected, batched(artifact, judged), truth, tolerance=config["int8_drop"]
             )
             require(f"{name}: accuracy lost", verdict)
+            report["int8"]["verdicts"][name] = as_dict(verdict)
             predictors[name] = artifact
-            files[INT8] = {"layers": artifact.layers, "lost": config["int8_drop"]}
+        files[INT8] = {"layers": artifact.layers, "verified": "int8"}
+        by_int8 = open_int8(folder / INT8)[f"{INT8}, onnxruntime"](images)
 
     recorded = certificate.Recorded(
-        restored.probe.images, labels, reference(images.double()).detach()
+        restored.probe.images, labels, reference(images.double()).detach(), by_int8
     )
     report |= {
         "model": restored.config,
@@ -223,6 +260,7 @@ def deploy(path: Path, folder: Path, config: dict[str, Any]) -> str:
             "bytes": written.stat().st_size,
             "sha256": certificate.digest(written),
             "layers": {},
+            "verified": None,
             **files.get(written.name, {}),
         }
     report |= {
@@ -381,6 +419,7 @@ def quantize(
     )
     said = {
         "source": sets.source,
+        "judged_on": "the validation set" if sets.validation else "the whole probe",
         "measured_on": len(sets.measured),
         "chosen_on": len(sets.held_out),
         "chosen": found.chosen._asdict(),
@@ -398,8 +437,6 @@ def save_proto(proto: Any, path: Path, _: "Description") -> None:
 
 def open_int8(path: Path) -> "dict[str, Artifact]":
     """Open a file of 8 bits in every engine that is installed."""
-    from importlib.util import find_spec
-
     from repvgg.export import load_onnx, load_openvino
 
     found = {f"{path.name}, onnxruntime": load_onnx(path)}
@@ -440,7 +477,9 @@ def write(target: Path, save: Callable[..., None], network: Any, description: An
     """Write one file. Engines fail in many ways when a disk is full or refuses."""
     try:
         save(network, target, description)
-    except (ImportError, ValueError, OSError):
+    except ImportError as error:  # a compiler, a package
+        raise ValueError(str(error)) from error
+    except (ValueError, OSError):
         raise
     except Exception as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
@@ -503,9 +542,19 @@ def latency(predictors: "dict[str, Predictor]", images: "Tensor") -> dict[str, A
     import torch
 
     from repvgg.benchmark import measure_latency
+    from repvgg.export import Artifact
 
     control = f"{DEPLOYED}, again"
-    measured = measure_latency({**predictors, control: predictors[DEPLOYED]}, images, seconds=3.0)
+
+    def ready(predict: "Predictor") -> "Predictor":
+        """What a file takes is made beforehand."""
+        if not isinstance(predict, Artifact):
+            return predict
+        encoded = predict.description.encode(images)
+        return lambda _: predict.run(encoded)
+
+    timed = {name: ready(predict) for name, predict in predictors.items()}
+    measured = measure_latency({**timed, control: timed[DEPLOYED]}, images, seconds=3.0)
     base = measured[DEPLOYED].median
     return {
         "batch": len(images),
@@ -540,10 +589,15 @@ def as_dict(verdict: "Verdict") -> dict[str, Any]:
     return {**asdict(verdict), "passed": verdict.passed}
 
 
-def publish(work: Path, out: Path) -> None:
+def publish(work: Path, out: Path, *, overwrite: bool) -> None:
     """Give the finished folder its name; what had that name goes only then."""
-    work.chmod(0o755)  # mkdtemp makes it private
+    umask = os.umask(0)
+    os.umask(umask)
+    work.chmod(0o777 & ~umask)  # mkdtemp makes it private
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} was made by somebody else meanwhile: type out=OTHER_FOLDER")
     if out.exists():
+        check_replaceable(out)
         old = work.with_name(work.name + "-old")
         out.rename(old)
         try:

@@ -288,7 +288,7 @@ class QARepVGGBlock(RepVGGBlock):
     branches, and the one behind the sum keeps training stable. Squeeze-and-excite gates stand
     behind that BatchNorm, as the fold would not be exact otherwise.
 
-    Shapes, arguments, errors: those of `RepVGGBlock`.
+    Shapes, arguments, errors: those of `RepVGGBlock`, which has `bn` and `bias` besides.
     """
 
     def __init__(

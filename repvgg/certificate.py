@@ -1,7 +1,8 @@
 """The certificate of a deployment: what was compared with what, and how to compare it again.
 
 A deployed folder holds, beside its artifacts, `report.json` and `report.md`, the probe with the
-logits of the float64 reference, and `SHA256SUMS` over all of them (`sha256sum -c` reads it).
+logits of the float64 reference, and `SHA256SUMS` over all of them (`sha256sum -c` reads it). It
+finds accidents; whoever can write to the folder can also write sums that fit.
 """
 
 import hashlib
@@ -14,10 +15,11 @@ from torch import Tensor
 from repvgg import verify
 from repvgg.export import open_artifact
 from repvgg.model import to_float
-from repvgg.verify import Verdict
+from repvgg.verify import Predictor, Verdict
 
 SUMS = "SHA256SUMS"
 REPORT = "report.json"
+PAGE = "report.md"
 PROBE = "probe.safetensors"
 
 
@@ -29,11 +31,13 @@ class Recorded(NamedTuple):
         labels: (N,).
         scores: (N, K), float64: what the multi-branch network gives, behind a softmax if the
             artifacts have one.
+        int8: (N, K): what the file of 8 bits gave; no rows if there is none.
     """
 
     images: Tensor
     labels: Tensor
     scores: Tensor
+    int8: Tensor
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
@@ -61,17 +65,40 @@ def judge_rounded(expected: Tensor, scores: Tensor, labels: Tensor, *, tolerance
 
 def write(folder: Path, report: dict[str, Any], recorded: Recorded) -> None:
     """Complete a folder of artifacts by the report for people and programs, probe and sums."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    save_file(recorded._asdict(), folder / PROBE)
+    (folder / PROBE).write_bytes(save(recorded._asdict()))
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-    (folder / "report.md").write_text(as_markdown(report))
+    (folder / PAGE).write_text(as_markdown(report))
     sums = [f"{digest(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
     (folder / SUMS).write_text("".join(sums))
 
 
+def read_sums(folder: Path) -> dict[str, str]:
+    """The files that a deployment wrote, and their SHA-256.
+
+    Raises:
+        ValueError: this is no deployed folder.
+    """
+    path = folder / SUMS
+    if not path.is_file():
+        kind = "a folder without" if folder.is_dir() else "no folder with"
+        raise ValueError(f"{folder}: {kind} {SUMS}; give a folder that deploy.py wrote")
+    sums = {}
+    for line in path.read_text(errors="replace").splitlines():
+        checksum, _, name = line.partition("  ")
+        if name in sums or Path(name).name != name:
+            raise ValueError(f"{folder}: {SUMS} was changed since it was deployed")
+        sums[name] = checksum
+    if not {REPORT, PAGE, PROBE} <= sums.keys():
+        raise ValueError(f"{folder}: {SUMS} was changed since it was deployed")
+    return sums
+
+
 def check(folder: Path) -> dict[str, Verdict]:
     """Verify a deployed folder again: every byte, then every artifact on the recorded probe.
+
+    The file of 8 bits must give what it gave: the same top-1, but for one image.
 
     Returns:
         what was found, by the name of the artifact; all of it may have passed or not.
@@ -81,43 +108,43 @@ def check(folder: Path) -> dict[str, Verdict]:
     """
     from safetensors.torch import load_file
 
-    if not (folder / SUMS).is_file():
-        kind = "a folder without" if folder.is_dir() else "no folder with"
-        raise ValueError(f"verify={folder}: {kind} {SUMS}; give a folder that deploy.py wrote")
-    wanted = {}
-    for line in (folder / SUMS).read_text(errors="replace").splitlines():
-        checksum, _, name = line.partition("  ")
-        wanted[name] = checksum
+    wanted = read_sums(folder)
     present = {path.name for path in folder.iterdir()} - {SUMS}
     missing, new = wanted.keys() - present, present - wanted.keys()
     changed = {
         name
         for name in wanted.keys() & present
-        if not (folder / name).is_file() or digest(folder / name) != wanted[name]
+        if (folder / name).is_symlink()
+        or not (folder / name).is_file()
+        or digest(folder / name) != wanted[name]
     }
-    if {REPORT, PROBE} - wanted.keys():
-        changed.add(SUMS)
     for kind, names in (("missing", missing), ("changed", changed), ("new", new)):
         if names:
-            raise ValueError(f"verify={folder}: {kind} since it was deployed: {sorted(names)}")
-    report = json.loads((folder / REPORT).read_text())
-    recorded = Recorded(**load_file(folder / PROBE))
-    images = to_float(recorded.images)
-    verdicts = {}
-    for name, entry in report["files"].items():
-        if "lost" in entry:
-            scores = open_artifact(folder / name)(images)
-            verdicts[name] = judge_rounded(
-                recorded.scores, scores, recorded.labels, tolerance=entry["lost"]
-            )
-        elif "tolerance" in entry:
-            verdicts[name] = verify.compare(
-                lambda _: recorded.scores,
-                open_artifact(folder / name),
-                images,
-                tolerance=entry["tolerance"],
-            )
+            raise ValueError(f"{folder}: {kind} since it was deployed: {sorted(names)}")
+    try:
+        report = json.loads((folder / REPORT).read_text())
+        recorded = Recorded(**load_file(folder / PROBE))
+        images = to_float(recorded.images)
+        verdicts = {
+            name: _judge_again(open_artifact(folder / name), entry, images, recorded)
+            for name, entry in report["files"].items()
+            if entry["verified"]
+        }
+        listed = report["files"].keys() == present - {REPORT, PAGE, PROBE}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: its report is damaged: {error!r}") from error
+    if not verdicts or not listed or not len(images):
+        raise ValueError(f"{folder}: its report does not tell of what is there")
     return verdicts
+
+
+def _judge_again(
+    artifact: Predictor, entry: dict[str, Any], images: Tensor, recorded: Recorded
+) -> Verdict:
+    if entry["verified"] == "int8":
+        same = agreement(recorded.int8, artifact(images))
+        return Verdict(1 - same, 1.0 / len(images), same)
+    return verify.compare(lambda _: recorded.scores, artifact, images)
 
 
 def digest(path: Path) -> str:
@@ -191,7 +218,18 @@ def _int8(found: dict[str, Any]) -> list[str]:
     chosen = found["chosen"]
     kept = ", ".join(chosen["kept"]) or "none"
     worst = sorted(found["sensitivity"].items(), key=lambda item: -item[1])[:5]
+    lines = [
+        f"| 8 bits, {found['judged_on']} | accuracy lost | allowed | same top-1 |",
+        "|---|---|---|---|",
+    ]
+    for name, verdict in found["verdicts"].items():
+        lines.append(
+            f"| {name} | {verdict['error']:.2%} | {verdict['tolerance']:.2%} | "
+            f"{verdict['agreement']:.2%} |"
+        )
     return [
+        *lines,
+        "",
         f"int8: ranges measured on {found['measured_on']} images, chosen on {found['chosen_on']} "
         f"others ({found['source']}). Chosen: {chosen['ranges']}"
         f"{', channels equalized' if chosen['equalized'] else ''}; layers in float32: {kept}. "

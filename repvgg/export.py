@@ -149,11 +149,12 @@ def save_safetensors(model: nn.Module, path: Path, description: Description) -> 
     Raises:
         ValueError: the network was not switched to its deployed form.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     _require_deployed(model)
     weights = {key: value.contiguous() for key, value in model.state_dict().items()}
-    save_file(weights, path, metadata={METADATA_KEY: description.to_json()})
+    # safetensors' own save_file makes files that nobody else may read.
+    path.write_bytes(save(weights, metadata={METADATA_KEY: description.to_json()}))
 
 
 def load_safetensors(path: Path) -> Artifact:
@@ -181,7 +182,7 @@ def load_safetensors(path: Path) -> Artifact:
 
 
 def export_program(model: nn.Module, description: Description) -> torch.export.ExportedProgram:
-    """Trace the program of a deployed network; batch, height and width are dynamic.
+    """Trace the program of a deployed network; batch, height and width (from 2) are dynamic.
 
     Raises:
         ValueError: the network was not switched to its deployed form.
@@ -411,13 +412,20 @@ def open_artifact(path: Path) -> Artifact:
     """Open a file of any format, known by its name.
 
     Raises:
-        ValueError: there is no such file, no format has files of that name, or it is not ours.
+        ValueError: there is no such file, no format has files of that name, it is damaged or not
+            ours.
     """
     if not path.is_file():
         raise ValueError(f"'{path}' is no file; give a model.onnx that deploy.py wrote")
     for known in sorted(FORMATS.values(), key=lambda known: -len(known.filename)):
         if path.name.endswith(known.filename.partition(".")[2]):
-            return known.load(path)
+            try:
+                return known.load(path)
+            except (ImportError, ValueError):
+                raise
+            except Exception as error:  # every engine has its own
+                said = (str(error).splitlines() or [type(error).__name__])[0]
+                raise ValueError(f"'{path}' cannot be opened: {said}") from error
     endings = ", ".join(known.filename.partition(".")[2] for known in FORMATS.values())
     raise ValueError(f"'{path}' is of no known format; known are the endings {endings}")
 

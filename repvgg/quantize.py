@@ -60,7 +60,7 @@ def minmax(histogram: Histogram) -> Range:
 
 
 def percentile(histogram: Histogram, *, share: float) -> Range:
-    """All but the outermost: of the values, 1 - share is cut off at each end."""
+    """All but the outermost: of the values, the zeros of a ReLU too, 1 - share is cut off."""
     cumulated = histogram.counts.cumsum(0) / histogram.counts.sum()
     first, last = torch.searchsorted(cumulated, torch.tensor([1 - share, share])).tolist()
     edges = histogram.edges
@@ -68,7 +68,10 @@ def percentile(histogram: Histogram, *, share: float) -> Range:
 
 
 def least_squares(histogram: Histogram) -> Range:
-    """The range whose rounding and cutting off lose least ("MSE" in Nagel et al., section 3.1)."""
+    """The part of the range, shrunk at both ends alike, whose rounding and cutting off lose least.
+
+    "MSE" in Nagel et al., 2021, section 3.1.
+    """
     edges, counts = histogram.edges, histogram.counts
     x = (edges[1:] + edges[:-1]) / 2
     widest = min(histogram.low, 0.0), max(histogram.high, 0.0)
@@ -270,7 +273,7 @@ def measure(proto: Any, description: Description, images: Tensor) -> dict[str, H
     import onnx
 
     proto = copy.deepcopy(proto)
-    names = _rounded(proto.graph)
+    names = _rounded(proto)
     outputs = {output.name for output in proto.graph.output}
     proto.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
@@ -297,19 +300,26 @@ def measure(proto: Any, description: Description, images: Tensor) -> dict[str, H
     return {name: Histogram(counts[i], low[i], high[i]) for i, name in enumerate(names)}
 
 
-def _rounded(graph: Any) -> list[str]:
-    """Tensors between the layers; not those in front of an activation function, which vanish."""
+def _rounded(proto: Any) -> list[str]:
+    """Float tensors between the layers, but for those in front of an activation, which vanish."""
+    import onnx
+
+    graph = onnx.shape_inference.infer_shapes(proto).graph
+    floats = {
+        value.name
+        for value in (*graph.value_info, *graph.input, *graph.output)
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    } - {initializer.name for initializer in graph.initializer}
     consumers: dict[str, list[str]] = {}
     for node in graph.node:
         for name in node.input:
             consumers.setdefault(name, []).append(node.op_type)
-    weights = {initializer.name for initializer in graph.initializer}
     found = {
         name
         for node in graph.node
         if node.op_type in (*LAYERS, *ACTIVATIONS, *BETWEEN)
         for name in (*node.input, *node.output)
-        if name and name not in weights
+        if name in floats
     }
     vanish = {
         name
@@ -359,7 +369,9 @@ def rewrite(
     excluded += [
         node.name
         for node in proto.graph.node
-        if node.op_type in ACTIVATIONS and node.input[0] in outputs
+        if (node.op_type in ACTIVATIONS and node.input[0] in outputs)
+        # What computes shapes adds and concatenates too.
+        or (node.op_type in BETWEEN and not set(node.output) & ranges.keys())
     ]
     with tempfile.TemporaryDirectory() as folder, _without_advice():
         path = Path(folder) / "int8.onnx"

@@ -194,6 +194,8 @@ def merge(*branches: Affine) -> Affine:
     if len(shapes) != 1:
         raise ValueError(f"cannot merge kernels of different shapes {sorted(shapes)}: pad them")
     dtype = branches[0].kernel.dtype
-    kernel = torch.stack([branch.kernel.double() for branch in branches]).sum(0)
-    bias = torch.stack([branch.bias.double() for branch in branches]).sum(0)
+    kernel, bias = branches[0].kernel.double(), branches[0].bias.double()
+    for branch in branches[1:]:  # a stack of them all would be copied first
+        kernel = kernel + branch.kernel.double()
+        bias = bias + branch.bias.double()
     return Affine(kernel.to(dtype), bias.to(dtype))

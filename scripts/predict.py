@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from repvgg import cli
@@ -57,14 +57,25 @@ def read(path: Path, contract: DataContract) -> Tensor:
     """Read an image as the network was trained to see it: (C, H, W), float32 in [0, 1].
 
     Raises:
-        ValueError: the file cannot be read.
+        ValueError: the file cannot be read, or nothing says how bright its pixels are.
     """
     height, width = contract.image_size
+    mode = {1: "L", 3: "RGB"}.get(contract.in_channels)
+    if mode is None:
+        raise ValueError(f"the network takes {contract.in_channels} channels, files have 1 or 3")
     try:
         with Image.open(path) as file:
-            image = file.convert("L" if contract.in_channels == 1 else "RGB")
-    except OSError as error:
+            image = ImageOps.exif_transpose(file)
+            image.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as an image: {error}") from error
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{path}: pixels of mode {image.mode} have no known scale; save 8 bits")
+    if image.has_transparency_data:
+        raise ValueError(f"{path}: it is transparent, on an unknown background; save it without")
+    image = image.convert(mode)
     if image.size != (width, height):
         scale = max(width / image.width, height / image.height)
         size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))

@@ -10,6 +10,7 @@ figure and the numbers of both.
 
 import functools
 import statistics
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "work": "runs/int8",
     "out": "docs/int8",
 }
+RECIPE = ("width", "strides", "epochs", "batch_size", "lr", "dropout")
 
 
 class Job(NamedTuple):
@@ -49,7 +51,12 @@ class Job(NamedTuple):
     seed: int
 
     def path(self, settings: dict[str, Any]) -> Path:
-        return Path(settings["work"]) / f"{self.model}-{self.seed}.ckpt"
+        """The checkpoint; its name tells networks trained under other settings apart."""
+        data = "" if settings["root"] is None else Path(settings["root"]).resolve().name
+        trained = repr([data, *(settings[key] for key in RECIPE)])
+        return Path(settings["work"]) / (
+            f"{self.model}-{self.seed}-{zlib.crc32(trained.encode()):08x}.ckpt"
+        )
 
 
 def check(settings: dict[str, Any]) -> None:
@@ -233,7 +240,7 @@ def table(rows: list[dict[str, str]], settings: dict[str, Any], data: str) -> st
     roundings = list(dict.fromkeys(row["rounding"] for row in rows))
     typed = "".join(
         f" {key}={str(settings[key]).replace(' ', '')}"
-        for key in ("models", "width", "strides", "seeds", "epochs", "batch_size", "lr", "dropout")
+        for key in ("models", "seeds", *RECIPE, "images", "float_layers")
         if settings[key] != DEFAULTS[key]
     )
     root = "" if settings["root"] is None else " root=..."

@@ -39,7 +39,7 @@ def folder(tmp_path):
         "size": {},
         "files": {
             FORMATS[name].filename: {
-                "tolerance": 1e-5,
+                "verified": "float32",
                 "bytes": 1,
                 "layers": {},
                 "sha256": "0" * 64,
@@ -49,8 +49,18 @@ def folder(tmp_path):
         "environment": {},
         "command": "",
     }
-    certificate.write(tmp_path, report, Recorded(images, scores.argmax(1), scores))
+    certificate.write(tmp_path, report, Recorded(images, scores.argmax(1), scores, torch.empty(0)))
     return tmp_path
+
+
+def seal(folder, change=lambda report: None) -> None:
+    """Change the report, and make sums that fit."""
+    report = json.loads((folder / "report.json").read_text())
+    change(report)
+    (folder / "report.json").write_text(json.dumps(report))
+    names = [line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()]
+    sums = [f"{certificate.digest(folder / name)}  {name}\n" for name in names]
+    (folder / "SHA256SUMS").write_text("".join(sums))
 
 
 def test_a_folder_as_it_was_deployed_passes(folder):
@@ -108,9 +118,7 @@ def test_an_artifact_that_gives_something_else_fails_though_the_sums_were_made_a
         metadata = file.metadata()
     weights["linear.bias"] = weights["linear.bias"] + 0.1
     save_file(weights, folder / "model.safetensors", metadata=metadata)
-    names = [line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()]
-    sums = [f"{certificate.digest(folder / name)}  {name}\n" for name in names]
-    (folder / "SHA256SUMS").write_text("".join(sums))
+    seal(folder)
 
     verdicts = certificate.check(folder)
 
@@ -118,6 +126,40 @@ def test_an_artifact_that_gives_something_else_fails_though_the_sums_were_made_a
         "model.safetensors": False,
         "model.onnx": True,
     }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda report: report["files"].clear(), "does not tell of what is there"),
+        (lambda report: report["files"].pop("model.onnx"), "does not tell of what is there"),
+        (lambda report: report.pop("files"), "its report is damaged"),
+        (lambda report: report["files"].update({"model.onnx": 3}), "its report is damaged"),
+    ],
+)
+def test_a_report_that_proves_nothing_does_not_pass(change, message, folder):
+    seal(folder, change)
+
+    with pytest.raises(ValueError, match=message):
+        certificate.check(folder)
+
+
+@pytest.mark.parametrize("line", ["0  ../model.onnx\n", "0  model.onnx\n"])
+def test_sums_of_other_places_or_of_a_file_twice_are_refused(line, folder):
+    with (folder / "SHA256SUMS").open("a") as file:
+        file.write(line)
+
+    with pytest.raises(ValueError, match="was changed since it was deployed"):
+        certificate.check(folder)
+
+
+def test_a_link_in_place_of_a_file_is_refused(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "model.onnx"
+    (folder / "model.onnx").rename(elsewhere)
+    (folder / "model.onnx").symlink_to(elsewhere)
+
+    with pytest.raises(ValueError, match=r"changed since it was deployed: .'model.onnx'"):
+        certificate.check(folder)
 
 
 def test_a_folder_that_was_not_deployed_is_refused(tmp_path):

@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import hydra
+import numpy as np
 import onnx
+import predict
 import pytest
 import torch
 from commands import ROOT, SHORT, run, tree
@@ -20,8 +22,10 @@ from PIL import Image
 
 import deploy
 import repvgg
+from repvgg import certificate, export
 from repvgg.data import digits
 from repvgg.export import FORMATS, Format
+from repvgg.model import DataContract
 
 
 @pytest.fixture(scope="module")
@@ -195,9 +199,11 @@ def test_every_format_is_certified_and_8_bits_keep_the_accuracy(certified):
 
     files = {"model.safetensors", "model.onnx", "model.pt2", "model.xml"}
     rounded = {f"model-int8.onnx, {engine}" for engine in ("onnxruntime", "OpenVINO")}
+    judged = report["int8"]["verdicts"]
     assert set(report["files"]) == files | {"model.bin", "model-int8.onnx"}
     assert all(report["verdicts"][name]["error"] <= 1e-5 for name in files)
-    assert all(report["verdicts"][name]["error"] <= 0.005 for name in rounded)
+    assert set(judged) == rounded
+    assert all(verdict["error"] <= 0.005 for verdict in judged.values())
     assert set(report["accuracy_on_validation"]) >= files | rounded
     assert min(report["agreement_on_validation"].values()) > 0.97
     assert report["int8"]["source"] == "the training set"
@@ -244,7 +250,58 @@ def test_a_changed_byte_fails_the_verification(certified, tmp_path):
     done = run("deploy.py", "verify=out", cwd=tmp_path)
 
     assert done.returncode == 1
-    assert done.stderr == "deploy.py: verify=out: changed since it was deployed: ['model.bin']\n"
+    assert done.stderr == "deploy.py: out: changed since it was deployed: ['model.bin']\n"
+
+
+def test_only_what_was_deployed_is_replaced(folder, tmp_path):
+    path = str(folder / "checkpoints" / "best.ckpt")
+    config = settings(ckpt=path, out=str(tmp_path / "out"))
+    deploy.main(config, tmp_path)
+    (tmp_path / "out" / "thesis.tex").touch()
+    before = tree(tmp_path)
+
+    with pytest.raises(ValueError, match=r"did not write, so it is not replaced: thesis\.tex"):
+        deploy.main(config | {"overwrite": True}, tmp_path)
+
+    assert tree(tmp_path) == before
+
+
+def test_a_folder_with_a_report_of_something_else_is_not_replaced(folder, tmp_path):
+    (tmp_path / "report.json").write_text("{}")
+    path = str(folder / "checkpoints" / "best.ckpt")
+
+    with pytest.raises(ValueError, match="is not a deployment, so it is not replaced"):
+        deploy.main(settings(ckpt=path, out=str(tmp_path), overwrite=True), tmp_path)
+
+
+def test_a_missing_extra_is_told_before_anything_is_done(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(deploy, "find_spec", lambda name: None)
+    path = str(folder / "checkpoints" / "best.ckpt")
+
+    with pytest.raises(ValueError, match=r'type pip install -e "\.\[openvino\]"'):
+        deploy.main(settings(ckpt=path, out=str(tmp_path / "out"), formats=["openvino"]), tmp_path)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_everybody_may_read_what_was_deployed(certified):
+    assert {path.stat().st_mode & 0o444 for path in certified.iterdir()} == {0o444}
+
+
+def test_a_file_of_8_bits_that_gives_something_else_fails_the_verification(certified, tmp_path):
+    from safetensors.torch import load_file, save
+
+    shutil.copytree(certified, tmp_path / "out")
+    recorded = load_file(tmp_path / "out" / "probe.safetensors")
+    recorded["int8"] = recorded["int8"].roll(1, dims=1)
+    (tmp_path / "out" / "probe.safetensors").write_bytes(save(recorded))
+    lines = (tmp_path / "out" / "SHA256SUMS").read_text().splitlines()
+    names = [line.split("  ")[1] for line in lines]
+    sums = [f"{certificate.digest(tmp_path / 'out' / name)}  {name}\n" for name in names]
+    (tmp_path / "out" / "SHA256SUMS").write_text("".join(sums))
+
+    with pytest.raises(ValueError, match=r"model-int8\.onnx: error 1\.0e\+00"):
+        deploy.main(settings(verify=str(tmp_path / "out")), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model-int8.onnx", "model.pt2", "model.xml"])
@@ -259,6 +316,53 @@ def test_a_deployed_file_labels_images_by_itself(name, certified, tmp_path):
     lines = [line.split("\t") for line in done.stdout.splitlines()]
     assert [path for path, _, _ in lines] == [f"{i}.png" for i in range(8)]
     assert sum(int(label) == truth for (_, label, _), truth in zip(lines, labels, strict=False)) > 6
+
+
+GRAY = DataContract(["a"], 1, [8, 8], [0.4], [0.2], "bilinear")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "I;16"])
+def test_pixels_are_read_as_they_are_in_every_mode(mode, tmp_path):
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    image = Image.fromarray(pixels)
+    if mode == "I;16":
+        image = Image.fromarray(pixels.astype(np.uint16) * 257)
+    elif mode != "L":
+        image = image.convert(mode)
+    image.save(tmp_path / "x.png")
+
+    read = predict.read(tmp_path / "x.png", GRAY)
+
+    assert torch.equal((read * 255).round().to(torch.uint8)[0], torch.from_numpy(pixels))
+
+
+def test_an_image_of_another_size_is_resized_by_its_shorter_side_and_cropped(tmp_path):
+    pixels = np.zeros((16, 40), dtype=np.uint8)
+    pixels[:, 12:28] = 200  # the square in the middle
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+
+    read = predict.read(tmp_path / "x.png", GRAY)
+
+    assert read.shape == (1, 8, 8)
+    assert read[0, :, 1:-1].min() == pytest.approx(200 / 255, abs=0.01)
+
+
+@pytest.mark.parametrize(("mode", "message"), [("RGBA", "transparent"), ("F", "no known scale")])
+def test_pixels_whose_brightness_is_not_known_are_refused(mode, message, tmp_path):
+    Image.new(mode, (8, 8)).save(tmp_path / "x.tiff")
+
+    with pytest.raises(ValueError, match=message):
+        predict.read(tmp_path / "x.tiff", GRAY)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.onnx", "model.pt2", "model.xml"])
+def test_a_damaged_file_is_refused_in_one_line(name, certified, tmp_path):
+    (tmp_path / name).write_bytes((certified / name).read_bytes()[:5000])
+
+    with pytest.raises(ValueError, match="cannot be opened") as caught:
+        export.open_artifact(tmp_path / name)
+
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from commands import run
         ("deploy.py", [], "ckpt is missing: type python deploy.py ckpt="),
         ("deploy.py", ["ckpt=nowhere.ckpt"], "ckpt=nowhere.ckpt: there is no file of that name"),
         ("deploy.py", ["ckpt=x.ckpt", "formats=[onnxx]"], "must be a list of safetensors, onnx"),
+        ("deploy.py", ["ckpt=x.ckpt", "formats=[onnx,onnx]"], "each once"),
         ("deploy.py", ["ckpt=x.ckpt", "benchmark=yess"], "benchmark=yess: must be true or false"),
         ("deploy.py", ["ckpt=x.ckpt", "int8=1"], "int8=1: must be true or false"),
         (
@@ -39,8 +40,8 @@ from commands import run
             "int8_drop=1: must be a number of at least 0",
         ),
         ("deploy.py", ["ckpt=x.ckpt", "data=cifar11"], "data=cifar11: there is no such choice"),
-        ("deploy.py", ["verify=nowhere"], "verify=nowhere: no folder with SHA256SUMS"),
-        ("deploy.py", ["verify=.", "ckpt=x.ckpt"], "verify: it needs no checkpoint"),
+        ("deploy.py", ["verify=nowhere"], "nowhere: no folder with SHA256SUMS"),
+        ("deploy.py", ["verify=.", "ckpt=x.ckpt"], "verify: it stands alone"),
         ("deploy.py", ["chkpt=x.ckpt"], "did you mean ckpt?"),
         ("deploy.py", ["-m", "ckpt=x.ckpt"], "-m: one checkpoint at a time"),
     ],

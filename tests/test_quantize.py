@@ -8,6 +8,7 @@ from torch import nn
 
 import repvgg
 from repvgg.export import Description, build_onnx, load_onnx, load_openvino
+from repvgg.fuse import deployed_form
 from repvgg.model import DataContract
 from repvgg.quantize import (
     BINS,
@@ -22,7 +23,9 @@ from repvgg.quantize import (
     percentile,
     quantize,
     rewrite,
+    run,
 )
+from repvgg.zoo import build_model
 
 CONTRACT = DataContract(["a", "b", "c"], 3, [32, 32], [0.4, 0.5, 0.6], [0.2, 0.3, 0.2], "bilinear")
 
@@ -277,3 +280,19 @@ def test_a_network_that_gives_no_numbers_is_refused():
 
     with pytest.raises(ValueError, match="NaN or infinite values"):
         quantize(model, description, images(4), held_out=images(4))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5"])
+def test_a_network_that_adds_concatenates_and_computes_shapes_is_quantized(name):
+    config = {"library": "torchvision", "name": name, "num_classes": 3}
+    torch.manual_seed(0)
+    model, _ = deployed_form(settle(build_model(**config)))
+    description = Description(config, CONTRACT)
+    proto = build_onnx(model, description)
+    ranges = {key: minmax(h) for key, h in measure(proto, description, images(8)).items()}
+
+    rounded = rewrite(proto, ranges, description)
+
+    expected, given = (run(graph, description, images(8)) for graph in (proto, rounded))
+    change = (given - expected).square().mean().sqrt()
+    assert change < 0.15 * expected.square().mean().sqrt()

@@ -383,13 +383,16 @@ def _split(rows: dict[str, Any]) -> list[str]:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Bars of how many times as fast each is, by batch, with quartiles."""
+    """Bars of how many times as fast each is, with quartiles; of batches that were quiet enough."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    batches = record["batches"]
+    batches = {batch: one for batch, one in record["batches"].items() if not one["noisy"]}
+    if not batches:
+        path.unlink(missing_ok=True)
+        return
     names = list(next(iter(batches.values()))["rows"])
     figure, axes = plt.subplots(figsize=(8, 0.34 * len(names) + 1), layout="constrained")
     height = 0.8 / len(batches)
@@ -401,8 +404,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
             [row["speedup"] - row["speedup_lower"] for row in rows],
             [row["speedup_upper"] - row["speedup"] for row in rows],
         ]
-        label = f"batch {batch}" + (" (noisy)" if measured["noisy"] else "")
-        axes.barh(places, values, height, xerr=spread, label=label, error_kw={"elinewidth": 1})
+        label, error_kw = f"batch {batch}", {"elinewidth": 1}
+        axes.barh(places, values, height, xerr=spread, label=label, error_kw=error_kw)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()

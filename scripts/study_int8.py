@@ -144,8 +144,7 @@ def examine(job: Job, settings: dict[str, Any]) -> list[study.Row]:
     """Accuracy of one trained network in float32 and in 8 bits, a row for every way to round.
 
     The ways: each kind of range with weights rounded by channel; the one that was chosen on
-    held-out training images; and, as most engines did when the problem was found, weights rounded
-    by tensor.
+    held-out training images; and weights rounded by tensor, which outliers hurt more.
     """
     images, test, _, _ = loaded(settings["root"])
     restored = checkpoint.load(job.path(settings))

@@ -5,6 +5,7 @@ trained network in float64. The folder appears under its name when all verdicts 
 """
 
 import copy
+import json
 import os
 import platform
 import shlex
@@ -18,13 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from repvgg import cli
-from repvgg.arguments import check_integer, check_number, refusal
+from repvgg.arguments import check_integer, check_number
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from repvgg.checkpoint import Checkpoint
     from repvgg.export import Artifact, Description
+    from repvgg.model import DataContract
     from repvgg.verify import Predictor, Verdict
 
 CONFIG = Path(__file__).absolute().parent / "configs" / "deploy.yaml"
@@ -92,9 +94,6 @@ def check_arguments(config: dict[str, Any]) -> tuple[Path, Path]:
             f"formats={formats}: must be a list of {', '.join(CHOICES)}, each once; "
             f"type for example formats=[{CHOICES[0]}]"
         )
-    for key, allowed in (("input", ("float32", "uint8")), ("output", ("logits", "probabilities"))):
-        if config[key] not in allowed:
-            raise refusal(key, config[key], f"must be one of {', '.join(allowed)}", allowed[1])
     check_integer("int8_images", config["int8_images"], minimum=1, example=256)
     check_integer("int8_float_layers", config["int8_float_layers"], minimum=0, example=2)
     check_number("int8_drop", config["int8_drop"], below=1, example=0.005)
@@ -154,16 +153,17 @@ def deploy(path: Path, folder: Path, config: dict[str, Any]) -> str:
     Raises:
         ValueError: the checkpoint is bad, or a verdict failed; it says which.
     """
-    import torch  # here, so that --help answers at once
+    import onnx  # here, so that --help answers at once
+    import torch
 
     from repvgg import certificate, checkpoint, verify
-    from repvgg.export import FORMATS, Description
+    from repvgg.export import FORMATS, Description, count_layers
     from repvgg.fuse import deployed_form
     from repvgg.model import to_float
 
     restored = checkpoint.load(path)
-    sets = load_sets(config, restored)
     description = Description(restored.config, restored.data, config["input"], config["output"])
+    sets = load_sets(config, restored)
     images, labels = to_float(restored.probe.images), restored.probe.labels
     probe = verify.compare(
         lambda _: restored.probe.logits,
@@ -192,7 +192,7 @@ def deploy(path: Path, folder: Path, config: dict[str, Any]) -> str:
     files: dict[str, dict[str, Any]] = {}
     for name in config["formats"]:
         target = folder / FORMATS[name].filename
-        write(target, FORMATS[name].save, network, description)
+        write(target.name, FORMATS[name].save, network, target, description)
         artifact = FORMATS[name].load(target)  # from disk: what will be shipped
         require_layers(target.name, artifact, layers)
         verdicts[target.name] = verify.compare(reference, artifact, images)
@@ -210,9 +210,9 @@ def deploy(path: Path, folder: Path, config: dict[str, Any]) -> str:
     by_int8 = torch.empty(0)
     if config["int8"]:
         report["int8"], rounded = quantize(network, restored, description, sets, config)
-        write(folder / INT8, save_proto, rounded)
+        write(INT8, onnx.save_model, rounded, folder / INT8)
         report["int8"]["verdicts"] = {}
-        judged, truth = sets.judged
+        judged, truth = sets.validation or (images, labels)
         expected = batched(forms.folded, judged)
         for name, artifact in open_int8(folder / INT8).items():
             require_layers(INT8, artifact, layers)
@@ -223,7 +223,7 @@ def deploy(path: Path, folder: Path, config: dict[str, Any]) -> str:
             report["int8"]["verdicts"][name] = as_dict(verdict)
             predictors[name] = artifact
         files[INT8] = {"layers": artifact.layers, "verified": "int8"}
-        by_int8 = open_int8(folder / INT8)[f"{INT8}, onnxruntime"](images)
+        by_int8 = predictors[f"{INT8}, onnxruntime"](images)
 
     recorded = certificate.Recorded(
         restored.probe.images, labels, reference(images.double()).detach(), by_int8
@@ -253,7 +253,7 @@ def deploy(path: Path, folder: Path, config: dict[str, Any]) -> str:
             name: certificate.accuracy(given, truth) for name, given in scores.items()
         }
         report["agreement_on_validation"] = {
-            name: certificate.agreement(scores[TRAINED], given) for name, given in scores.items()
+            name: verify.agreement(scores[TRAINED], given) for name, given in scores.items()
         }
     for written in sorted(folder.iterdir()):  # OpenVINO's weights are a file by themselves
         files[written.name] = {
@@ -336,14 +336,12 @@ class Sets(NamedTuple):
     Attributes:
         measured: images on which ranges of int8 are measured.
         held_out: images on which they are chosen.
-        judged: images and labels on which int8 is judged.
         validation: of the data that was given, if any was.
         source: where `measured` and `held_out` come from.
     """
 
     measured: "Tensor"
     held_out: "Tensor"
-    judged: "tuple[Tensor, Tensor]"
     validation: "tuple[Tensor, Tensor] | None"
     source: str
 
@@ -358,18 +356,19 @@ def load_sets(config: dict[str, Any], restored: "Checkpoint") -> Sets:
 
     from repvgg.model import to_float
 
-    probe = to_float(restored.probe.images), restored.probe.labels
+    images = to_float(restored.probe.images)
     if config.get("data") is None:
-        return Sets(probe[0][::2], probe[0][1::2], probe, None, "the checkpoint's probe")
+        return Sets(images[::2], images[1::2], None, "the checkpoint's probe")
     from hydra.utils import instantiate
 
     data = instantiate(config["data"])
+    wanted, given = as_json(restored.data), as_json(data.contract)
     for key in ("in_channels", "image_size", "classes"):
-        wanted, given = (list_or_value(getattr(c, key)) for c in (restored.data, data.contract))
-        if wanted != given:
+        if wanted[key] != given[key]:
+            theirs, ours = (str(contract[key])[:60] for contract in (given, wanted))
             raise ValueError(
-                f"data: its {key} is {short(given)}, the checkpoint was trained on "
-                f"{short(wanted)}; give the data it was trained on, or none"
+                f"data: its {key} is {theirs}, the checkpoint was trained on {ours}; give the data "
+                "it was trained on, or none"
             )
     count = min(config["int8_images"], len(data.train[0]) // 2)
     order = torch.randperm(len(data.train[0]), generator=torch.Generator().manual_seed(0))
@@ -377,19 +376,12 @@ def load_sets(config: dict[str, Any], restored: "Checkpoint") -> Sets:
         to_float(data.train[0][rows]) for rows in (order[:count], order[count : 2 * count])
     )
     validation = to_float(data.val[0]), data.val[1]
-    return Sets(measured, held_out, validation, validation, "the training set")
+    return Sets(measured, held_out, validation, "the training set")
 
 
-def list_or_value(value: Any) -> Any:
-    return list(value) if isinstance(value, list | tuple) else value
-
-
-def short(value: Any) -> str:
-    return (
-        f"{len(value)} names from {value[:2]}"
-        if isinstance(value, list) and len(value) > 3
-        else str(value)
-    )
+def as_json(contract: "DataContract") -> dict[str, Any]:
+    """As a checkpoint holds it: lists, where the data has tuples."""
+    return json.loads(json.dumps(asdict(contract)))
 
 
 def quantize(
@@ -427,12 +419,6 @@ def quantize(
         "sensitivity": found.sensitivity,
     }
     return said, found.model
-
-
-def save_proto(proto: Any, path: Path, _: "Description") -> None:
-    import onnx
-
-    onnx.save_model(proto, path)
 
 
 def open_int8(path: Path) -> "dict[str, Artifact]":
@@ -473,28 +459,17 @@ def in_bf16(folded: "nn.Sequential", folder: Path) -> "dict[str, Predictor]":
     return found
 
 
-def write(target: Path, save: Callable[..., None], network: Any, description: Any = None) -> None:
+def write(name: str, save: Callable[..., None], *arguments: Any) -> None:
     """Write one file. Engines fail in many ways when a disk is full or refuses."""
     try:
-        save(network, target, description)
+        save(*arguments)
     except ImportError as error:  # a compiler, a package
         raise ValueError(str(error)) from error
     except (ValueError, OSError):
         raise
     except Exception as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise OSError(f"{target.name} could not be written, nothing is left: {said}") from error
-
-
-def count_layers(network: "nn.Module") -> dict[str, int]:
-    """Convolutions and BatchNorms of the deployed network: what every file must hold."""
-    from torch import nn
-
-    kinds = {"convolutions": nn.Conv2d, "batchnorms": nn.BatchNorm2d}
-    return {
-        name: sum(isinstance(module, kind) for module in network.modules())
-        for name, kind in kinds.items()
-    }
+        raise OSError(f"{name} could not be written, nothing is left: {said}") from error
 
 
 def require_layers(name: str, artifact: "Artifact", layers: dict[str, int]) -> None:

@@ -45,11 +45,6 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
     return (scores.argmax(1) == labels).double().mean().item()
 
 
-def agreement(expected: Tensor, given: Tensor) -> float:
-    """Share of rows whose largest entry is the same."""
-    return (expected.argmax(1) == given.argmax(1)).double().mean().item()
-
-
 def judge_rounded(expected: Tensor, scores: Tensor, labels: Tensor, *, tolerance: float) -> Verdict:
     """Judge a network in low precision by the accuracy it loses; it may always lose one image.
 
@@ -60,7 +55,8 @@ def judge_rounded(expected: Tensor, scores: Tensor, labels: Tensor, *, tolerance
     lost = accuracy(expected, labels) - accuracy(scores, labels)
     if not scores.isfinite().all():
         lost = float("inf")
-    return Verdict(max(0.0, lost), max(tolerance, 1.0 / len(labels)), agreement(expected, scores))
+    same = verify.agreement(expected, scores)
+    return Verdict(max(0.0, lost), max(tolerance, 1.0 / len(labels)), same)
 
 
 def write(folder: Path, report: dict[str, Any], recorded: Recorded) -> None:
@@ -142,7 +138,7 @@ def _judge_again(
     artifact: Predictor, entry: dict[str, Any], images: Tensor, recorded: Recorded
 ) -> Verdict:
     if entry["verified"] == "int8":
-        same = agreement(recorded.int8, artifact(images))
+        same = verify.agreement(recorded.int8, artifact(images))
         return Verdict(1 - same, 1.0 / len(images), same)
     return verify.compare(lambda _: recorded.scores, artifact, images)
 

@@ -176,9 +176,7 @@ def load_safetensors(path: Path) -> Artifact:
         detail = " ".join(str(error).split()[:40])
         raise ValueError(f"'{path}' does not fit its own description: {detail}") from error
     program = build_program(model, description)
-    convolutions = sum(isinstance(module, nn.Conv2d) for module in program.modules())
-    norms = sum(isinstance(module, nn.BatchNorm2d) for module in program.modules())
-    return Artifact(description, _without_grad(program), _layers(convolutions, norms))
+    return Artifact(description, _without_grad(program), count_layers(program))
 
 
 def export_program(model: nn.Module, description: Description) -> torch.export.ExportedProgram:
@@ -281,13 +279,8 @@ def load_onnx(path: Path, *, spin: bool = False) -> Artifact:
         ValueError: the file has no description of ours.
     """
     import onnx
-    import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
-    options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = open_session(path, spin=spin)
 
     def run(images: Tensor) -> Tensor:
         (scores,) = session.run(None, {"images": images.numpy()})
@@ -297,6 +290,17 @@ def load_onnx(path: Path, *, spin: bool = False) -> Artifact:
     types = [node.op_type for node in onnx.load(path).graph.node]
     layers = _layers(types.count("Conv"), types.count("BatchNormalization"))
     return Artifact(_described(path, text), run, layers)
+
+
+def open_session(model: Path | bytes, *, spin: bool = False) -> Any:
+    """Open an onnxruntime session with as many threads as torch; `spin` as in `load_onnx`."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
+    options.log_severity_level = 3  # errors
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def save_openvino(model: nn.Module, path: Path, description: Description) -> None:
@@ -455,6 +459,15 @@ def _without_grad(program: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Ten
             return program(images).clone()
 
     return run
+
+
+def count_layers(network: nn.Module) -> dict[str, int]:
+    """Convolutions and BatchNorms of a network, as `Artifact.layers` tells those of a file."""
+    modules = list(network.modules())
+    return _layers(
+        sum(isinstance(module, nn.Conv2d) for module in modules),
+        sum(isinstance(module, nn.BatchNorm2d) for module in modules),
+    )
 
 
 def _layers(convolutions: int, norms: int) -> dict[str, int]:

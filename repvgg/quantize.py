@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.block import RepVGGBlock
-from repvgg.export import METADATA_KEY, Description, build_onnx
+from repvgg.export import METADATA_KEY, Description, build_onnx, open_session
 from repvgg.model import RepVGG
 from repvgg.reparam import scale_input, scale_output
+from repvgg.verify import agreement
 
 Range = tuple[float, float]
 
@@ -174,7 +175,8 @@ def quantize(
         found = {name: RANGES[ranges](h) for name, h in histograms[equalized].items()}
         proto = rewrite(sources[equalized], found, description, keep=kept)
         scores = run(proto, description, held_out)
-        return Trial(ranges, equalized, kept, *_compare(expected, scores)), proto
+        same, change = agreement(expected, scores), _change(expected, scores)
+        return Trial(ranges, equalized, kept, same, change), proto
 
     tried = [attempt(ranges, equalized, ()) for equalized in sources for ranges in RANGES]
     best = max(tried, key=lambda pair: pair[0].merit)
@@ -280,7 +282,7 @@ def measure(proto: Any, description: Description, images: Tensor) -> dict[str, H
         for name in names
         if name not in outputs
     )
-    session = _session(proto)
+    session = open_session(proto.SerializeToString())
 
     def batches() -> Iterator[list[np.ndarray]]:
         for batch in images.split(BATCH):
@@ -414,20 +416,9 @@ def _without_advice() -> Iterator[None]:
         root.removeFilter(is_news)
 
 
-def _session(proto: Any) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3  # errors
-    content = proto.SerializeToString()
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-
-
 def run(proto: Any, description: Description, images: Tensor) -> Tensor:
     """Run an ONNX graph in onnxruntime on images (N, C, H, W) in [0, 1]; what it gives, (N, K)."""
-    session = _session(proto)
+    session = open_session(proto.SerializeToString())
     scores = [
         session.run(None, {"images": description.encode(batch).numpy()})[0]
         for batch in images.split(BATCH)
@@ -435,8 +426,7 @@ def run(proto: Any, description: Description, images: Tensor) -> Tensor:
     return torch.from_numpy(np.concatenate(scores))
 
 
-def _compare(expected: Tensor, given: Tensor) -> tuple[float, float]:
-    """Agreement and relative root mean square error."""
-    agreement = (expected.argmax(1) == given.argmax(1)).double().mean().item()
+def _change(expected: Tensor, given: Tensor) -> float:
+    """Root mean square of the change, relative to that of what is expected."""
     difference = (given.double() - expected.double()).square().mean()
-    return agreement, (difference / expected.double().square().mean()).sqrt().item()
+    return (difference / expected.double().square().mean()).sqrt().item()

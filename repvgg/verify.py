@@ -58,6 +58,11 @@ def relative_error(reference: Tensor, candidate: Tensor) -> float:
     return ((reference - candidate).abs().max() / scale).item()
 
 
+def agreement(expected: Tensor, given: Tensor) -> float:
+    """Share of rows (N, K) whose largest entry is the same class."""
+    return (expected.argmax(1) == given.argmax(1)).double().mean().item()
+
+
 @torch.no_grad()
 def compare(
     reference: Predictor, candidate: Predictor, images: Tensor, *, tolerance: float | None = None
@@ -74,10 +79,8 @@ def compare(
     images = images.contiguous()
     expected, given = reference(images.double()), candidate(images)
     error = relative_error(expected, given)
-    agreement = 0.0
-    if expected.shape == given.shape:
-        agreement = (expected.argmax(1) == given.argmax(1)).double().mean().item()
-    return Verdict(error, TOLERANCE[images.dtype] if tolerance is None else tolerance, agreement)
+    same = agreement(expected, given) if expected.shape == given.shape else 0.0
+    return Verdict(error, TOLERANCE[images.dtype] if tolerance is None else tolerance, same)
 
 
 @torch.no_grad()

@@ -101,6 +101,23 @@ def run(job: Callable[..., Row], calls: Sequence[tuple], path: Path, *, workers:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def fit(module: Any, data: Any, steps: int, *callbacks: Any) -> None:
+    """Train for a number of steps on the CPU, in silence."""
+    import lightning as L
+
+    L.Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        callbacks=list(callbacks),
+    ).fit(module, datamodule=data)
+
+
 def read(path: Path) -> list[dict[str, str]]:
     """The rows of the file; a last line that was cut short is taken off it."""
     if not path.exists():

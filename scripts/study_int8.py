@@ -18,7 +18,7 @@ import study
 import torch
 from torch import Tensor, nn
 
-from repvgg import checkpoint, cli, quantize
+from repvgg import checkpoint, cli, quantize, verify
 from repvgg.arguments import check_integer, check_number, refusal
 from repvgg.certificate import accuracy
 from repvgg.data import InMemory
@@ -77,8 +77,6 @@ loaded = functools.cache(study.load_images)  # once in each process
 
 def train(job: Job, settings: dict[str, Any]) -> study.Row:
     """Train one network and keep it as a self-describing checkpoint."""
-    import lightning as L
-
     from repvgg.module import Classifier
 
     images, test, contract, augment = loaded(settings["root"])
@@ -112,15 +110,7 @@ def train(job: Job, settings: dict[str, Any]) -> study.Row:
         num_warmup_steps=steps // 20,
         seed=job.seed,
     )
-    L.Trainer(
-        max_epochs=settings["epochs"],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    ).fit(module, datamodule=data)
+    study.fit(module, data, steps)
     probe_images, probe_labels = data.probe()
     entry = checkpoint.describe(
         module.net, config=config, data=contract, images=probe_images, labels=probe_labels
@@ -183,7 +173,7 @@ def examine(job: Job, settings: dict[str, Any]) -> list[study.Row]:
             "seed": job.seed,
             "rounding": name,
             "accuracy": accuracy(given, labels),
-            "agreement": (given.argmax(1) == scores["float32"].argmax(1)).double().mean().item(),
+            "agreement": verify.agreement(scores["float32"], given),
             "chosen": found.chosen.ranges + (", equalized" if found.chosen.equalized else ""),
             "kernel_outliers": statistics.mean(map(outlier_ratio, kernels)),
             "largest_kernel_outlier": max(map(outlier_ratio, kernels)),

@@ -246,17 +246,7 @@ def fit(module: Any, data: InMemory, steps: int) -> float:
             self.seconds = time.perf_counter() - self.start
 
     clock = Clock()
-    L.Trainer(
-        max_steps=steps,
-        max_epochs=-1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        callbacks=[clock],
-    ).fit(module, datamodule=data)
+    study.fit(module, data, steps, clock)
     return clock.seconds
 
 

@@ -274,6 +274,16 @@ def test_a_folder_with_a_report_of_something_else_is_not_replaced(folder, tmp_pa
         deploy.main(settings(ckpt=path, out=str(tmp_path), overwrite=True), tmp_path)
 
 
+@pytest.mark.parametrize(("key", "value"), [("input", "bytes"), ("output", "labels")])
+def test_an_unknown_input_or_output_is_refused(key, value, folder, tmp_path):
+    path = str(folder / "checkpoints" / "best.ckpt")
+
+    with pytest.raises(ValueError, match=f"{key}='{value}': must be one of"):
+        deploy.main(settings(ckpt=path, out=str(tmp_path / "out"), **{key: value}), tmp_path)
+
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_missing_extra_is_told_before_anything_is_done(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(deploy, "find_spec", lambda name: None)
     path = str(folder / "checkpoints" / "best.ckpt")

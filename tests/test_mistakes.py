@@ -31,11 +31,6 @@ from commands import run
         ("deploy.py", ["ckpt=x.ckpt", "int8=1"], "int8=1: must be true or false"),
         (
             "deploy.py",
-            ["ckpt=x.ckpt", "input=bytes"],
-            "input='bytes': must be one of float32, uint",
-        ),
-        (
-            "deploy.py",
             ["ckpt=x.ckpt", "int8_drop=1"],
             "int8_drop=1: must be a number of at least 0",
         ),

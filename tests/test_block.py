@@ -289,3 +289,34 @@ def test_a_probability_outside_its_range_is_refused(key, value):
 def test_drop_path_without_an_identity_branch_is_refused(options):
     with pytest.raises(ValueError, match=r"drop_path=0\.1: .*no identity branch"):
         RepVGGBlock(**{"in_channels": 8, "out_channels": 8, "drop_path": 0.1, **options})
+
+
+@pytest.mark.parametrize("kind", [RepVGGBlock, QARepVGGBlock])
+def test_recomputing_changes_no_number_and_counts_no_image_twice(kind):
+    def step(recompute: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        block = nn.Sequential(
+            kind(6, 6, branch_drop=0.3), kind(6, 8, stride=2, se_after_relu=2)
+        ).double()
+        for part in block:
+            part.recompute = recompute
+        x = torch.randn(5, 6, 8, 8, dtype=torch.float64, requires_grad=True)
+        block(x).square().sum().backward()
+        gradients = [parameter.grad for parameter in block.parameters()]
+        return [x.grad, *gradients, *block.buffers()]
+
+    assert all(map(torch.equal, step(False), step(True)))
+
+
+def test_recomputing_keeps_only_the_input_of_a_block():
+    def saved(recompute: bool) -> int:
+        block, sizes = RepVGGBlock(8, 8), []
+        block.recompute = recompute
+        x = torch.randn(4, 8, 16, 16, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor
+        ):
+            block(x)
+        return sum(size for size in sizes if size >= x.numel())
+
+    assert saved(True) < saved(False) / 3

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from repvgg.verify import Predictor, Verdict
 
 CONFIG = Path(__file__).absolute().parent / "configs" / "deploy.yaml"
+MOST_VALIDATED = 5000  # images, evenly spread: more would not fit into memory at 224 pixels
 # As in repvgg.export, known here without importing torch.
 CHOICES = ("safetensors", "onnx", "pt2", "openvino", "aoti")
 EXTRAS = {"openvino"}  # formats that need a package of their name
@@ -370,12 +371,15 @@ def load_sets(config: dict[str, Any], restored: "Checkpoint") -> Sets:
                 f"data: its {key} is {theirs}, the checkpoint was trained on {ours}; give the data "
                 "it was trained on, or none"
             )
-    count = min(config["int8_images"], len(data.train[0]) // 2)
-    order = torch.randperm(len(data.train[0]), generator=torch.Generator().manual_seed(0))
+    held = len(data.train.labels)
+    count = min(config["int8_images"], held // 2)
+    order = torch.randperm(held, generator=torch.Generator().manual_seed(0))
     measured, held_out = (
-        to_float(data.train[0][rows]) for rows in (order[:count], order[count : 2 * count])
+        to_float(data.read(data.train, rows)[0])
+        for rows in (order[:count], order[count : 2 * count])
     )
-    validation = to_float(data.val[0]), data.val[1]
+    images, labels = data.spread(data.val, MOST_VALIDATED)
+    validation = to_float(images), labels
     return Sets(measured, held_out, validation, "the training set")
 
 

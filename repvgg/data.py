@@ -1,13 +1,12 @@
 """Data modules: what a run trains, validates and tests on, and the contract of its images.
 
-Small data sets live in memory as uint8, are augmented by the batch, and normalized on the device.
-The order of the training data is a function of (seed, epoch): a run can stop and resume anywhere.
+Small data sets live in memory as uint8 and are augmented by the batch; large ones are read from
+files by worker processes. Both are normalized on the device.
 """
 
 import functools
-import math
-import zlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,143 +14,33 @@ import lightning as L
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from repvgg.arguments import check_integer, check_number, refusal
+from repvgg.augment import by_batch, by_image, random_affine
+from repvgg.batches import Batch, Batches, Request, Source, Stored
+from repvgg.folder import Files, find, store
+from repvgg.images import fit
 from repvgg.model import DataContract, Normalize, to_float
 
-Batch = tuple[Tensor, Tensor]
-Augmentation = Callable[[Tensor, torch.Generator], Tensor]
-Mixture = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class Batches:
-    """Batches of a data set in memory, with an order that can be resumed anywhere.
+class ImageData(L.LightningDataModule):
+    """Images to train, validate and test on.
 
     Args:
-        images: (N, C, H, W), uint8.
-        labels: (N,), int64.
-        batch_size: images in a batch.
-        shuffle_seed: None keeps the order and the last, smaller batch. A number shuffles, anew
-            every epoch, and drops the last batch where it is smaller.
-        augment: changes the images of a shuffled batch, with randomness from the generator alone.
-        views: 2 augments every image twice: images (N, 2, C, H, W).
-        mix: then blends the images of a batch and their labels, with torch's global randomness,
-            which is seeded for it and restored. Both views of an image are blended alike.
-    """
-
-    batch_sampler = None  # Lightning asks for it where there is a sampler
-
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        batch_size: int,
-        shuffle_seed: int | None = None,
-        augment: Augmentation | None = None,
-        views: int = 1,
-        mix: Mixture | None = None,
-    ) -> None:
-        self.images = images
-        self.labels = labels
-        self.batch_size = batch_size
-        self.shuffle_seed = shuffle_seed
-        self.augment = augment
-        self.views = views
-        self.mix = mix
-        self.epoch = 0
-        self._yielded = 0  # batches of the current epoch
-        self._resume_at = (-1, 0)  # epoch, batch
-
-    @property
-    def sampler(self) -> "Batches":
-        """Where Lightning looks for `set_epoch`."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        if self.shuffle_seed is None:
-            return math.ceil(len(self.images) / self.batch_size)
-        return len(self.images) // self.batch_size
-
-    def __iter__(self) -> Iterator[Batch]:
-        # A generator: nothing happens before the first batch is asked for. Lightning makes
-        # iterators that it never reads, and makes the first one before it sets the epoch.
-        epoch, batch = self._resume_at
-        order = self._order()
-        for i in range(batch if epoch == self.epoch else 0, len(self)):
-            rows = order[i * self.batch_size : (i + 1) * self.batch_size]
-            self._yielded = i + 1
-            views, targets = [self.images[rows]], self.labels[rows]
-            if self.augment is not None:
-                noises = [self._generator(i), self._generator(i, "second view")][: self.views]
-                views = [self.augment(views[0], noise) for noise in noises]
-            if self.mix is not None:
-                views, targets = self._mix(views, targets, i)
-            yield views[0] if self.views == 1 else torch.stack(views, dim=1), targets
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "batch": self._yielded}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._resume_at = (state["epoch"], state["batch"])
-
-    def _order(self) -> Tensor:
-        if self.shuffle_seed is None:
-            return torch.arange(len(self.images))
-        return torch.randperm(len(self.images), generator=self._generator())
-
-    def _mix(self, views: list[Tensor], labels: Tensor, i: int) -> tuple[list[Tensor], Tensor]:
-        assert self.mix is not None
-        mixed = []
-        for view in views:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(self._seed(i, "mix"))  # no GPU's
-                images, targets = self.mix(view.float(), labels)
-            mixed.append(images)
-        return mixed, targets
-
-    def _generator(self, *position: int | str) -> torch.Generator:
-        return torch.Generator().manual_seed(self._seed(*position))
-
-    def _seed(self, *position: int | str) -> int:
-        """Randomness as a function of (seed, epoch) and a position in the epoch."""
-        return zlib.crc32(repr((self.shuffle_seed, self.epoch, *position)).encode())
-
-
-def random_affine(images: Tensor, generator: torch.Generator, *, strength: float) -> Tensor:
-    """Rotate, scale and shift each image by its own small amount; what comes in is black.
-
-    Uniform in +-15 degrees, +-10 % and +-half a pixel of 8, all times `strength`. Bilinear.
-
-    Args:
-        images: (N, C, H, W), uint8. The result has the same shape and type.
-    """
-    angle, scale, x, y = (torch.rand(4, len(images), generator=generator) * 2 - 1) * strength
-    angle, scale = angle * math.radians(15), 1 + scale * 0.1
-    cos, sin = scale * angle.cos(), scale * angle.sin()
-    rows = [torch.stack([cos, -sin, x / 8], dim=1), torch.stack([sin, cos, y / 8], dim=1)]
-    grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
-    return F.grid_sample(images.float(), grid, align_corners=False).round().to(torch.uint8)
-
-
-class InMemory(L.LightningDataModule):
-    """A data set that fits in memory.
-
-    Args:
-        train, val, test: images (N, C, H, W), uint8, and labels (N,), int64.
+        train, val, test: the sources.
         contract: what the images are; its mean and std normalize them.
-        batch_size: images in a batch.
-        augment: of the training images; None is off.
+        batch_size: images in a batch, of each device.
+        augment: of the training images, of the kind that their source takes; None is off.
         views: 2 gives every training image in two augmentations, for R-Drop between them.
         mixup: blends pairs of images and their labels in a proportion drawn from Beta(mixup,
             mixup) (Zhang et al., 2018, arXiv:1710.09412); 0 is off.
         cutmix: pastes a rectangle of one image into another, with an area drawn likewise (Yun et
             al., 2019, arXiv:1905.04899); 0 is off. With both on, each batch takes one of the two.
+        repeats: how often an image stands in a batch, each time in another augmentation (Hoffer et
+            al., 2020, arXiv:1901.09335).
         seed: of the order and the augmentation of the training data.
 
     Raises:
@@ -160,16 +49,17 @@ class InMemory(L.LightningDataModule):
 
     def __init__(
         self,
-        train: Batch,
-        val: Batch,
-        test: Batch,
+        train: Source,
+        val: Source,
+        test: Source,
         contract: DataContract,
         *,
         batch_size: int,
-        augment: Augmentation | None = None,
+        augment: Any = None,
         views: int = 1,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        repeats: int = 1,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -180,6 +70,9 @@ class InMemory(L.LightningDataModule):
         self.views = check_integer("rdrop_views", views, minimum=1, maximum=2, example=2)
         if views > 1 and augment is None:
             raise refusal("rdrop_views", views, "without augmentation all views are equal", 1)
+        self.repeats = check_integer("data.repeats", repeats, minimum=1, example=3)
+        if repeats > 1 and augment is None:
+            raise refusal("data.repeats", repeats, "without augmentation all repeats are equal", 1)
         mixup = check_number("mixup", mixup, example=0.2)
         cutmix = check_number("cutmix", cutmix, example=1.0)
         num_classes = len(contract.classes)
@@ -190,40 +83,75 @@ class InMemory(L.LightningDataModule):
             mixtures.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
         self.mix = v2.RandomChoice(mixtures) if mixtures else None
         self.seed = check_integer("seed", seed, minimum=0, example=0)
-        if batch_size > len(train[0]):
-            raise ValueError(
-                f"data.batch_size={batch_size}: exceeds the {len(train[0])} training images; type "
-                f"for example data.batch_size={min(64, len(train[0]))}"
-            )
+        self.check_batch(batch_size)
         self._normalize = Normalize(contract.mean, contract.std)
 
+    def check_batch(self, size: int) -> None:
+        """Refuse a batch of all devices together that is larger than the data.
+
+        Raises:
+            ValueError: likewise.
+        """
+        count = len(self.train.labels)
+        if size > count:
+            devices = "" if size == self.batch_size else f" on {size // self.batch_size} devices"
+            raise ValueError(
+                f"data.batch_size={self.batch_size}{devices}: exceeds the {count} training images; "
+                f"type for example data.batch_size={min(64, count * self.batch_size // size)}"
+            )
+
+    def read(self, source: Source, rows: Tensor) -> Batch:
+        """Images (N, C, H, W), uint8, as they are evaluated, and labels (N,), of some rows."""
+        requests = [Request(part, []) for part in rows.split(256)]
+        parts = [(views[0], labels) for views, labels in source.read(requests, None)]
+        images, labels = zip(*parts, strict=True)
+        return torch.cat(images), torch.cat(labels)
+
+    def spread(self, source: Source, count: int) -> Batch:
+        """At most so many images and labels, evenly spread over a source: files lie by class."""
+        held = len(source.labels)
+        count = min(count, held)
+        return self.read(source, torch.arange(count) * held // count)
+
     def probe(self, count: int = 32) -> Batch:
-        """The first validation images and labels: (count, C, H, W) uint8 and (count,)."""
-        images, labels = self.val
-        return images[:count], labels[:count]
+        """Some validation images and labels: (count, C, H, W) uint8 and (count,)."""
+        return self.spread(self.val, count)
 
     def train_dataloader(self) -> Batches:
         return Batches(
-            *self.train,
+            self.train,
             batch_size=self.batch_size,
             shuffle_seed=self.seed,
             augment=self.augment,
             views=self.views,
             mix=self.mix,
+            repeats=self.repeats,
+            **self._place(),
         )
 
     def val_dataloader(self) -> Batches:
-        return Batches(*self.val, batch_size=self.batch_size)
+        return Batches(self.val, batch_size=self.batch_size, **self._place())
 
     def test_dataloader(self) -> Batches:
-        return Batches(*self.test, batch_size=self.batch_size)
+        return Batches(self.test, batch_size=self.batch_size, **self._place())
+
+    def _place(self) -> dict[str, Any]:
+        """Which of the devices asks, and where it is, if it is a GPU."""
+        if self.trainer is None:
+            return {}
+        device = self.trainer.strategy.root_device
+        return {
+            "rank": self.trainer.global_rank,
+            "world_size": self.trainer.world_size,
+            "device": None if device.type == "cpu" else device,
+        }
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         images, targets = batch
         return self._normalize.to(images.device)(to_float(images)), targets
 
 
-def digits(*, batch_size: int = 64, augment: float = 1.0, **options: Any) -> InMemory:
+def digits(*, batch_size: int = 64, augment: float = 1.0, **options: Any) -> ImageData:
     """The 1,797 handwritten digits of the UCI set, 8x8 pixels, one channel; inside the package.
 
     E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, 1998, CC BY 4.0,
@@ -234,7 +162,7 @@ def digits(*, batch_size: int = 64, augment: float = 1.0, **options: Any) -> InM
     Args:
         batch_size: images in a batch.
         augment: strength of `random_affine` on the training images; 0 is off.
-        options: views, mixup, cutmix and seed, of `InMemory`.
+        options: views, mixup, cutmix, repeats and seed, of `ImageData`.
 
     Raises:
         ValueError: a value is outside its range.
@@ -244,8 +172,10 @@ def digits(*, batch_size: int = 64, augment: float = 1.0, **options: Any) -> InM
     images = content["images"].float().mul(255 / 16).round().to(torch.uint8)[:, None]
     labels = content["labels"].long()
     part = torch.arange(len(images)) % 7  # 7 and the period of the labels, 10, are coprime
-    train, val, test = ((images[rows], labels[rows]) for rows in (part > 1, part == 0, part == 1))
-    pixels = to_float(train[0])
+    train, val, test = (
+        Stored(images[rows], labels[rows]) for rows in (part > 1, part == 0, part == 1)
+    )
+    pixels = to_float(train.images)
     contract = DataContract(
         classes=[str(digit) for digit in range(10)],
         in_channels=1,
@@ -254,7 +184,7 @@ def digits(*, batch_size: int = 64, augment: float = 1.0, **options: Any) -> InM
         std=(pixels.std().item(),),
         interpolation="bilinear",
     )
-    return InMemory(
+    return ImageData(
         train,
         val,
         test,
@@ -263,3 +193,213 @@ def digits(*, batch_size: int = 64, augment: float = 1.0, **options: Any) -> InM
         augment=functools.partial(random_affine, strength=augment) if augment > 0 else None,
         **options,
     )
+
+
+def cifar10(*, root: str, **options: Any) -> ImageData:
+    """CIFAR-10: 60,000 photographs of 32x32 pixels in ten classes (A. Krizhevsky, 2009).
+
+    See `cifar100` for the arguments.
+    """
+    return _cifar("CIFAR10", root, **options)
+
+
+def cifar100(*, root: str, **options: Any) -> ImageData:
+    """CIFAR-100: 60,000 photographs of 32x32 pixels in a hundred classes (A. Krizhevsky, 2009).
+
+    Args:
+        root: a folder with train/ and test/, one folder of images for each class in both; or one
+            with the files of the authors, which are downloaded there, and checked, if they are
+            missing.
+        options: of `in_memory`.
+
+    Raises:
+        ValueError: a value is outside its range, or the data cannot be read.
+        OSError: it cannot be downloaded.
+    """
+    return _cifar("CIFAR100", root, **options)
+
+
+def imagefolder(
+    *,
+    root: str | None,
+    image_size: int = 224,
+    resize_size: int | None = 256,
+    interpolation: str = "bilinear",
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    augment: str = "basic",
+    erase: float = 0.0,
+    num_workers: int | None = None,
+    skip_unreadable: bool = False,
+    in_memory: bool = False,
+    holdout: float = 0.05,
+    **options: Any,
+) -> ImageData:
+    """Any folder of images, ImageNet too: train/, val/ and test/, each with one folder a class.
+
+    Without val/, some training images validate; without test/, the validation images test.
+
+    Args:
+        root: the folder.
+        image_size: height and width in pixels that the network sees.
+        resize_size: length of the shorter side before the centre is cut out, in evaluation; None
+            scales as little as covers `image_size`.
+        interpolation: "bilinear" or "bicubic".
+        mean, std: by channel, of images in [0, 1].
+        augment, erase: of the training images: see `repvgg.augment.by_image`.
+        num_workers: processes that decode; None takes as many as there are processors, at most 8.
+        skip_unreadable: take another image in the place of one that cannot be read.
+        in_memory: decode all images once, fitted to `image_size`: for small ones. They are varied
+            by the batch, as in `repvgg.augment.by_batch`.
+        holdout: share of the training images, by class, that validates where val/ is missing.
+        options: batch_size, views, mixup, cutmix, repeats and seed, of `ImageData`.
+
+    Raises:
+        ValueError: a value is outside its range, or the folders are not as described.
+    """
+    size = (check_integer("data.image_size", image_size, minimum=8, example=224),) * 2
+    if resize_size is not None:
+        check_integer("data.resize_size", resize_size, minimum=image_size, example=256)
+    if interpolation not in ("bilinear", "bicubic"):
+        allowed = "must be bilinear or bicubic"
+        raise refusal("data.interpolation", interpolation, allowed, "bilinear")
+    for key, value in (("skip_unreadable", skip_unreadable), ("in_memory", in_memory)):
+        if not isinstance(value, bool):
+            raise refusal(f"data.{key}", value, "must be true or false", "true")
+    if root is None:
+        raise ValueError("data.root is missing: type data.root=FOLDER, with train/ and val/")
+    folder = Path(root).expanduser()
+    workers = _count_workers(num_workers)
+    paths, labels, classes = find(folder / "train")
+    found = {part: find(folder / part, classes)[:2] for part in _held_out(folder)}
+    if "val" not in found:
+        kept, held = _hold_out(labels, holdout)
+        found["val"] = [paths[row] for row in held.tolist()], labels[held]
+        paths, labels = [paths[row] for row in kept.tolist()], labels[kept]
+    found["train"] = paths, labels
+    sources: dict[str, Source] = {}
+    for part, (names, targets) in found.items():
+        if in_memory:
+            sources[part] = store(names, targets, size, num_workers=workers)
+        else:
+            sources[part] = Files(
+                names,
+                targets,
+                evaluate=functools.partial(
+                    fit, size=size, interpolation=interpolation, resize=resize_size
+                ),
+                num_workers=workers,
+                skip_unreadable=skip_unreadable,
+            )
+    variation = (
+        by_batch(augment, padding=image_size // 8, erase=erase, size=image_size)
+        if in_memory
+        else by_image(augment, size=size, interpolation=interpolation, erase=erase)
+    )
+    contract = DataContract(
+        classes=classes,
+        in_channels=3,
+        image_size=size,
+        mean=tuple(mean),
+        std=tuple(std),
+        interpolation=interpolation,
+        resize_size=None if in_memory else resize_size,
+    )
+    test = sources.get("test", sources["val"])
+    return ImageData(sources["train"], sources["val"], test, contract, augment=variation, **options)
+
+
+def _cifar(
+    name: str,
+    root: str,
+    *,
+    augment: str = "basic",
+    padding: int = 4,
+    erase: float = 0.0,
+    holdout: float = 0.02,
+    num_workers: int | None = None,
+    **options: Any,
+) -> ImageData:
+    """CIFAR from the authors' files or from a folder of images.
+
+    Args:
+        augment, padding, erase: see `repvgg.augment.by_batch`.
+        holdout: share of the training images, by class, that validates.
+        num_workers: processes that decode a folder of images.
+        options: batch_size, views, mixup, cutmix, repeats and seed, of `ImageData`.
+    """
+    folder = Path(root).expanduser()
+    if (folder / "train").is_dir():
+        workers = _count_workers(num_workers)
+        paths, labels, classes = find(folder / "train")
+        train = store(paths, labels, (32, 32), num_workers=workers)
+        test = store(*find(folder / "test", classes)[:2], (32, 32), num_workers=workers)
+    else:
+        train, test, classes = _read_cifar(name, folder)
+    kept, held = _hold_out(train.labels, holdout)
+    val = Stored(train.images[held], train.labels[held])
+    train = Stored(train.images[kept], train.labels[kept])
+    pixels = to_float(train.images)
+    contract = DataContract(
+        classes=classes,
+        in_channels=3,
+        image_size=(32, 32),
+        mean=tuple(pixels.mean((0, 2, 3)).tolist()),
+        std=tuple(pixels.std((0, 2, 3)).tolist()),
+        interpolation="bilinear",
+    )
+    check_integer("data.padding", padding, minimum=0, maximum=16, example=4)
+    variation = by_batch(augment, padding=padding, erase=erase, size=32)
+    return ImageData(train, val, test, contract, augment=variation, **options)
+
+
+def _read_cifar(name: str, folder: Path) -> tuple[Stored, Stored, list[str]]:
+    """The authors' files, downloaded and checked by torchvision if they are missing."""
+    from filelock import FileLock
+    from torchvision import datasets
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock"):  # one process of several downloads
+            parts = [
+                getattr(datasets, name)(str(folder), train=train, download=True)
+                for train in (True, False)
+            ]
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"data.root={folder}: holds neither train/ and test/ nor the files of {name}, and they "
+            f"cannot be downloaded ({error}); give a folder that has them"
+        ) from error
+    train, test = (
+        Stored(
+            torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
+        )
+        for part in parts
+    )
+    return train, test, list(parts[0].classes)
+
+
+def _held_out(folder: Path) -> list[str]:
+    parts = [part for part in ("val", "test") if (folder / part).is_dir()]
+    if not parts:
+        raise ValueError(f"data.root={folder}: holds neither val/ nor test/ beside train/")
+    return parts
+
+
+def _hold_out(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Rows that train and rows that validate: a share of each class, the same for every seed."""
+    check_number("data.holdout", share, below=1, example=0.05)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        of_class = order[labels[order] == label]
+        held[of_class[: max(1, round(share * len(of_class)))]] = True
+    if held.all():
+        raise ValueError("data.holdout: no training image is left in any class; add a folder val/")
+    return (~held).nonzero().flatten(), held.nonzero().flatten()
+
+
+def _count_workers(given: int | None) -> int:
+    if given is not None:
+        return check_integer("data.num_workers", given, minimum=0, example=4)
+    return min(8, len(os.sched_getaffinity(0)))

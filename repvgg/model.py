@@ -203,6 +203,8 @@ class DataContract:
         image_size: height and width in pixels.
         mean, std: by channel, of images in [0, 1].
         interpolation: how images are resized to that size.
+        resize_size: length in pixels that the shorter side is scaled to, before the centre is cut
+            out; None scales as little as covers the size.
     """
 
     classes: Sequence[str]
@@ -211,6 +213,7 @@ class DataContract:
     mean: Sequence[float]
     std: Sequence[float]
     interpolation: str
+    resize_size: int | None = None
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from repvgg import cli
 from repvgg.arguments import check_integer
 from repvgg.export import open_artifact
-from repvgg.model import DataContract
+from repvgg.images import fit, open_image, to_tensor
+from repvgg.model import DataContract, to_float
 
 DEFAULTS: dict[str, Any] = {"model": None, "images": None, "batch_size": 32}
 
@@ -59,31 +59,13 @@ def read(path: Path, contract: DataContract) -> Tensor:
     Raises:
         ValueError: the file cannot be read, or nothing says how bright its pixels are.
     """
-    height, width = contract.image_size
-    mode = {1: "L", 3: "RGB"}.get(contract.in_channels)
-    if mode is None:
-        raise ValueError(f"the network takes {contract.in_channels} channels, files have 1 or 3")
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            image.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"{path}: pixels of mode {image.mode} have no known scale; save 8 bits")
-    if image.has_transparency_data:
-        raise ValueError(f"{path}: it is transparent, on an unknown background; save it without")
-    image = image.convert(mode)
-    if image.size != (width, height):
-        scale = max(width / image.width, height / image.height)
-        size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-        image = image.resize(size, Image.Resampling[contract.interpolation.upper()])
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height))
-    pixels = torch.from_numpy(np.array(image)).reshape(height, width, contract.in_channels)
-    return pixels.permute(2, 0, 1).float() / 255
+    image = fit(
+        open_image(path, contract.in_channels),
+        tuple(contract.image_size),
+        interpolation=contract.interpolation,
+        resize=contract.resize_size,
+    )
+    return to_float(to_tensor(image))
 
 
 if __name__ == "__main__":

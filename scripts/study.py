@@ -16,37 +16,38 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from repvgg.data import Augmentation, Batch, digits
+from repvgg.batches import Augmentation, Stored
+from repvgg.data import digits
+from repvgg.folder import find, store
+from repvgg.images import open_image
 from repvgg.linear import is_normalization
 from repvgg.model import DataContract, to_float
 
 Row = dict[str, Any]
 
 
-def load_images(root: str | None) -> tuple[Batch, Batch, DataContract, Augmentation]:
+def load_images(root: str | None) -> tuple[Stored, Stored, DataContract, Augmentation]:
     """Training and test images, their contract, and how to augment them."""
     if root is None:
         data = digits()
         assert data.augment is not None
-        test = (torch.cat([data.val[0], data.test[0]]), torch.cat([data.val[1], data.test[1]]))
+        test = Stored(*(torch.cat(both) for both in zip(data.val, data.test, strict=True)))
         return data.train, test, data.contract, data.augment
     from torchvision.transforms import v2
 
-    (train, classes), (test, others) = (
-        read_folder(Path(root) / part) for part in ("train", "test")
-    )
-    if classes != others or train[0].shape[1:] != test[0].shape[1:]:
-        raise ValueError(f"root={root}: train and test differ in their classes or image sizes")
-    pixels = to_float(train[0])
+    paths, labels, classes = find(Path(root) / "train")
+    size = open_image(paths[0]).size[::-1]
+    train = store(paths, labels, size)
+    test = store(*find(Path(root) / "test", classes)[:2], size)
+    pixels = to_float(train.images)
     contract = DataContract(
         classes=classes,
         in_channels=3,
-        image_size=tuple(train[0].shape[2:]),
+        image_size=size,
         mean=tuple(pixels.mean((0, 2, 3)).tolist()),
         std=tuple(pixels.std((0, 2, 3)).clamp_min(1 / 255).tolist()),  # a channel may be constant
         interpolation="bilinear",
     )
-    size = contract.image_size
     transform = v2.Compose([v2.RandomCrop(size, padding=size[0] // 8), v2.RandomHorizontalFlip()])
 
     def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -57,30 +58,16 @@ def load_images(root: str | None) -> tuple[Batch, Batch, DataContract, Augmentat
     return train, test, contract, augment
 
 
-def read_folder(folder: Path) -> tuple[Batch, list[str]]:
-    from torchvision.datasets import ImageFolder
-    from torchvision.transforms.v2.functional import pil_to_tensor
-
-    if not folder.is_dir():
-        raise ValueError(f"root: there is no folder {folder}; give one with train/ and test/")
-    files = ImageFolder(str(folder))
-    images = [pil_to_tensor(image) for image, _ in files]
-    sizes = {tuple(image.shape) for image in images}
-    if len(sizes) > 1:
-        raise ValueError(f"{folder}: images of one size are needed, found {sorted(sizes)[:3]}")
-    return (torch.stack(images), torch.tensor(files.targets)), files.classes
-
-
-def subset(batch: Batch, share: float, seed: int) -> Batch:
+def subset(images: Stored, share: float, seed: int) -> Stored:
     """A share of every class, at least one image, drawn by the seed."""
-    images, labels = batch
+    labels = images.labels
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     rows = []
     for label in labels.unique():
         of_class = order[labels[order] == label]
         rows.append(of_class[: max(1, round(share * len(of_class)))])
     kept = torch.cat(rows).sort().values
-    return images[kept], labels[kept]
+    return Stored(images.images[kept], labels[kept])
 
 
 def run(job: Callable[..., Row], calls: Sequence[tuple], path: Path, *, workers: int) -> None:

@@ -29,7 +29,7 @@ import torch
 
 from repvgg import cli
 from repvgg.arguments import check_integer, check_number, refusal
-from repvgg.data import InMemory
+from repvgg.data import ImageData
 
 DEFAULTS: dict[str, Any] = {
     "root": None,  # null: the digits
@@ -181,7 +181,7 @@ def describe_data(root: str | None) -> str:
 
 def build(
     job: Job, settings: dict[str, Any], costs: dict[str, dict[str, float]]
-) -> tuple[Any, InMemory, int]:
+) -> tuple[Any, ImageData, int]:
     """The module, its data and the number of steps."""
     from repvgg.module import Classifier
     from repvgg.rdrop import Noise
@@ -189,7 +189,7 @@ def build(
     train, test, contract, augment = loaded(settings["root"])
     train = study.subset(train, job.labels, job.seed)
     arm = job.arm
-    data = InMemory(
+    data = ImageData(
         train,
         test,
         test,
@@ -230,7 +230,7 @@ def build(
 loaded = functools.cache(study.load_images)  # once in each process
 
 
-def fit(module: Any, data: InMemory, steps: int) -> float:
+def fit(module: Any, data: ImageData, steps: int) -> float:
     """Train; returns the seconds of all steps but the first, which asks and warms up."""
     import lightning as L
 

@@ -4,6 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 ROOT = Path(__file__).parents[1]
 SHORT = ("model=repvgg_tiny", "rdrop=true", "trainer.max_epochs=3", "data.batch_size=128")
 
@@ -30,3 +33,15 @@ def tree(folder: Path) -> dict[str, int]:
         for path in folder.rglob("*")
         if path.is_file()
     }
+
+
+def make(folder: Path, *, count: int = 6) -> Path:
+    """A folder of images in two classes, which their upper halves tell apart."""
+    noise = np.random.default_rng(0)
+    for label, name in enumerate(("cat", "dog")):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = noise.integers(0, 256, (18, 20, 3), dtype=np.uint8)
+            pixels[:9] = 255 * label
+            Image.fromarray(pixels).save(folder / name / f"{i}.jpg")
+    return folder

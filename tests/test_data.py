@@ -5,14 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from repvgg.data import Batches, digits, random_affine
+from repvgg.augment import random_affine
+from repvgg.batches import Batches, Stored
+from repvgg.data import digits
 
 ROOT = Path(__file__).parents[1]
 
 
 def batches(**options) -> Batches:
     images = torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1)
-    return Batches(images, torch.arange(10), **{"batch_size": 3, "shuffle_seed": 1, **options})
+    source = Stored(images, torch.arange(10))
+    return Batches(source, **{"batch_size": 3, "shuffle_seed": 1, **options})
 
 
 def read(loader: Batches, epoch: int = 0) -> list[list[int]]:
@@ -101,8 +104,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_batch():
 
     def first(epoch, position=0):
         loader = Batches(
-            images,
-            torch.arange(10),
+            Stored(images, torch.arange(10)),
             batch_size=2,
             shuffle_seed=1,
             augment=lambda batch, generator: torch.rand(2, generator=generator),
@@ -135,7 +137,7 @@ def mixed(**options) -> list[tuple[torch.Tensor, torch.Tensor]]:
     data = digits(**{"batch_size": 400, "seed": 3, **options})
     noise = torch.Generator().manual_seed(8)
     pixels = torch.randint(0, 256, data.train[0].shape, generator=noise, dtype=torch.uint8)
-    data.train = pixels, data.train[1]
+    data.train = Stored(pixels, data.train.labels)
     loader = data.train_dataloader()
     batches = []
     for epoch in (0, 1):

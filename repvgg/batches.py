@@ -1,0 +1,189 @@
+"""Batches in an order that is a function of (seed, epoch): a run can stop and resume anywhere.
+
+Where an image comes from, memory or a file, is the source's affair; what is drawn, by whom and with
+which noise is decided here. With several devices the batches of an epoch are dealt out in turn:
+device r of W takes batch i * W + r as its i-th, with the order and the noise that one device would
+give it. W devices therefore see what one device sees that accumulates gradients over W batches.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+Batch = tuple[Tensor, Tensor]
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+Mixture = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Request(NamedTuple):
+    """A batch to be read.
+
+    Attributes:
+        rows: (N,), int64: which images of the source.
+        seeds: of the noise of each view; none asks for the images as they are evaluated.
+    """
+
+    rows: Tensor
+    seeds: list[int]
+
+
+class Source(Protocol):
+    """Images and their labels, wherever they are kept."""
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,), int64."""
+
+    def read(
+        self, requests: Sequence[Request], augment: Any
+    ) -> Iterable[tuple[list[Tensor], Tensor]]:
+        """For each request its views, (N, C, H, W) uint8 each, and labels (N,)."""
+
+
+class Stored(NamedTuple):
+    """A source in memory: images (N, C, H, W), uint8, and labels (N,), int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def read(
+        self, requests: Sequence[Request], augment: Augmentation | None
+    ) -> Iterator[tuple[list[Tensor], Tensor]]:
+        for rows, seeds in requests:
+            images, labels = self.images[rows], self.labels[rows]
+            if augment is None or not seeds:
+                yield [images], labels
+            else:
+                noises = [torch.Generator().manual_seed(seed) for seed in seeds]
+                yield [augment(images, noise) for noise in noises], labels
+
+
+class Batches:
+    """Batches of a source, with an order that can be resumed anywhere.
+
+    Args:
+        source: the images.
+        batch_size: images in a batch.
+        shuffle_seed: None keeps the order and the last, smaller batch. A number shuffles, anew
+            every epoch, and drops what is left over at the end of it.
+        augment: changes the images of a shuffled batch; of the kind that the source takes.
+        views: 2 augments every image twice: images (N, 2, C, H, W).
+        mix: then blends the images of a batch and their labels, with torch's global randomness,
+            which is seeded for it and restored. Both views of an image are blended alike.
+        repeats: takes each image so many times into a batch, and as many fewer images into an
+            epoch (Hoffer et al., 2020, arXiv:1901.09335).
+        rank, world_size: which device this is, of how many.
+        device: on which a batch is mixed and handed out; None leaves it where it is.
+    """
+
+    batch_sampler = None  # Lightning asks for it where there is a sampler
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        batch_size: int,
+        shuffle_seed: int | None = None,
+        augment: Any = None,
+        views: int = 1,
+        mix: Mixture | None = None,
+        repeats: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | None = None,
+    ) -> None:
+        self.source = source
+        self.batch_size = batch_size
+        self.shuffle_seed = shuffle_seed
+        self.augment = augment
+        self.views = views
+        self.mix = mix
+        self.repeats = repeats
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device
+        self.epoch = 0
+        self._yielded = 0  # batches of the current epoch
+        self._resume_at = (-1, 0)  # epoch, batch
+
+    @property
+    def sampler(self) -> "Batches":
+        """Where Lightning looks for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        count = len(self.source.labels)
+        if self.shuffle_seed is None:
+            own = len(range(self.rank, count, self.world_size))
+            return math.ceil(own / self.batch_size)
+        return count // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator: nothing happens before the first batch is asked for. Lightning makes
+        # iterators that it never reads, and makes the first one before it sets the epoch.
+        epoch, batch = self._resume_at
+        first = batch if epoch == self.epoch else 0
+        requests = self._requests()[first:]
+        for i, (views, labels) in enumerate(self.source.read(requests, self.augment), first):
+            self._yielded = i + 1
+            if self.device is not None:
+                views = [view.to(self.device, non_blocking=True) for view in views]
+                labels = labels.to(self.device, non_blocking=True)
+            if self.mix is not None:
+                views, labels = self._mix(self.mix, views, labels, self._position(i))
+            yield views[0] if self.views == 1 else torch.stack(views, dim=1), labels
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "batch": self._yielded}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._resume_at = (state["epoch"], state["batch"])
+
+    def _requests(self) -> list[Request]:
+        """Those of the whole epoch, for this device."""
+        count = len(self.source.labels)
+        if self.shuffle_seed is None:
+            rows = torch.arange(self.rank, count, self.world_size)
+            return [Request(part, []) for part in rows.split(self.batch_size)]
+        generator = torch.Generator().manual_seed(self._seed())
+        order = torch.randperm(count, generator=generator)
+        if self.repeats > 1:
+            order = order.repeat_interleave(self.repeats)[:count]
+        requests = []
+        for i in range(len(self)):
+            position = self._position(i)
+            seeds = [self._seed(position), self._seed(position, "second view")][: self.views]
+            start = position * self.batch_size
+            requests.append(Request(order[start : start + self.batch_size], seeds))
+        return requests
+
+    def _position(self, i: int) -> int:
+        """Of this device's i-th batch among all of the epoch."""
+        return i * self.world_size + self.rank
+
+    def _mix(
+        self, mix: Mixture, views: list[Tensor], labels: Tensor, position: int
+    ) -> tuple[list[Tensor], Tensor]:
+        mixed = []
+        for view in views:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(self._seed(position, "mix"))  # no GPU's
+                images, targets = mix(view.float(), labels)
+            mixed.append(images)
+        return mixed, targets
+
+    def _seed(self, *position: int | str) -> int:
+        """Randomness as a function of (seed, epoch) and a position in the epoch."""
+        return zlib.crc32(repr((self.shuffle_seed, self.epoch, *position)).encode())
+
+
+def same_seed(seeds: Iterable[int]) -> int:
+    """One seed out of several, in their order."""
+    return zlib.crc32(repr(tuple(seeds)).encode())

@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from repvgg.batches import Batches, Stored
+
+SOURCE = Stored(torch.arange(24, dtype=torch.uint8).reshape(24, 1, 1, 1), torch.arange(24))
+
+
+def noise(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(256, images.shape, generator=generator, dtype=torch.uint8)
+
+
+def epoch(**options) -> list[tuple[list[int], list[int]]]:
+    """Labels and pixels of every batch of epoch 3."""
+    loader = Batches(SOURCE, **{"batch_size": 4, "shuffle_seed": 1, "augment": noise, **options})
+    loader.set_epoch(3)
+    read = [(labels.tolist(), images.flatten().tolist()) for images, labels in loader]
+    assert len(read) == len(loader)
+    return read
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_devices_in_turn_take_the_batches_and_the_noise_of_one_device(devices):
+    parts = [epoch(rank=rank, world_size=devices) for rank in range(devices)]
+
+    assert [batch for turn in zip(*parts, strict=True) for batch in turn] == epoch()
+
+
+def test_devices_have_as_many_batches_each_and_drop_what_is_left():
+    parts = [epoch(rank=rank, world_size=4, batch_size=5) for rank in range(4)]
+
+    assert [len(part) for part in parts] == [1, 1, 1, 1]
+
+
+def test_devices_together_evaluate_every_image_once():
+    parts = [epoch(rank=rank, world_size=5, shuffle_seed=None) for rank in range(5)]
+
+    assert sorted(label for part in parts for labels, _ in part for label in labels) == list(
+        range(24)
+    )
+    assert {len(part) for part in parts} <= {1, 2}
+
+
+def test_an_image_is_repeated_in_its_batch_with_noise_of_its_own():
+    batches = epoch(repeats=2)
+
+    assert len(batches) == 6
+    for labels, pixels in batches:
+        assert labels[::2] == labels[1::2]
+        assert pixels[::2] != pixels[1::2]
+
+
+def test_a_share_of_the_images_is_drawn_anew_each_epoch_where_they_are_repeated():
+    seen = {label for labels, _ in epoch(repeats=3) for label in labels}
+
+    assert len(seen) == 8
+
+
+def test_a_batch_is_handed_out_on_the_device_that_asked():
+    (images, labels), *_ = Batches(SOURCE, batch_size=4, device=torch.device("meta"))
+
+    assert (images.device.type, labels.device.type) == ("meta", "meta")

@@ -9,9 +9,9 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-from repvgg import cli
+from repvgg import cli, runs
 
 CONFIG = Path(__file__).absolute().parent / "configs" / "train.yaml"
 
@@ -20,30 +20,26 @@ def main(config: dict[str, Any], folder: Path) -> None:
     try:
         train(config, folder)
     finally:
-        discard_if_empty(folder)
+        runs.discard_if_empty(folder)
 
 
 def train(config: dict[str, Any], folder: Path) -> None:
     """Fit, keep the best and the last checkpoint, test the best, say where everything is."""
+    from hydra.core.hydra_config import HydraConfig
+
     check_settings(config)  # before the imports below, which take seconds
     resume = config["resume"]
-    last = folder / "checkpoints" / "last.ckpt"
-    if resume is None and (folder / ".hydra").exists():
-        path = shlex.quote(relative(last))
-        raise ValueError(
-            f"{relative(folder)} belongs to another run: type resume={path} to go on from it, or "
-            "give another hydra.run.dir"
-        )
+    last = folder / runs.LAST
+    typed = [argument.partition("=")[0] for argument in HydraConfig.get().overrides.hydra]
+    runs.check_folder(folder, resumed=resume is not None, chosen="hydra.run.dir" in typed)
 
     import lightning as L
     from hydra.utils import instantiate
-    from lightning.pytorch.callbacks import TQDMProgressBar
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from repvgg import callbacks, checkpoint
     from repvgg.model import to_float
-    from repvgg.module import Classifier
-    from repvgg.rdrop import find_noise
+    from repvgg.module import Diverged
 
     quieten()
     L.seed_everything(config["seed"], verbose=False)
@@ -55,49 +51,20 @@ def train(config: dict[str, Any], folder: Path) -> None:
         seed=config["seed"],
     )
     model = config["model"]
-    check_fit(config, data)
-    steps = count_steps(config, data)
-    module = Classifier(
-        model,
-        lr=config["optim"]["lr"],
-        momentum=config["optim"]["momentum"],
-        weight_decay=config["optim"]["weight_decay"],
-        num_steps=steps.total,
-        num_warmup_steps=steps.warmup,
-        rdrop=config["rdrop"],
-        num_rdrop_warmup_steps=steps.rdrop_warmup,
-        rdrop_views=config["rdrop_views"],
-        label_smoothing=config["label_smoothing"],
-        seed=config["seed"],
-    )
-    if resume is not None:
-        recorded = checkpoint.load(resume).config
-        if recorded != model:
-            raise ValueError(f"resume={resume}: it holds {recorded}, this run wants {model}")
+    fit_model(model, data)
     images, labels = data.probe()
-    check_runs(module.net, to_float(images[:2]), model["name"])
-    if module.rdrop > 0 and module.rdrop_views == 1:
-        module.noise = find_noise(module.net, to_float(images))
-        if not any(module.noise):
-            raise ValueError(
-                f"rdrop={module.rdrop:g}: nothing in {model['name']} is random while it trains, so "
-                "two predictions are equal; type rdrop=false, or model.over_parameterize=true "
-                "model.branch_drop=0.1, or rdrop_views=2"
-            )
+    settings = config["trainer"]
+    if settings["log_every_n_steps"] is None:
+        batches = len(data.train.labels) // data.batch_size
+        settings["log_every_n_steps"] = max(1, batches // 10)
     logger = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
-    if config["trainer"]["log_every_n_steps"] is None:
-        config["trainer"]["log_every_n_steps"] = max(1, steps.batches // 10)
-    progress_bar = []
-    if config["trainer"]["enable_progress_bar"]:
-        # In a file or a pipe, one line an epoch.
-        rate = 1 if sys.stdout.isatty() else steps.batches
-        progress_bar = [TQDMProgressBar(refresh_rate=rate)]
     trainer: L.Trainer = instantiate(
-        config["trainer"],
+        settings,
         logger=logger,
         plugins=[callbacks.WholeFileIO()],
         callbacks=[
             *([callbacks.ReestimateBN()] if model["branch_drop"] or model["drop_path"] else []),
+            *([callbacks.EMA(config["ema"])] if config["ema"] else []),
             callbacks.SelfDescribing(
                 checkpoint.KEY,
                 lambda net: checkpoint.describe(
@@ -108,18 +75,24 @@ def train(config: dict[str, Any], folder: Path) -> None:
             callbacks.Throughput(),
             callbacks.BestCheckpoint(last.parent),
             callbacks.LastCheckpoint(last.parent),
-            *progress_bar,
+            *progress_bar(settings),
         ],
         enable_model_summary=False,
         num_sanity_val_steps=0,
         _convert_="all",
     )
-    print(
-        f"{model['name']}: {sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters, "
-        f"{steps.total} steps of {data.batch_size} images, {describe_rdrop(module)}, "
-        f"into {folder}"
-    )
-    record(config, folder)
+    steps = count_steps(config, data, trainer.world_size)
+    rate = scale_learning_rate(config["optim"], steps.images)
+    module = build_module(config, steps, rate.scaled)
+    if resume is not None:
+        recorded = checkpoint.load(resume).config
+        if recorded != model:
+            raise ValueError(f"resume={resume}: it holds {recorded}, this run wants {model}")
+    check_runs(module.net, to_float(images[:2]), model["name"])
+    prepare(module, config, to_float(images))
+    if runs.rank() == 0:
+        print(describe(config, module, steps, rate, folder))
+        record(config, folder)
     best = last.with_name("best.ckpt")
     try:
         with callbacks.interruptible():
@@ -127,28 +100,135 @@ def train(config: dict[str, Any], folder: Path) -> None:
             (metrics,) = trainer.test(
                 module, datamodule=data, ckpt_path=best, weights_only=True, verbose=False
             )
-    except callbacks.Interrupted as interrupted:
-        path = shlex.quote(relative(last))
-        saved = f"saved {path}; resume with: python train.py resume={path}"
-        cli.fail(
-            f"{interrupted}; {saved if last.exists() else 'nothing was saved yet'}",
-            128 + interrupted.signum,
-        )
+    except (callbacks.Interrupted, Diverged) as stopped:
+        report_stop(stopped, last)
     logger.log_hyperparams(flatten(config | {"rdrop": module.rdrop}), metrics)
     logger.finalize("success")
-    checkpoint_path = shlex.quote(relative(best))
+    if runs.rank() == 0:
+        report(metrics, data, best, folder)
+
+
+def build_module(config: dict[str, Any], steps: "Steps", rate: float) -> Any:
+    from repvgg.module import Classifier
+
+    return Classifier(
+        config["model"],
+        lr=rate,
+        optimizer=config["optim"]["name"],
+        momentum=config["optim"]["momentum"],
+        weight_decay=config["optim"]["weight_decay"],
+        num_steps=steps.total,
+        num_warmup_steps=steps.warmup,
+        rdrop=config["rdrop"],
+        num_rdrop_warmup_steps=steps.rdrop_warmup,
+        rdrop_views=config["rdrop_views"],
+        label_smoothing=config["label_smoothing"],
+        seed=config["seed"],
+        deployed_validation=config["deployed_validation"],
+    )
+
+
+def prepare(module: Any, config: dict[str, Any], images: Any) -> None:
+    """Find the noise for R-Drop; lay out, compile, checkpoint the network as it was asked for."""
+    import torch
+    from torch import nn
+
+    from repvgg.block import RepVGGBlock
+    from repvgg.rdrop import find_noise
+
+    name = config["model"]["name"]
+    if module.rdrop > 0 and module.rdrop_views == 1:
+        module.noise = find_noise(module.net, images)
+        if not any(module.noise):
+            raise ValueError(
+                f"rdrop={module.rdrop:g}: nothing in {name} is random while it trains, so "
+                "two predictions are equal; type rdrop=false, or model.over_parameterize=true "
+                "model.branch_drop=0.1, or rdrop_views=2"
+            )
+    blocks = [part for part in module.net.modules() if isinstance(part, RepVGGBlock)]
+    if config["activation_checkpointing"]:
+        if not blocks:
+            raise ValueError(
+                f"activation_checkpointing=true: {name} has no RepVGG block, which is what is "
+                "computed again; type activation_checkpointing=false"
+            )
+        for block in blocks:
+            block.recompute = True
+    if config["channels_last"]:
+        on_cpu = config["trainer"]["accelerator"] == "cpu" or not torch.accelerator.is_available()
+        for path, part in module.net.named_modules():
+            pointwise = isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1)
+            if on_cpu and pointwise and part.stride != (1, 1):
+                raise ValueError(
+                    f"channels_last=true: {name} has a 1x1 convolution of stride "
+                    f"{part.stride[0]}, {path}, whose gradient in channels_last corrupts memory on "
+                    "a CPU; type channels_last=false"
+                )
+        module.net.to(memory_format=torch.channels_last)
+    if config["compile"]:
+        # Block by block: those of one shape share their code, and the names of weights stay.
+        for part in blocks or [module.net]:
+            part.compile()
+
+
+def describe(
+    config: dict[str, Any], module: Any, steps: "Steps", rate: "LearningRate", folder: Path
+) -> str:
+    """What the run is, before it starts."""
+    from repvgg.module import parameter_groups
+
+    count = sum(parameter.numel() for parameter in module.parameters())
+    lines = [
+        f"{config['model']['name']}: {count / 1e6:.2f} M parameters, {steps.total} steps of "
+        f"{steps.images} images, {describe_rdrop(module)}, into {folder}",
+        f"learning rate {rate.scaled:.4g}{rate.explained}",
+        f"{'weight decay':<13}{'tensors':>8}{'parameters':>12}",
+    ]
+    for group in parameter_groups(module.net, module.weight_decay):
+        sizes = [parameter.numel() for parameter in group["params"]]
+        lines.append(f"{group['weight_decay']:<13.4g}{len(sizes):>8}{sum(sizes):>12,}")
+    return "\n".join(lines)
+
+
+def report_stop(stopped: Any, last: Path) -> NoReturn:
+    """Say why it stopped, and how to go on; the status tells a signal from a mistake."""
+    path = shlex.quote(runs.relative(last))
+    if not hasattr(stopped, "signum"):
+        kept = f"the last good checkpoint is {path}" if last.exists() else "nothing was saved yet"
+        cli.fail(f"{stopped}; {kept}; try a lower optim.lr or trainer.gradient_clip_val=1")
+    saved = f"saved {path}; resume with: python train.py resume={path}"
+    message = f"{stopped}; {saved if last.exists() else 'nothing was saved yet'}"
+    cli.fail(message, 128 + stopped.signum)
+
+
+def report(metrics: Any, data: Any, best: Path, folder: Path) -> None:
+    """What came out, and what to type next."""
+    for part in (data.train, data.val, data.test):
+        if unreadable := sorted(getattr(part, "unreadable", ())):
+            print(f"{len(unreadable)} images could not be read; others took their place:")
+            print(*unreadable, sep="\n")
+    checkpoint_path = shlex.quote(runs.relative(best))
     print(f"test accuracy {metrics['test/accuracy']:.4f}, loss {metrics['test/loss']:.4f}")
     print(f"checkpoint    {checkpoint_path}")
     print(f"deploy it     python deploy.py ckpt={checkpoint_path}")
-    logs = "runs" if folder.is_relative_to(Path("runs").absolute()) else relative(folder)
+    logs = "runs" if folder.is_relative_to(runs.RUNS.absolute()) else runs.relative(folder)
     print(f"watch it      tensorboard --logdir {shlex.quote(logs)}")
+
+
+def progress_bar(settings: dict[str, Any]) -> list[Any]:
+    from lightning.pytorch.callbacks import TQDMProgressBar
+
+    if not settings["enable_progress_bar"]:
+        return []
+    # In a file or a pipe, one line an epoch.
+    return [TQDMProgressBar(refresh_rate=1 if sys.stdout.isatty() else sys.maxsize)]
 
 
 def check_settings(config: dict[str, Any]) -> None:
     """Refuse what the constructors would accept, or refuse only after hours of training."""
     import torch
 
-    from repvgg.arguments import check_integer, refusal
+    from repvgg.arguments import check_integer, check_number, refusal
 
     for section in ("model", "optim", "trainer", "data"):
         if not isinstance(config[section], dict):
@@ -164,9 +244,25 @@ def check_settings(config: dict[str, Any]) -> None:
         raise refusal(
             "trainer.check_val_every_n_epoch", every, f"must be at most max_epochs={epochs}", 1
         )
-    if settings["devices"] != 1:
-        raise refusal("trainer.devices", settings["devices"], "training uses one device so far", 1)
     on_gpu = settings["accelerator"] != "cpu" and torch.accelerator.is_available()
+    devices = settings["devices"]
+    if isinstance(devices, int) and not isinstance(devices, bool):
+        here = torch.accelerator.device_count() if on_gpu else os.cpu_count() or 1
+        if not (1 <= devices <= here or (devices == -1 and on_gpu)):
+            allowed = f"this machine has {here} {'accelerators' if on_gpu else 'processors'}"
+            raise refusal("trainer.devices", devices, allowed, 1)
+    check_integer("trainer.num_nodes", settings["num_nodes"], minimum=1, example=1)
+    if settings["sync_batchnorm"] and not on_gpu:
+        allowed = "torch normalizes across devices on GPUs alone"
+        raise refusal("trainer.sync_batchnorm", settings["sync_batchnorm"], allowed, "false")
+    strategy = str(settings["strategy"])
+    if strategy != "auto" and not strategy.startswith("ddp"):
+        allowed = "must be auto or ddp; the largest RepVGG fits on one device"
+        raise refusal("trainer.strategy", strategy, allowed, "ddp")
+    check_number("ema", config["ema"], below=1, example=0.999)
+    for key in ("channels_last", "compile", "activation_checkpointing"):
+        if not isinstance(config[key], bool):
+            raise refusal(key, config[key], "must be true or false", "true")
     precisions = ["32-true", "bf16-mixed", *(["16-mixed"] if on_gpu else [])]
     if settings["precision"] not in precisions:
         raise refusal(
@@ -177,13 +273,14 @@ def check_settings(config: dict[str, Any]) -> None:
         )
 
 
-def check_fit(config: dict[str, Any], data: Any) -> None:
-    """Refuse a network that does not fit the images or the classes."""
-    model = config["model"]
+def fit_model(model: dict[str, Any], data: Any) -> None:
+    """Refuse a network that does not fit the images or the classes; null takes their number."""
     for key, wanted in (
         ("num_classes", len(data.contract.classes)),
         ("in_channels", data.contract.in_channels),
     ):
+        if model[key] is None:
+            model[key] = wanted
         if model[key] != wanted:
             raise ValueError(
                 f"model.{key}={model[key]}: the data has {wanted}; type model.{key}={wanted}"
@@ -221,15 +318,40 @@ def describe_rdrop(module: Any) -> str:
 
 
 class Steps(NamedTuple):
-    """Optimizer steps of the run, those of the two warm-ups, and batches in an epoch."""
+    """Optimizer steps of the run and of the two warm-ups, and images in a step of all devices."""
 
     total: int
     warmup: int
     rdrop_warmup: int
-    batches: int
+    images: int
 
 
-def count_steps(config: dict[str, Any], data: Any) -> Steps:
+class LearningRate(NamedTuple):
+    """The peak rate, and how it came about, for the reader."""
+
+    scaled: float
+    explained: str
+
+
+def scale_learning_rate(optim: dict[str, Any], images: int) -> LearningRate:
+    """Scale the rate to the images in a step: linearly for SGD, by the root for AdamW.
+
+    Goyal et al., 2017, arXiv:1706.02677; Malladi et al., 2022, arXiv:2205.10287.
+    """
+    from repvgg.arguments import check_integer, check_number
+
+    rate = check_number("optim.lr", optim["lr"], example=0.1)
+    base = optim["base_batch_size"]
+    if base is None:
+        return LearningRate(rate, "")
+    check_integer("optim.base_batch_size", base, minimum=1, example=256)
+    factor = images / base
+    if optim["name"] == "adamw":
+        return LearningRate(rate * factor**0.5, f" ({rate:g} x sqrt({images} / {base}))")
+    return LearningRate(rate * factor, f" ({rate:g} x {images} / {base})")
+
+
+def count_steps(config: dict[str, Any], data: Any, devices: int) -> Steps:
     from repvgg.arguments import check_integer, check_number, refusal
 
     settings = config["trainer"]
@@ -250,9 +372,11 @@ def count_steps(config: dict[str, Any], data: Any) -> Steps:
             raise refusal(key, given, f"must be at most trainer.max_epochs={epochs}", 0)
     if config["rdrop_warmup"] > 0 and not config["rdrop"]:
         raise refusal("rdrop_warmup", config["rdrop_warmup"], "has no effect without rdrop", 0)
-    batches = len(data.train_dataloader())
+    data.check_batch(data.batch_size * devices)
+    batches = len(data.train.labels) // (data.batch_size * devices)
     steps = math.ceil(batches / accumulated)
-    return Steps(epochs * steps, *(round(warmup * steps) for warmup in warmups), batches)
+    images = data.batch_size * devices * accumulated
+    return Steps(epochs * steps, *(round(warmup * steps) for warmup in warmups), images)
 
 
 def quieten() -> None:
@@ -281,63 +405,16 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def relative(path: Path) -> str:
-    """A path as the user would type it from here."""
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
-
-
 def record(config: dict[str, Any], folder: Path) -> None:
     """Write down what the run was given, for the reader and for `resume`."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    (folder / ".hydra").mkdir(exist_ok=config["resume"] is not None)
-    OmegaConf.save(HydraConfig.get().overrides.task, folder / ".hydra" / "overrides.yaml")
-    OmegaConf.save(config, folder / ".hydra" / "config.yaml")
-
-
-def discard_if_empty(folder: Path) -> None:
-    """Remove the folder Hydra made for a run that was refused, and empty ones above it in runs/."""
-    runs = Path("runs").absolute()
-    for path in (folder, *(above for above in folder.parents if above.is_relative_to(runs))):
-        if path == Path.cwd() or not path.is_dir() or any(path.iterdir()):
-            return
-        path.rmdir()
-
-
-# Keys that do what they say beside `resume`; the others are part of what is resumed.
-RESUMABLE = (
-    "trainer.max_epochs",
-    "trainer.accelerator",
-    "trainer.check_val_every_n_epoch",
-    "trainer.log_every_n_steps",
-    "trainer.enable_progress_bar",
-)
-
-
-def continue_run(arguments: list[str]) -> list[str]:
-    """For `resume=PATH`: repeat that run's own arguments first, and run in its folder."""
-    from omegaconf import OmegaConf
-
-    typed = {argument.partition("=")[0]: argument for argument in arguments}
-    if typed.get("resume", "resume=null") == "resume=null":
-        return arguments
-    path = Path(typed["resume"].partition("=")[2].strip("'\"")).expanduser()
-    if not path.is_file():
-        raise ValueError(f"resume={path}: there is no such file; give a run's last.ckpt")
-    folder = path.absolute().parent.parent
-    source = folder / ".hydra" / "overrides.yaml"
-    if not source.is_file():
-        raise ValueError(f"resume={path}: not in the folder of a run, which holds {source}")
-    recorded = {entry.partition("=")[0]: entry for entry in OmegaConf.load(source)}
-    for key, argument in typed.items():
-        if key not in ("resume", *RESUMABLE) and recorded.get(key) != argument:
-            raise ValueError(
-                f"{argument}: a resumed run keeps what it was started with; allowed beside "
-                f"resume are {', '.join(RESUMABLE)}"
-            )
-    return [*(recorded | typed).values(), f"hydra.run.dir={folder}"]
+    (folder / ".hydra").mkdir(exist_ok=True)
+    overrides = OmegaConf.to_yaml(HydraConfig.get().overrides.task)
+    runs.write_whole(folder / ".hydra" / "overrides.yaml", overrides)
+    runs.write_whole(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(config))
 
 
 if __name__ == "__main__":
-    cli.run(main, CONFIG, prepare=continue_run)
+    cli.run(main, CONFIG, prepare=runs.continue_run)

@@ -14,7 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
@@ -94,6 +94,8 @@ class WholeFileIO(TorchCheckpointIO):
     ) -> None:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f".{target.name}.*"):  # by a process that was killed
+            left.unlink(missing_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
         content = io.BytesIO()  # torch.save hides what goes wrong with a file behind its own error
         torch.save(checkpoint, content)
@@ -105,6 +107,48 @@ class WholeFileIO(TorchCheckpointIO):
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+class EMA(WeightAveraging):
+    """Keeps an exponential moving average of the weights and the statistics of BatchNorm.
+
+    Validated and saved as the network is the average (Tarvainen and Valpola, 2017,
+    arXiv:1703.01780); what trains is saved beside it. In update k the decay is min(decay,
+    (1 + k) / (10 + k)), so that the first weights are soon forgotten.
+
+    Args:
+        decay: of the average, in (0, 1).
+    """
+
+    def __init__(self, decay: float) -> None:
+        def update(averages: list[Tensor], currents: list[Tensor], _: Tensor) -> None:
+            if not averages[0].is_floating_point():  # how many batches BatchNorm has seen
+                torch._foreach_copy_(averages, currents)
+                return
+            k = self._latest_update_step  # of updates so far, one a step
+            torch._foreach_lerp_(averages, currents, 1 - min(decay, (1 + k) / (10 + k)))
+
+        super().__init__(multi_avg_fn=update)
+
+    def network(self) -> Any:
+        """The network with the averaged weights."""
+        assert self._average_model is not None
+        return self._average_model.module.net
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # Whoever does not go on training wants the average, which lies where weights always lie.
+        if trainer.state.fn == "fit":
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+
+def network_to_keep(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
+    """What is validated, saved and deployed: the average where there is one."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EMA) and trainer.state.fn == "fit":
+            return callback.network()
+    return pl_module.net
 
 
 class SelfDescribing(Callback):
@@ -122,7 +166,7 @@ class SelfDescribing(Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint[self.key] = self.describe(pl_module.net)  # type: ignore[arg-type]
+        checkpoint[self.key] = self.describe(network_to_keep(trainer, pl_module))
 
 
 class Interrupted(Exception):  # noqa: N818 - it is not an error
@@ -179,23 +223,33 @@ class SaveOnSignal(Callback):
         batch_idx: int,
     ) -> None:
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if self._signum is not None and stepped and not trainer.is_last_batch:
+        if not stepped or trainer.is_last_batch:
+            return
+        if signum := self._asked(trainer):
             trainer.save_checkpoint(self.path)
-            raise Interrupted(self._signum)
+            raise Interrupted(signum)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._signum is not None:  # since the last step of the epoch that was just saved
-            raise Interrupted(self._signum)
+        if signum := self._asked(trainer):  # since the last step of the epoch that was just saved
+            raise Interrupted(signum)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restore()
-        if self._signum is not None:
-            raise Interrupted(self._signum)
+        if signum := self._asked(trainer):
+            raise Interrupted(signum)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         self._restore()
+
+    def _asked(self, trainer: L.Trainer) -> int:
+        """The signal that this or another device was sent, or 0; all stop at the same step."""
+        signum = self._signum or 0
+        if trainer.world_size == 1:
+            return signum
+        device = trainer.strategy.root_device
+        return int(trainer.strategy.reduce(torch.tensor(signum, device=device), reduce_op="max"))
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self._signum is not None:
@@ -213,7 +267,7 @@ class ReestimateBN(Callback):
 
     For networks trained with noise in front of a BatchNorm: what is validated and what is saved has
     the statistics of the network as it will be deployed. Training itself does not read them. Stands
-    before the callbacks that read the network on a save.
+    before the callbacks that read the network on a save or exchange its weights.
 
     Args:
         num_images: of the training data, with their augmentation, at most.
@@ -247,12 +301,12 @@ class ReestimateBN(Callback):
                 prepared = trainer.strategy.batch_to_device(batch)  # and the data's own hooks
                 yield prepared[0].flatten(0, -4)  # two views: one below the other
 
-        reestimate_bn(pl_module.net, images())  # type: ignore[arg-type]
+        reestimate_bn(network_to_keep(trainer, pl_module), images())
         self._done = True
 
 
 class Throughput(Callback):
-    """Logs `train/images_per_second`, a mean over the epoch so far, loading between steps included.
+    """Logs `train/images_per_second` of all devices, a mean over the epoch so far, with loading.
 
     Validation does not count. On a GPU the first steps of an epoch read high: they are queued, not
     done.
@@ -277,7 +331,7 @@ class Throughput(Callback):
         batch_idx: int,
     ) -> None:
         assert self._start is not None
-        self._images += len(batch[0])
+        self._images += len(batch[0]) * trainer.world_size
         seconds = time.perf_counter() - self._start
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and trainer.global_step % every == 0:  # the others would be dropped

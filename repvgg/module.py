@@ -19,12 +19,14 @@ from torchmetrics.classification import MulticlassCalibrationError
 
 from repvgg.arguments import check_integer, check_number, refusal
 from repvgg.block import RepVGGBlock
+from repvgg.fuse import switch_to_deploy
 from repvgg.losses import cross_entropy, rdrop_loss
 from repvgg.rdrop import Noise, find_noise, predict, predict_twice, predict_views
 from repvgg.zoo import build_model
 
 AUXILIARY_WEIGHT = 0.1  # of each auxiliary cross-entropy, in the RepVGGplus recipe
 NOISE_KEYS = ("dropout", "branch_drop", "drop_path")  # of a model
+OPTIMIZERS = ("sgd", "adamw")
 NO_DIVERGENCE = 1e-9  # nats; below it two predictions differ by rounding alone
 
 
@@ -46,13 +48,28 @@ class Losses(NamedTuple):
     agreement: Tensor | None
 
 
+class Diverged(ValueError):  # noqa: N818 - as torch and the field call it
+    """The loss or a weight is no finite number any more.
+
+    Attributes:
+        step: the optimizer step at which it was found.
+    """
+
+    def __init__(self, step: int, rate: float, what: str) -> None:
+        super().__init__(
+            f"{what} is NaN or infinite at step {step}, with a learning rate of {rate:.3g}"
+        )
+        self.step = step
+
+
 class Classifier(L.LightningModule):
-    """Trains a network with SGD, warm-up and cosine decay.
+    """Trains a network with SGD or AdamW, warm-up and cosine decay.
 
     Args:
         model: arguments of `repvgg.zoo.build_model`, `name` among them.
         lr: peak learning rate.
-        momentum: of SGD, with Nesterov's correction.
+        optimizer: "sgd", with Nesterov's correction, or "adamw".
+        momentum: of SGD; AdamW's first beta.
         weight_decay: see `parameter_groups`.
         num_steps: optimizer steps of the whole run; the rate ends at 0 after them.
         num_warmup_steps: of them, with a rate that grows linearly.
@@ -64,6 +81,7 @@ class Classifier(L.LightningModule):
             2, batches hold images (N, 2, C, H, W); where `rdrop` is 0 both are learned from alike.
         label_smoothing: in [0, 1).
         seed: of the noise; step k draws the same masks in every run, resumed or not.
+        deployed_validation: validate and test a folded copy of the network: what will be deployed.
 
     Batches are (images, targets) or (images, targets, weights), targets and weights as in
     `repvgg.losses.cross_entropy`.
@@ -73,6 +91,7 @@ class Classifier(L.LightningModule):
 
     Raises:
         ValueError: a value is outside its range, or `rdrop` has no noise to work on.
+        Diverged: while it trains; the weights of that step are lost, no checkpoint holds them.
     """
 
     def __init__(
@@ -80,6 +99,7 @@ class Classifier(L.LightningModule):
         model: Mapping[str, Any],
         *,
         lr: float,
+        optimizer: str = "sgd",
         momentum: float,
         weight_decay: float,
         num_steps: int,
@@ -89,8 +109,19 @@ class Classifier(L.LightningModule):
         rdrop_views: int = 1,
         label_smoothing: float = 0.0,
         seed: int = 0,
+        deployed_validation: bool = False,
     ) -> None:
         super().__init__()
+        if optimizer not in OPTIMIZERS:
+            allowed = f"must be one of {', '.join(OPTIMIZERS)}"
+            raise refusal("optim.name", optimizer, allowed, "sgd")
+        if not isinstance(deployed_validation, bool):
+            allowed = "must be true or false"
+            raise refusal("deployed_validation", deployed_validation, allowed, "true")
+        self.optimizer = optimizer
+        self.deployed_validation = deployed_validation
+        self._twin: list[nn.Module] = []  # the folded copy; in a list, so that it is no submodule
+        self._diverged_at: Tensor | None = None  # first bad step, where looking at once is dear
         self.lr = check_number("optim.lr", lr, example=0.1)
         self.momentum = check_number("optim.momentum", momentum, below=1, example=0.9)
         self.weight_decay = check_number("optim.weight_decay", weight_decay, example=1e-4)
@@ -106,6 +137,11 @@ class Classifier(L.LightningModule):
         )
         self.seed = check_integer("seed", seed, minimum=0, example=0)
         self.net = build_model(**model)
+        if deployed_validation and not any(
+            hasattr(module, "switch_to_deploy") for module in self.net.modules()
+        ):
+            allowed = f"{model.get('name')} has nothing to fold while it trains"
+            raise refusal("deployed_validation", deployed_validation, allowed, "false")
         ours = model.get("library", "repvgg") == "repvgg"  # others are asked in the first step
         silent = ours and not any(model.get(key, 0) for key in NOISE_KEYS)
         if self.rdrop > 0 and rdrop_views == 1 and silent:
@@ -131,32 +167,72 @@ class Classifier(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Noise is a function of (seed, epoch, batch), so nothing of it needs to be saved.
-        # The word keeps it apart from the noise of the data, a function of the same numbers.
-        position = ("dropout", self.seed, self.current_epoch, batch_idx)
+        # The word keeps it apart from the noise of the data, a function of the same numbers. Each
+        # device draws what one device would draw for this batch of the epoch.
+        number = batch_idx * self.trainer.world_size + self.trainer.global_rank
+        position = ("dropout", self.seed, self.current_epoch, number)
         torch.manual_seed(zlib.crc32(repr(position).encode()))
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         alpha = self.rdrop * self.rdrop_factor(self.trainer.global_step)
         losses = self.losses(*batch, alpha=alpha)
+        self._watch(losses.total.detach())
         if losses.kl is not None:
             kl = losses.kl.detach()
             self._divergence = kl if self._divergence is None else self._divergence.maximum(kl)
         # What is logged in other steps Lightning drops, and it costs half a millisecond a value.
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.trainer.global_step + 1) % every == 0:
+            self._check_watch()
             self._log(losses, batch[1], alpha)
         return losses.total * self._share_of_window(batch_idx)
 
     def _log(self, losses: Losses, targets: Tensor, alpha: float) -> None:
-        self.log("train/loss", losses.total, prog_bar=True)
-        self.log("train/cross_entropy", losses.cross_entropy)
-        self.log("train/accuracy", _accuracy(losses.logits, targets))
-        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        values = {
+            "loss": losses.total,
+            "cross_entropy": losses.cross_entropy,
+            "accuracy": _accuracy(losses.logits, targets),
+        }
         if losses.kl is not None and losses.agreement is not None:
-            self.log("train/kl", losses.kl)
-            self.log("train/kl_to_cross_entropy", losses.kl / losses.cross_entropy)
-            self.log("train/agreement", losses.agreement)
+            values |= {
+                "kl": losses.kl,
+                "kl_to_cross_entropy": losses.kl / losses.cross_entropy,
+                "agreement": losses.agreement,
+            }
             self.log("train/alpha", alpha)
+        for name, value in values.items():  # means over the devices
+            self.log(f"train/{name}", value, prog_bar=name == "loss", sync_dist=True)
+        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    def _watch(self, loss: Tensor) -> None:
+        """Stop on a loss that is no number, or note it where looking at once would stall.
+
+        On a GPU looking waits for the step; of several devices all must stop together, and the
+        gradients carry a NaN from one to all.
+        """
+        bad = ~torch.isfinite(loss)
+        step = self.trainer.global_step
+        if loss.device.type == "cpu" and self.trainer.world_size == 1:
+            if bad:
+                raise Diverged(step, self.lr * self.learning_rate_factor(step), "the loss")
+            return
+        if self._diverged_at is None:
+            self._diverged_at = torch.full((), torch.iinfo(torch.int64).max, device=loss.device)
+        self._diverged_at = torch.where(bad, self._diverged_at.clamp(max=step), self._diverged_at)
+
+    def _check_watch(self) -> None:
+        if self._diverged_at is None:
+            return
+        never = torch.iinfo(torch.int64).max
+        step = int(self.trainer.strategy.reduce(self._diverged_at.clone(), reduce_op="min"))
+        if step < never:
+            raise Diverged(step, self.lr * self.learning_rate_factor(step), "the loss")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let no weights that are no numbers replace a checkpoint that is good."""
+        if not all(torch.isfinite(parameter).all() for parameter in self.net.parameters()):
+            step = self.trainer.global_step
+            raise Diverged(step, self.lr * self.learning_rate_factor(step), "a weight")
 
     def losses(
         self, images: Tensor, targets: Tensor, weights: Tensor | None = None, *, alpha: float
@@ -192,12 +268,31 @@ class Classifier(L.LightningModule):
         return Losses(total, mean, kl, logits, agreement)
 
     def on_train_epoch_end(self) -> None:
+        self._check_watch()
         if self.rdrop > 0 and self._divergence is not None and self._divergence < NO_DIVERGENCE:
             rank_zero_warn(
                 f"train/kl was 0 in epoch {self.current_epoch}: the two predictions of an image do "
                 "not differ, so R-Drop does nothing; look at model.dropout and the classifier"
             )
         self._divergence = None
+
+    def on_validation_epoch_start(self) -> None:
+        if self.trainer.world_size > 1:
+            # Devices have statistics of their own; what is saved are those of the first.
+            for buffer in self.net.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        if self.deployed_validation:
+            self._twin = [switch_to_deploy(self.net)]
+
+    def on_validation_epoch_end(self) -> None:
+        self._twin = []
+
+    def on_test_epoch_start(self) -> None:
+        if self.deployed_validation:
+            self._twin = [switch_to_deploy(self.net)]
+
+    def on_test_epoch_end(self) -> None:
+        self._twin = []
 
     def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
         self._evaluate("val", batch)
@@ -206,12 +301,14 @@ class Classifier(L.LightningModule):
         self._evaluate("test", batch)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = torch.optim.SGD(
-            parameter_groups(self.net, self.weight_decay),
-            lr=self.lr,
-            momentum=self.momentum,
-            nesterov=self.momentum > 0,
-        )
+        groups = parameter_groups(self.net, self.weight_decay)
+        optimizer: torch.optim.Optimizer
+        if self.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(self.momentum, 0.999))
+        else:
+            optimizer = torch.optim.SGD(
+                groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0
+            )
         # A pure function of the step: a run resumed with more epochs follows the new curve.
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor)
         return {
@@ -244,9 +341,11 @@ class Classifier(L.LightningModule):
 
     def _evaluate(self, stage: str, batch: tuple[Tensor, ...]) -> None:
         images, targets = batch[:2]
-        logits = self.net(images)
+        (network,) = self._twin or [self.net]
+        logits = network(images)
         size = len(targets)
-        self.log(f"{stage}/loss", F.cross_entropy(logits, targets), batch_size=size)
+        loss = F.cross_entropy(logits, targets)
+        self.log(f"{stage}/loss", loss, batch_size=size, sync_dist=True)
         error = cast(MulticlassCalibrationError, self.calibration_error[stage])
         error.update(logits.softmax(1), targets)
         self.log(f"{stage}/calibration_error", error, batch_size=size)
@@ -255,6 +354,7 @@ class Classifier(L.LightningModule):
             _accuracy(logits, targets),
             batch_size=size,
             prog_bar=True,
+            sync_dist=True,
         )
 
 

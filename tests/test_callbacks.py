@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from repvgg.callbacks import (
+    EMA,
     BestCheckpoint,
     Interrupted,
     LastCheckpoint,
     ReestimateBN,
     SaveOnSignal,
+    SelfDescribing,
     WholeFileIO,
 )
-from repvgg.data import InMemory, digits
+from repvgg.data import ImageData, digits
 from repvgg.fuse import reestimate_bn
 from repvgg.module import Classifier
 
@@ -129,7 +131,7 @@ def test_a_stop_between_accumulated_gradients_or_epochs_loses_nothing(
             if trainer.fit_loop.epoch_loop.total_batch_idx == step * accumulate:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    def data() -> InMemory:
+    def data() -> ImageData:
         return digits(batch_size=batch_size)
 
     whole, resumed = classifier(), classifier()
@@ -259,7 +261,7 @@ def test_every_checkpoint_holds_statistics_without_the_noise(views, every, tmp_p
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* not empty:UserWarning")
 def test_a_run_with_reestimated_statistics_resumes_to_the_same_weights(tmp_path):
-    def data() -> InMemory:
+    def data() -> ImageData:
         return digits(batch_size=256)
 
     whole = classifier(branch_drop=0.3)
@@ -303,3 +305,108 @@ def test_a_failed_write_leaves_the_old_checkpoint_whole(tmp_path):
 
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+class Remember(L.Callback):
+    """The weights after each step, as they train."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.steps.append([value.clone() for value in pl_module.net.state_dict().values()])
+
+
+def test_the_average_is_the_formulas_and_is_what_is_saved_validated_and_tested(tmp_path):
+    module, remember = classifier(), Remember()
+    seen = {}
+
+    class Look(L.Callback):
+        def on_validation_batch_start(self, trainer, pl_module, *_):
+            seen["val"] = pl_module.net.state_dict()["linear.weight"].clone()
+
+        def on_test_batch_start(self, trainer, pl_module, *_):
+            seen["test"] = pl_module.net.state_dict()["linear.weight"].clone()
+
+    loop = trainer(tmp_path, EMA(0.9), remember, Look(), epochs=2)
+    loop.fit(module, datamodule=digits(batch_size=256))
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    loop.test(
+        module,
+        datamodule=digits(batch_size=256),
+        ckpt_path=tmp_path / "last.ckpt",
+        weights_only=True,
+        verbose=False,
+    )
+
+    average = remember.steps[0]
+    for k, step in enumerate(remember.steps[1:], start=1):
+        decay = min(0.9, (1 + k) / (10 + k))
+        average = [
+            decay * old + (1 - decay) * new if new.is_floating_point() else new
+            for old, new in zip(average, step, strict=True)
+        ]
+    for (name, _), value in zip(module.net.state_dict().items(), average, strict=True):
+        torch.testing.assert_close(saved[f"net.{name}"], value, rtol=1e-4, atol=1e-6)
+    assert torch.equal(seen["val"], saved["net.linear.weight"])
+    assert torch.equal(seen["test"], saved["net.linear.weight"])
+
+
+def test_training_is_the_same_with_and_without_the_average(tmp_path):
+    without, with_it = Remember(), Remember()
+
+    trainer(tmp_path / "a", without).fit(classifier(), datamodule=digits(batch_size=256))
+    trainer(tmp_path / "b", EMA(0.9), with_it).fit(classifier(), datamodule=digits(batch_size=256))
+
+    assert all(map(torch.equal, without.steps[-1], with_it.steps[-1]))
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* not empty:UserWarning")
+@pytest.mark.parametrize("noise", [{}, {"branch_drop": 0.3}], ids=["plain", "re-estimated"])
+@pytest.mark.parametrize("step", [7, 9])
+def test_a_run_with_an_average_resumes_to_the_same_average(step, noise, tmp_path):
+    def callbacks() -> list[L.Callback]:
+        return [*([ReestimateBN()] if noise else []), EMA(0.9)]
+
+    def last_of(folder: Path) -> dict:
+        content = torch.load(folder / "last.ckpt", weights_only=True)
+        return content["state_dict"] | {
+            f"current {key}": value for key, value in content["current_model_state"].items()
+        }
+
+    trainer(tmp_path / "whole", *callbacks()).fit(
+        classifier(**noise), datamodule=digits(batch_size=256)
+    )
+    last = tmp_path / "stopped" / "last.ckpt"
+    with pytest.raises(Interrupted):
+        trainer(last.parent, *callbacks(), SignalAt(step), SaveOnSignal(last)).fit(
+            classifier(**noise), datamodule=digits(batch_size=256)
+        )
+
+    trainer(last.parent, *callbacks()).fit(
+        classifier(**noise), datamodule=digits(batch_size=256), ckpt_path=last, weights_only=True
+    )
+
+    expected, given = last_of(tmp_path / "whole"), last_of(tmp_path / "stopped")
+    assert all(torch.equal(expected[key], given[key]) for key in expected)
+
+
+def test_a_checkpoint_describes_the_average(tmp_path):
+    module = classifier()
+    describe = SelfDescribing("key", lambda net: {"weight": net.linear.weight.detach().clone()})
+
+    trainer(tmp_path, EMA(0.9), describe, epochs=1).fit(module, datamodule=digits(batch_size=256))
+
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert torch.equal(content["key"]["weight"], content["state_dict"]["net.linear.weight"])
+    assert not torch.equal(
+        content["key"]["weight"], content["current_model_state"]["net.linear.weight"]
+    )
+
+
+def test_what_a_killed_process_left_beside_a_checkpoint_goes_with_the_next_save(tmp_path):
+    (tmp_path / ".last.ckpt.4711").write_bytes(b"half of it")
+
+    WholeFileIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]

@@ -2,14 +2,16 @@ import copy
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from repvgg.data import Batches
+from repvgg.batches import Batches, Stored
+from repvgg.data import digits
 from repvgg.losses import rdrop_loss
-from repvgg.module import Classifier, parameter_groups
+from repvgg.module import Classifier, Diverged, parameter_groups
 from repvgg.rdrop import Noise, predict_twice
 
 MODEL = {
@@ -40,6 +42,7 @@ def classifier(model: dict | None = None, **options) -> Classifier:
         accumulate_grad_batches=1,
         log_every_n_steps=1,
         num_training_batches=10,
+        world_size=1,
     )
     return module.train()
 
@@ -328,7 +331,7 @@ def test_auxiliary_classifiers_add_a_tenth_of_their_cross_entropies():
 def test_noise_depends_on_the_step_and_the_seed_alone():
     def drawn(seed: int, step: int) -> float:
         module = classifier(seed=seed)
-        module._trainer = SimpleNamespace(current_epoch=2)
+        module._trainer = SimpleNamespace(current_epoch=2, world_size=1, global_rank=0)
         torch.rand(step)  # whatever was drawn before
         module.on_train_batch_start(None, step)
         return torch.rand(1).item()
@@ -339,12 +342,14 @@ def test_noise_depends_on_the_step_and_the_seed_alone():
 
 def test_dropout_and_augmentation_of_a_batch_do_not_share_their_noise():
     module = classifier(seed=1)
-    module._trainer = SimpleNamespace(current_epoch=2)
+    module._trainer = SimpleNamespace(current_epoch=2, world_size=1, global_rank=0)
     module.on_train_batch_start(None, 5)
-    loader = Batches(torch.zeros(1), torch.zeros(1), batch_size=1, shuffle_seed=1)
+    source = Stored(torch.zeros(6), torch.zeros(6))
+    loader = Batches(source, batch_size=1, shuffle_seed=1)
     loader.set_epoch(2)
 
-    assert torch.rand(1) != torch.rand(1, generator=loader._generator(5))
+    seed = loader._requests()[5].seeds[0]
+    assert torch.rand(1) != torch.rand(1, generator=torch.Generator().manual_seed(seed))
 
 
 def test_weight_decay_follows_the_papers_recipe():
@@ -398,3 +403,124 @@ def test_rdrop_is_one_number_whose_zero_is_off(given):
 def test_a_bad_value_is_refused_with_its_key(model, options, message):
     with pytest.raises(ValueError, match=message):
         classifier(model=model, **options)
+
+
+def fit(module: Classifier, *callbacks, data=None, **options) -> list[torch.Tensor]:
+    """Train on the digits for an epoch or two; the weights."""
+    L.Trainer(
+        **{"max_epochs": 2, "limit_train_batches": 3, "limit_val_batches": 1, **options},
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=list(callbacks),
+    ).fit(module, datamodule=data or digits(batch_size=64))
+    return [value.detach().clone() for value in module.net.state_dict().values()]
+
+
+def plain(**options) -> Classifier:
+    torch.manual_seed(0)
+    return Classifier({**MODEL, "num_classes": 10}, **{**SETTINGS, **options})
+
+
+def test_training_is_bit_identical_with_and_without_the_deployed_twin():
+    without, with_it = fit(plain()), fit(plain(deployed_validation=True))
+
+    assert all(map(torch.equal, without, with_it))
+
+
+def test_the_twin_is_what_will_be_deployed_and_no_part_of_the_module():
+    seen = []
+
+    class Look(L.Callback):
+        def on_validation_batch_start(self, trainer, pl_module, *_):
+            seen.append((pl_module._twin, len(list(pl_module.modules()))))
+
+    module = plain(deployed_validation=True)
+    count = len(list(module.modules()))
+    fit(module, Look())
+
+    (twin,), modules = seen[-1]
+    images = torch.rand(4, 1, 8, 8)
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in twin.modules())
+    torch.testing.assert_close(twin(images), module.net.eval()(images), rtol=1e-4, atol=1e-5)
+    assert modules == count
+    assert module._twin == []
+
+
+def test_a_network_with_nothing_to_fold_has_no_deployed_twin():
+    with pytest.raises(ValueError, match="deployed_validation=True: resnet18 has nothing to fold"):
+        Classifier(
+            {"name": "resnet18", "library": "torchvision", "num_classes": 10},
+            deployed_validation=True,
+            **SETTINGS,
+        )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_with_the_step_and_the_rate(value):
+    class Spoil(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 4:
+                pl_module.net.linear.bias.data.fill_(value)
+
+    with pytest.raises(
+        Diverged, match=r"the loss is NaN or infinite at step 4, with a learning rate of 0\.05"
+    ):
+        fit(plain(), Spoil())
+
+
+def test_a_loss_that_is_looked_at_later_still_names_its_step():
+    module = plain()
+    module._trainer = SimpleNamespace(
+        global_step=0,
+        world_size=2,
+        strategy=SimpleNamespace(reduce=lambda value, reduce_op: value),
+    )
+    for step, loss in enumerate([1.0, float("nan"), 2.0, float("inf")]):
+        module._trainer.global_step = step
+        module._watch(torch.tensor(loss))
+
+    with pytest.raises(Diverged, match="at step 1,"):
+        module._check_watch()
+
+
+def test_weights_that_are_no_numbers_are_not_saved():
+    module = plain()
+    module._trainer = SimpleNamespace(global_step=7)
+    module.on_save_checkpoint({})
+    module.net.stem.branch_3x3.conv.weight.data[0, 0, 0, 0] = float("nan")
+
+    with pytest.raises(Diverged, match="a weight is NaN or infinite at step 7"):
+        module.on_save_checkpoint({})
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_an_optimizer_is_torchs_own_with_both_groups(name, kind):
+    optimizer = plain(optimizer=name).configure_optimizers()["optimizer"]
+
+    assert type(optimizer) is kind
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 0.0]
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(ValueError, match=r"optim\.name='lion': must be one of sgd, adamw"):
+        plain(optimizer="lion")
+
+
+def test_channels_last_computes_the_same_and_is_saved_the_same():
+    def losses(layout: torch.memory_format) -> list[torch.Tensor]:
+        module = plain().double()
+        module.net.to(memory_format=layout)
+        data = digits(batch_size=64)
+        images, labels = next(iter(data.train_dataloader()))
+        total = module.train().losses(images.double() / 255, labels, alpha=0.0).total
+        total.backward()
+        return [total, *(parameter.grad for parameter in module.net.parameters())]
+
+    pairs = zip(losses(torch.contiguous_format), losses(torch.channels_last), strict=True)
+    torch.manual_seed(0)
+    for expected, given in pairs:
+        torch.testing.assert_close(given, expected, rtol=1e-9, atol=1e-12)

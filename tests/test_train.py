@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from commands import ROOT, SHORT, run, tree
+from commands import ROOT, SHORT, make, run, tree
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import repvgg
@@ -113,11 +113,7 @@ def test_ctrl_c_saves_and_resuming_ends_with_the_weights_of_an_undisturbed_run(
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_for(tmp_path / "run" / "checkpoints" / "last.ckpt", process)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
     command = said.splitlines()[-1].partition("resume with: python train.py ")[2]
@@ -128,11 +124,153 @@ def test_ctrl_c_saves_and_resuming_ends_with_the_weights_of_an_undisturbed_run(
     assert command == "resume=run/checkpoints/last.ckpt"
     assert resumed.returncode == 0, resumed.stderr
     assert os.listdir(tmp_path) == ["run"]
-    expected, given = (
-        torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for path in (folder, tmp_path / "run")
+    assert same_weights(folder, tmp_path / "run")
+
+
+def test_a_run_that_was_killed_goes_on_with_the_same_command(trained, folder, tmp_path):
+    command = [*SHORT, "hydra.run.dir=job", "resume=auto"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *command],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
-    assert all(torch.equal(expected[key], given[key]) for key in expected)
+    wait_for(tmp_path / "job" / "checkpoints" / "last.ckpt", process)
+    process.kill()
+    process.wait()
+
+    resumed = run("train.py", *command, cwd=tmp_path)
+
+    assert resumed.returncode == 0, resumed.stderr
+    assert same_weights(folder, tmp_path / "job")
+
+
+def test_two_devices_stopped_and_resumed_train_as_one_that_accumulates(tmp_path):
+    settings = [
+        "model=repvgg_tiny",
+        "rdrop=true",
+        "trainer.max_epochs=2",
+        "trainer.accelerator=cpu",
+        "ema=0.9",
+    ]
+    devices = [*settings, "data.batch_size=32", "trainer.devices=2", "hydra.run.dir=two"]
+    accumulating = ["data.batch_size=32", "trainer.accumulate_grad_batches=2", "hydra.run.dir=one"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *devices],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(tmp_path / "two" / "checkpoints" / "last.ckpt", process)
+    process.terminate()
+    _, said = process.communicate(timeout=120)
+
+    # What one started itself, the launcher of a cluster goes on with.
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    resumed = subprocess.run(
+        [*torchrun, ROOT / "train.py", *devices, "resume=auto"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    alone = run("train.py", *settings, *accumulating, cwd=tmp_path)
+
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "stopped by SIGTERM; saved two/checkpoints/last.ckpt" in said
+    assert resumed.returncode == 0, resumed.stderr
+    assert alone.returncode == 0, alone.stderr
+    assert resumed.stdout.count("test accuracy") == 1
+    expected, given = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
+        for name in ("one", "two")
+    )
+    for key, value in expected["current_model_state"].items():
+        if not key.endswith(("running_mean", "running_var", "tracked")):  # of the first device
+            torch.testing.assert_close(
+                given["current_model_state"][key], value, rtol=1e-5, atol=1e-6
+            )
+
+
+def test_a_loss_that_is_no_number_ends_in_one_line(tmp_path):
+    done = run("train.py", *SHORT, "optim.lr=1e30", "hydra.run.dir=run", cwd=tmp_path)
+
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert re.match(
+        r"train.py: the loss is NaN or infinite at step \d+, with a learning rate", last
+    )
+    assert "nothing was saved yet" in last
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_folder_of_images_is_trained_on_and_deployed(tmp_path):
+    make(tmp_path / "my images" / "train", count=24)
+    make(tmp_path / "my images" / "test", count=4)
+    data = ["data=imagefolder", "data.root=my images", "data.image_size=16", "data.batch_size=16"]
+
+    trained = run(
+        "train.py",
+        *data,
+        "model=repvgg_tiny",
+        "trainer.max_epochs=2",
+        "hydra.run.dir=run",
+        "deployed_validation=true",
+        cwd=tmp_path,
+    )
+    deployed = run(
+        "deploy.py",
+        "ckpt=run/checkpoints/best.ckpt",
+        *data,
+        "formats=[safetensors]",
+        "benchmark=false",
+        cwd=tmp_path,
+    )
+
+    assert trained.returncode == 0, trained.stderr
+    assert deployed.returncode == 0, deployed.stderr
+    contract = repvgg.checkpoint.load(tmp_path / "run" / "checkpoints" / "best.ckpt").data
+    assert (contract.classes, contract.resize_size) == (["cat", "dog"], 256)
+
+
+def test_a_damaged_image_ends_in_one_line_and_not_in_a_trace_of_a_worker(tmp_path):
+    make(tmp_path / "images" / "train", count=8)
+    make(tmp_path / "images" / "val", count=2)
+    damaged = tmp_path / "images" / "train" / "dog" / "5.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+
+    done = run(
+        "train.py",
+        "data=imagefolder",
+        "data.root=images",
+        "data.image_size=16",
+        "data.batch_size=16",
+        "data.num_workers=1",
+        "model=repvgg_tiny",
+        "trainer.enable_progress_bar=false",
+        cwd=tmp_path,
+    )
+
+    assert done.returncode == 1
+    assert "images/train/dog/5.jpg: cannot be read as an image" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def wait_for(path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def same_weights(*folders) -> bool:
+    expected, given = (
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for folder in folders
+    )
+    return all(torch.equal(expected[key], given[key]) for key in expected)
 
 
 def test_a_sweep_makes_one_run_folder_a_job_and_names_the_job_that_failed(tmp_path):

@@ -1,0 +1,298 @@
+"""How fast a network trains: python scripts/benchmark_training.py root=FOLDER
+
+Times whole steps (forward, backward, SGD) of one network in turns, each way in a process of its
+own: a bare loop over the authors' block, written out below, and over timm's model; our network in
+the same loop; and our module in Lightning, in several layouts and precisions. What Lightning adds
+is the difference between ours in the loop and in Lightning. The first one runs under two names:
+their ratio shows how much is noise. With root=, a folder with train/ and test/, images a second of
+the data pipeline alone are measured too.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from multiprocessing.connection import Connection
+from typing import Any
+
+import study
+import torch
+import turns
+from benchmark_deploy import measure_peak
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import repvgg
+from repvgg import cli
+from repvgg.arguments import check_integer
+
+DEFAULTS: dict[str, Any] = {
+    "model": "repvgg_a0",
+    "cases": ["224x32x1000", "32x256x10"],
+    "rounds": 9,
+    "steps": 1,
+    "compile": True,
+    "root": None,
+    "threads": torch.get_num_threads(),
+    "device": "cuda" if torch.cuda.is_available() else "cpu",
+}
+BASE = "the authors' block, bare loop"
+CASE = "SIZExBATCHxCLASSES"
+
+
+def main(settings: dict[str, Any]) -> None:
+    check_integer("rounds", settings["rounds"], minimum=2, example=9)
+    check_integer("steps", settings["steps"], minimum=1, example=1)
+    torch.set_num_threads(check_integer("threads", settings["threads"], minimum=1, example=2))
+    if settings["model"] not in repvgg.list_models():
+        raise ValueError(f"model={settings['model']}: type one of repvgg.list_models()")
+    print(
+        f"{settings['model']}, {settings['rounds']} rounds of {settings['steps']} steps after "
+        f"{turns.WARMUP} to warm up; {study.machine()}, on {settings['device']}, "
+        f"{settings['threads']} threads"
+    )
+    for case in settings["cases"]:
+        size, batch, classes = parse(case)
+        compare(settings, size, batch, classes)
+    if settings["root"] is not None:
+        measure_data(settings)
+
+
+def parse(case: object) -> tuple[int, int, int]:
+    numbers = [int(number) for number in str(case).split("x") if number.isdecimal()]
+    if len(numbers) != 3 or min(numbers) < 1:
+        raise ValueError(f"cases: '{case}' is not {CASE}; type for example cases=[32x256x10]")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def compare(settings: dict[str, Any], size: int, batch: int, classes: int) -> None:
+    names = candidates(settings)
+    running = {
+        name: turns.start(name, serve, name, settings, size, batch, classes) for name in names
+    }
+    try:
+        times = turns.measure(running, None, rounds=settings["rounds"])
+    finally:
+        turns.stop(running)
+    peak = measure_peak(torch.float32)
+    print(f"\n{batch} images of {size}x{size}, {classes} classes; peak of a product of matrices, ")
+    print(f"float32: {peak / 1e9:.0f} Gop/s\n")
+    print("| step | ms (quartiles) | images/s | times the first | quartiles | % of the peak |")
+    print("|---|---|---|---|---|---|")
+    for name in names:
+        milliseconds = [value / settings["steps"] for value in times[name]]
+        timing = turns.summarize(times[name], times[BASE])
+        middle = statistics.median(milliseconds)
+        share = running[name].said / (middle / 1000) / peak
+        print(
+            f"| {name} | {middle:.0f} ({timing.lower / settings['steps']:.0f} to "
+            f"{timing.upper / settings['steps']:.0f}) | {1000 * batch / middle:.1f} | "
+            f"{timing.speedup:.3f} | {timing.speedup_lower:.3f} to {timing.speedup_upper:.3f} | "
+            f"{100 * share:.0f} |"
+        )
+
+
+def candidates(settings: dict[str, Any]) -> list[str]:
+    """Every way that this machine can go; bf16 where the processor has it."""
+    names = [BASE, "the same again (control)"]
+    if find_spec("timm") and settings["model"].startswith("repvgg_"):
+        names.append("timm, bare loop")
+    names += ["ours, bare loop", "ours, Lightning", "ours, Lightning, channels_last"]
+    if settings["compile"]:
+        names += ["ours, Lightning, channels_last, compiled"]
+    if settings["device"] == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        names += [f"{name}, bf16" for name in names if "channels_last" in name]
+    return names
+
+
+def serve(
+    pipe: Connection, name: str, settings: dict[str, Any], size: int, batch: int, classes: int
+) -> None:
+    """In a process of its own: train whenever asked, and tell the milliseconds."""
+    study.start_worker()
+    torch.set_num_threads(settings["threads"])
+    torch.manual_seed(0)
+    device = torch.device(settings["device"])
+    images = torch.randn(batch, 3, size, size, device=device)
+    targets = torch.randint(0, classes, (batch,), device=device)
+    if "Lightning" in name:
+        in_lightning(pipe, name, settings, (images, targets), classes)
+        return
+    network = build(name, settings["model"], classes).to(device)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
+    flops = count_flops(network, images)
+    for batch_images, batch_targets in on_demand(pipe, (images, targets), flops, settings["steps"]):
+        F.cross_entropy(network(batch_images), batch_targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def in_lightning(
+    pipe: Connection,
+    name: str,
+    settings: dict[str, Any],
+    batch: tuple[Tensor, Tensor],
+    classes: int,
+) -> None:
+    import lightning as L
+
+    from repvgg.module import Classifier
+
+    module = Classifier(
+        {"name": settings["model"], "num_classes": classes},
+        lr=1e-3,
+        momentum=0.9,
+        weight_decay=1e-4,
+        num_steps=10**6,
+        num_warmup_steps=0,
+    )
+    flops = count_flops(module.net, batch[0].cpu())
+    if "channels_last" in name:
+        module.net.to(memory_format=torch.channels_last)
+    if "compiled" in name:
+        for block in module.net.modules():
+            if isinstance(block, repvgg.RepVGGBlock):
+                block.compile()
+    L.Trainer(
+        max_epochs=1,
+        accelerator=settings["device"],
+        devices=1,
+        precision="bf16-mixed" if "bf16" in name else "32-true",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        log_every_n_steps=10**9,  # as between two lines of the log
+    ).fit(module, _OnDemand(pipe, batch, flops, settings["steps"]))
+
+
+class _OnDemand:
+    """`on_demand` with a length, as Lightning fetches one batch ahead where it knows none."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __len__(self) -> int:
+        return 10**6
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return on_demand(*self.arguments)
+
+
+def on_demand(
+    pipe: Connection, batch: tuple[Tensor, Tensor], said: int, steps: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches, when the other end of the pipe asks; the time of all that the loop does with them.
+
+    From the first batch that is handed out to the request for the next but last.
+    """
+    for _ in range(2):
+        yield batch  # allocates, compiles
+    pipe.send(said)
+    while pipe.recv() is not None:
+        yield batch  # wakes threads and caches
+        _finish(batch[0].device)
+        begin = time.perf_counter()
+        for _ in range(steps):
+            yield batch
+        _finish(batch[0].device)
+        pipe.send(1000 * (time.perf_counter() - begin))
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def build(name: str, model: str, classes: int) -> nn.Module:
+    if name.startswith("timm"):
+        import timm
+
+        return timm.create_model(model, num_classes=classes).train()
+    ours = repvgg.create_model(model, num_classes=classes).train()
+    return ours if name.startswith("ours") else reference(ours)
+
+
+def reference(ours: nn.Module) -> nn.Module:
+    """The network as the authors' program builds it, with its convolutions of stride 2."""
+    blocks = [block for block in ours.modules() if isinstance(block, repvgg.RepVGGBlock)]
+    return nn.Sequential(
+        *(
+            ReferenceBlock(block.in_channels, block.out_channels, block.stride, block.groups)
+            for block in blocks
+        ),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(blocks[-1].out_channels, ours.linear.out_features),
+    ).train()
+
+
+class ReferenceBlock(nn.Module):
+    """Three branches as in figure 4 of the paper, each with its own convolution and BatchNorm."""
+
+    def __init__(self, channels: int, out_channels: int, stride: int, groups: int) -> None:
+        super().__init__()
+        same = channels == out_channels and stride == 1
+        self.identity = nn.BatchNorm2d(channels) if same else None
+        self.dense, self.point = (
+            nn.Sequential(
+                nn.Conv2d(
+                    channels,
+                    out_channels,
+                    size,
+                    stride=stride,
+                    padding=size // 2,
+                    groups=groups,
+                    bias=False,
+                ),
+                nn.BatchNorm2d(out_channels),
+            )
+            for size in (3, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.dense(x) + self.point(x)
+        return (y if self.identity is None else y + self.identity(x)).relu()
+
+
+def count_flops(network: nn.Module, images: Tensor) -> int:
+    """Of a step, by torch's counter."""
+    with FlopCounterMode(display=False) as counter:
+        network(images).sum().backward()
+    network.zero_grad()
+    return counter.get_total_flops()
+
+
+def measure_data(settings: dict[str, Any]) -> None:
+    """Images a second of the data pipeline alone, from memory and from files."""
+    from repvgg.data import cifar10, imagefolder
+
+    root = settings["root"]
+    begin = time.perf_counter()
+    stored = cifar10(root=root, batch_size=256)
+    print(f"\ndecoding {root} into memory: {time.perf_counter() - begin:.1f} s\n")
+    ways: dict[str, Callable[[], Any]] = {
+        "memory, 32 pixels": lambda: stored,
+        "JPEG files, 32 pixels": lambda: imagefolder(
+            root=root, batch_size=256, image_size=32, resize_size=32
+        ),
+    }
+    print("| source | images/s (least, most of 5) |")
+    print("|---|---|")
+    for name, make in ways.items():
+        data, rates = make(), []
+        for epoch in range(5):
+            loader = data.train_dataloader()
+            loader.set_epoch(epoch)
+            begin, count = time.perf_counter(), 0
+            for images, _ in itertools.islice(loader, 40):
+                count += len(images)
+            rates.append(count / (time.perf_counter() - begin))
+        print(f"| {name} | {statistics.median(rates):.0f} ({min(rates):.0f}, {max(rates):.0f}) |")
+
+
+if __name__ == "__main__":
+    cli.script(main, __doc__ or "", DEFAULTS)

@@ -38,6 +38,9 @@ class Source(Protocol):
     def labels(self) -> Tensor:
         """(N,), int64."""
 
+    def order(self, generator: torch.Generator) -> Tensor:
+        """All rows in a random order, which may keep together what is read together."""
+
     def read(
         self, requests: Sequence[Request], augment: Any
     ) -> Iterable[tuple[list[Tensor], Tensor]]:
@@ -49,6 +52,9 @@ class Stored(NamedTuple):
 
     images: Tensor
     labels: Tensor
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        return torch.randperm(len(self.labels), generator=generator)
 
     def read(
         self, requests: Sequence[Request], augment: Augmentation | None
@@ -153,7 +159,7 @@ class Batches:
             rows = torch.arange(self.rank, count, self.world_size)
             return [Request(part, []) for part in rows.split(self.batch_size)]
         generator = torch.Generator().manual_seed(self._seed())
-        order = torch.randperm(count, generator=generator)
+        order = self.source.order(generator)
         if self.repeats > 1:
             order = order.repeat_interleave(self.repeats)[:count]
         requests = []

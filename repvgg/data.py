@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from repvgg.arguments import check_integer, check_number, refusal
 from repvgg.augment import by_batch, by_image, random_affine
 from repvgg.batches import Batch, Batches, Request, Source, Stored
-from repvgg.folder import Files, find, store
+from repvgg.folder import Files, Shards, find, has_shards, read_contents, store
 from repvgg.images import fit
 from repvgg.model import DataContract, Normalize, to_float
 
@@ -223,6 +223,7 @@ def imagefolder(
     *,
     root: str | None,
     image_size: int = 224,
+    eval_size: int | None = None,
     resize_size: int | None = 256,
     interpolation: str = "bilinear",
     mean: Sequence[float] = IMAGENET_MEAN,
@@ -233,6 +234,7 @@ def imagefolder(
     skip_unreadable: bool = False,
     in_memory: bool = False,
     holdout: float = 0.05,
+    cache_size: str = "100GB",
     **options: Any,
 ) -> ImageData:
     """Any folder of images, ImageNet too: train/, val/ and test/, each with one folder a class.
@@ -240,10 +242,12 @@ def imagefolder(
     Without val/, some training images validate; without test/, the validation images test.
 
     Args:
-        root: the folder.
-        image_size: height and width in pixels that the network sees.
+        root: the folder; or one that `scripts/write_shards.py` made of it, also as s3://... or
+            gs://...
+        image_size: height and width in pixels that the network is trained on.
+        eval_size: those in evaluation; None takes `image_size`.
         resize_size: length of the shorter side before the centre is cut out, in evaluation; None
-            scales as little as covers `image_size`.
+            scales as little as covers the size.
         interpolation: "bilinear" or "bicubic".
         mean, std: by channel, of images in [0, 1].
         augment, erase: of the training images: see `repvgg.augment.by_image`.
@@ -252,14 +256,16 @@ def imagefolder(
         in_memory: decode all images once, fitted to `image_size`: for small ones. They are varied
             by the batch, as in `repvgg.augment.by_batch`.
         holdout: share of the training images, by class, that validates where val/ is missing.
+        cache_size: what shards that were fetched may take on the disk.
         options: batch_size, views, mixup, cutmix, repeats and seed, of `ImageData`.
 
     Raises:
         ValueError: a value is outside its range, or the folders are not as described.
     """
-    size = (check_integer("data.image_size", image_size, minimum=8, example=224),) * 2
+    check_integer("data.image_size", image_size, minimum=8, example=224)
+    size = check_integer("data.eval_size", eval_size or image_size, minimum=8, example=224)
     if resize_size is not None:
-        check_integer("data.resize_size", resize_size, minimum=image_size, example=256)
+        check_integer("data.resize_size", resize_size, minimum=size, example=256)
     if interpolation not in ("bilinear", "bicubic"):
         allowed = "must be bilinear or bicubic"
         raise refusal("data.interpolation", interpolation, allowed, "bilinear")
@@ -268,38 +274,36 @@ def imagefolder(
             raise refusal(f"data.{key}", value, "must be true or false", "true")
     if root is None:
         raise ValueError("data.root is missing: type data.root=FOLDER, with train/ and val/")
-    folder = Path(root).expanduser()
+    root = root if "://" in root else str(Path(root).expanduser())
     workers = _count_workers(num_workers)
-    paths, labels, classes = find(folder / "train")
-    found = {part: find(folder / part, classes)[:2] for part in _held_out(folder)}
-    if "val" not in found:
-        kept, held = _hold_out(labels, holdout)
-        found["val"] = [paths[row] for row in held.tolist()], labels[held]
-        paths, labels = [paths[row] for row in kept.tolist()], labels[kept]
-    found["train"] = paths, labels
-    sources: dict[str, Source] = {}
-    for part, (names, targets) in found.items():
-        if in_memory:
-            sources[part] = store(names, targets, size, num_workers=workers)
-        else:
-            sources[part] = Files(
-                names,
-                targets,
-                evaluate=functools.partial(
-                    fit, size=size, interpolation=interpolation, resize=resize_size
-                ),
-                num_workers=workers,
-                skip_unreadable=skip_unreadable,
-            )
-    variation = (
-        by_batch(augment, padding=image_size // 8, erase=erase, size=image_size)
-        if in_memory
-        else by_image(augment, size=size, interpolation=interpolation, erase=erase)
-    )
+    reading: dict[str, Any] = {
+        "evaluate": functools.partial(
+            fit, size=(size, size), interpolation=interpolation, resize=resize_size
+        ),
+        "num_workers": workers,
+        "skip_unreadable": skip_unreadable,
+    }
+    sources: dict[str, Any]
+    if has_shards(root):
+        sources, classes = _read_shards(root, cache_size, reading)
+    else:
+        parts, classes = _read_folder(Path(root), holdout)
+        sources = {part: Files(*files, **reading) for part, files in parts.items()}
+    whole = (image_size, image_size)
+    if in_memory:
+        if has_shards(root) or size != image_size:
+            raise refusal("data.in_memory", True, "is for folders and one size of images", "false")
+        sources = {
+            part: store(files.paths, files.labels, whole, num_workers=workers)
+            for part, files in sources.items()
+        }
+        variation: Any = by_batch(augment, padding=image_size // 8, erase=erase, size=image_size)
+    else:
+        variation = by_image(augment, size=whole, interpolation=interpolation, erase=erase)
     contract = DataContract(
         classes=classes,
         in_channels=3,
-        image_size=size,
+        image_size=(size, size),
         mean=tuple(mean),
         std=tuple(std),
         interpolation=interpolation,
@@ -307,6 +311,39 @@ def imagefolder(
     )
     test = sources.get("test", sources["val"])
     return ImageData(sources["train"], sources["val"], test, contract, augment=variation, **options)
+
+
+def _read_folder(
+    folder: Path, holdout: float
+) -> tuple[dict[str, tuple[list[Path], Tensor]], list[str]]:
+    """Paths and labels of each part, and the classes."""
+    paths, labels, classes = find(folder / "train")
+    held_out = [part for part in ("val", "test") if (folder / part).is_dir()]
+    if not held_out:
+        raise ValueError(f"data.root={folder}: holds neither val/ nor test/ beside train/")
+    parts = {part: find(folder / part, classes)[:2] for part in held_out}
+    if "val" not in parts:
+        kept, held = _hold_out(labels, holdout)
+        parts["val"] = [paths[row] for row in held.tolist()], labels[held]
+        paths, labels = [paths[row] for row in kept.tolist()], labels[kept]
+    return {"train": (paths, labels), **parts}, classes
+
+
+def _read_shards(
+    root: str, cache_size: str, reading: dict[str, Any]
+) -> tuple[dict[str, Shards], list[str]]:
+    contents = read_contents(root)
+    shards = {
+        part: Shards(
+            f"{root}/{part}",
+            torch.tensor(labels),
+            shard_size=contents["shard_size"],
+            cache_size=cache_size,
+            **reading,
+        )
+        for part, labels in contents["labels"].items()
+    }
+    return shards, contents["classes"]
 
 
 def _cifar(
@@ -377,13 +414,6 @@ def _read_cifar(name: str, folder: Path) -> tuple[Stored, Stored, list[str]]:
         for part in parts
     )
     return train, test, list(parts[0].classes)
-
-
-def _held_out(folder: Path) -> list[str]:
-    parts = [part for part in ("val", "test") if (folder / part).is_dir()]
-    if not parts:
-        raise ValueError(f"data.root={folder}: holds neither val/ nor test/ beside train/")
-    return parts
 
 
 def _hold_out(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:

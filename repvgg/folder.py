@@ -1,11 +1,15 @@
-"""A folder of images as a source: one folder a class, decoded by worker processes while one trains.
+"""Images in files as a source, decoded by worker processes while one trains.
 
-`root/train/<class>/...` and `root/val/` or `root/test/` likewise: the layout of ImageNet.
+Either a folder, `root/train/<class>/...` and `root/val/` or `root/test/` likewise, the layout of
+ImageNet; or shards that `scripts/write_shards.py` made of one, which can lie in an object store.
 """
 
 import functools
+import io
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -38,7 +42,7 @@ class Files:
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        paths: Sequence[Path | str],
         labels: Tensor,
         *,
         evaluate: Fit,
@@ -51,6 +55,17 @@ class Files:
         self.num_workers = num_workers
         self.skip_unreadable = skip_unreadable
         self.unreadable: set[str] = set()
+
+    def open(self, row: int) -> Image.Image:
+        """Decode one image.
+
+        Raises:
+            ValueError: it cannot be read; the message names it.
+        """
+        return open_image(Path(self.paths[row]))
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        return torch.randperm(len(self.labels), generator=generator)
 
     def read(
         self, requests: Sequence[Request], augment: Transform | None
@@ -78,6 +93,46 @@ class Files:
             yield views, labels
 
 
+class Shards(Files):
+    """The same, from shards on a disk or in an object store, which are fetched as they are needed.
+
+    Read with litdata (the extra `shards`). Shards are shuffled, and images within a few of them at
+    a time, so that each shard is fetched once an epoch.
+
+    Args:
+        url: of the part's folder: a path, or s3://, gs://, ...
+        labels: (N,), int64.
+        shard_size: images in a shard.
+        cache_size: what fetched shards may take on the disk, as in "100GB".
+        options: evaluate, num_workers, skip_unreadable, of `Files`.
+    """
+
+    TOGETHER = 8  # shards whose images are mixed
+
+    def __init__(
+        self, url: str, labels: Tensor, *, shard_size: int, cache_size: str, **options: Any
+    ) -> None:
+        super().__init__([], labels, **options)
+        self.url = url
+        self.shard_size = shard_size
+        self.cache_size = cache_size
+        self._shards: Any = None  # opened by the process that reads
+
+    def open(self, row: int) -> Image.Image:
+        if self._shards is None:
+            self._shards = _litdata().StreamingDataset(self.url, max_cache_size=self.cache_size)
+        return open_image(io.BytesIO(self._shards[row]["image"]), name=f"{self.url}, image {row}")
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        shards = torch.arange(len(self.labels)).split(self.shard_size)
+        shuffled = torch.randperm(len(shards), generator=generator).tolist()
+        windows = []
+        for start in range(0, len(shuffled), self.TOGETHER):
+            rows = torch.cat([shards[i] for i in shuffled[start : start + self.TOGETHER]])
+            windows.append(rows[torch.randperm(len(rows), generator=generator)])
+        return torch.cat(windows)
+
+
 class _Images(Dataset):
     """What a worker does: (row, seeds) -> views (C, H, W) each, label, failures."""
 
@@ -88,10 +143,10 @@ class _Images(Dataset):
     def __getitem__(self, item: tuple[int, list[int]]) -> tuple[list[Tensor], int, list[str]]:
         row, seeds = item
         failures: list[str] = []
-        for shift in range(len(self.files.paths)):
-            chosen = (row + shift) % len(self.files.paths)
+        count = len(self.files.labels)
+        for chosen in ((row + shift) % count for shift in range(count)):
             try:
-                image = open_image(Path(self.files.paths[chosen]))
+                image = self.files.open(chosen)
             except ValueError as error:  # raised here, it would be a stack trace of a worker
                 failures.append(" ".join(str(error).split()))
                 if not self.files.skip_unreadable:
@@ -128,6 +183,56 @@ def _quieten(worker: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+CONTENTS = "contents.json"  # beside the shards: classes, labels of each part, images in a shard
+
+
+def has_shards(root: str) -> bool:
+    return "://" in root or (Path(root) / CONTENTS).is_file()
+
+
+def read_contents(root: str) -> dict[str, Any]:
+    """What `scripts/write_shards.py` wrote beside its shards.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    import fsspec
+
+    try:
+        with fsspec.open(f"{root}/{CONTENTS}", "rt") as file:
+            return json.load(file)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(
+            f"data.root={root}: its {CONTENTS} cannot be read ({error}); give a folder of shards "
+            "that scripts/write_shards.py wrote"
+        ) from error
+
+
+def write_shards(paths: Sequence[Path], labels: Tensor, folder: Path, *, shard_size: int) -> None:
+    """Copy image files into shards, in order, unchanged."""
+    _litdata().optimize(
+        _read_bytes,
+        list(zip(map(str, paths), labels.tolist(), strict=True)),
+        output_dir=str(folder),
+        chunk_size=shard_size,
+        num_workers=1,  # more would each write shards of their own, in another order
+        verbose=False,
+    )
+
+
+def _read_bytes(item: tuple[str, int]) -> dict[str, Any]:
+    path, label = item
+    return {"image": Path(path).read_bytes(), "label": label}
+
+
+def _litdata() -> Any:
+    try:
+        import litdata
+    except ImportError as error:
+        raise ValueError('shards need litdata: type pip install -e ".[shards]"') from error
+    return litdata
 
 
 def find(
@@ -177,7 +282,7 @@ def find(
 
 
 def store(
-    paths: Sequence[Path], labels: Tensor, size: tuple[int, int], *, num_workers: int = 0
+    paths: Sequence[Path | str], labels: Tensor, size: tuple[int, int], *, num_workers: int = 0
 ) -> Stored:
     """Decode all images into memory, fitted to one size.
 

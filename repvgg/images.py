@@ -4,6 +4,7 @@ Fitted to a size as everywhere in the field: the shorter side is scaled, then th
 """
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -13,18 +14,20 @@ from torch import Tensor
 MODES = {1: "L", 3: "RGB"}  # by the number of channels
 
 
-def open_image(path: Path, channels: int = 3) -> Image.Image:
+def open_image(path: Path | BinaryIO, channels: int = 3, *, name: str | None = None) -> Image.Image:
     """Decode a file: greyscale, palette, CMYK and 16 bits become 8 bits of the wanted channels.
 
     The rotation that a camera noted is applied. Transparent pixels show white.
 
     Args:
-        path: of a file that Pillow can read.
+        path: of a file that Pillow can read, or the open file.
         channels: 1 or 3.
+        name: of the image in messages; None takes the path.
 
     Raises:
         ValueError: the file is damaged or no image, or its pixels have no known scale.
     """
+    name = str(path) if name is None else name
     if channels not in MODES:
         raise ValueError(f"the network takes {channels} channels, image files have 1 or 3")
     try:
@@ -32,12 +35,12 @@ def open_image(path: Path, channels: int = 3) -> Image.Image:
             image = ImageOps.exif_transpose(file)
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
+        raise ValueError(f"{name}: cannot be read as an image: {error}") from error
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         pixels = np.asarray(image).astype(np.uint32).clip(0, 65535)
         image = Image.fromarray((pixels >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError(f"{path}: pixels of mode {image.mode} have no known scale; save 8 bits")
+        raise ValueError(f"{name}: pixels of mode {image.mode} have no known scale; save 8 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

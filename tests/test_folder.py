@@ -1,17 +1,20 @@
 import functools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from commands import make
+from commands import ROOT, make
 from PIL import Image
 
 from repvgg.batches import Batches, Request
 from repvgg.data import imagefolder
-from repvgg.folder import Files, find, store
+from repvgg.folder import Files, Shards, find, store
 from repvgg.images import fit, open_image, to_tensor
 
 SIZE = (16, 16)
+SCRIPT = ROOT / "scripts" / "write_shards.py"
 
 
 def truncate(path):
@@ -231,3 +234,44 @@ def test_a_bad_value_is_refused_with_its_key(options, message, root):
 
     with pytest.raises(ValueError, match=message):
         imagefolder(**{"root": str(root), "batch_size": 4, "num_workers": 0, **options})
+
+
+def test_shards_give_the_images_of_the_folder_in_an_order_that_can_be_resumed(root, tmp_path):
+    out = tmp_path / "shards"
+    done = subprocess.run(
+        [sys.executable, SCRIPT, f"root={root}", f"out={out}", "shard_size=5"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    settings = {"batch_size": 4, "image_size": 16, "num_workers": 0}
+    plain, data = (imagefolder(root=str(where), **settings) for where in (root, out))
+
+    for part in ("train", "val"):
+        expected, given = (
+            one.read(getattr(one, part), torch.arange(len(getattr(one, part).labels)))
+            for one in (plain, data)
+        )
+        assert all(map(torch.equal, expected, given))
+    assert data.contract == plain.contract
+    whole = [images for images, _ in data.train_dataloader()]
+    again = data.train_dataloader()
+    again.load_state_dict({"epoch": 0, "batch": 1})
+    assert all(map(torch.equal, [images for images, _ in again], whole[1:]))
+
+
+def test_shards_are_read_a_few_at_a_time():
+    shards = Shards("here", torch.zeros(100), shard_size=5, cache_size="1GB", evaluate=fit)
+
+    order = shards.order(torch.Generator().manual_seed(0))
+
+    assert sorted(order.tolist()) == list(range(100))
+    for window in order[:80].split(40):
+        assert len(set((window // 5).tolist())) == Shards.TOGETHER
+    assert order.tolist() != sorted(order.tolist())
+
+
+def test_a_place_without_shards_is_told(tmp_path):
+    with pytest.raises(ValueError, match=r"its contents.json cannot be read"):
+        imagefolder(root=f"file://{tmp_path}", batch_size=4)

@@ -33,6 +33,8 @@ FRONTIERS = {
     "numpy": {"quantize", "images"},
     "PIL": {"images", "folder", "augment"},
     "filelock": {"data"},
+    "fsspec": {"folder"},
+    "litdata": {"folder"},
 }
 MODULES = sorted(path.stem for path in (ROOT / "repvgg").glob("*.py") if path.stem != "__init__")
 
@@ -79,7 +81,7 @@ def test_a_module_stays_behind_the_frontiers(module):
 
 
 def test_engines_are_imported_where_they_are_used():
-    engines = ("onnx", "onnxruntime", "safetensors", "hydra", "omegaconf", "torchvision")
+    engines = ("litdata", "onnx", "onnxruntime", "safetensors", "hydra", "omegaconf", "torchvision")
     at_module_scope = [
         (module, name)
         for module in MODULES

@@ -1,0 +1,47 @@
+"""Write a folder of images as shards: python scripts/write_shards.py root=FOLDER out=FOLDER
+
+For data that is larger than one disk: upload what this writes to an object store, and train with
+data=imagefolder data.root=s3://... The files go into the shards as they are, byte for byte; read
+and written with litdata (pip install -e ".[shards]").
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from repvgg import cli
+from repvgg.arguments import check_integer
+from repvgg.folder import CONTENTS, find, write_shards
+
+DEFAULTS: dict[str, Any] = {"root": None, "out": None, "shard_size": 1024}
+
+
+def main(settings: dict[str, Any]) -> None:
+    for key in ("root", "out"):
+        if settings[key] is None:
+            raise ValueError(f"{key} is missing: type {key}=FOLDER")
+    root, out = Path(settings["root"]), Path(settings["out"])
+    size = check_integer("shard_size", settings["shard_size"], minimum=1, example=1024)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"out={out}: is not empty; give a new folder")
+    if not (root / "val").is_dir():
+        raise ValueError(f"root={root}: has no val/; shards are validated on images of their own")
+    paths, labels, classes = find(root / "train")
+    parts = {"train": (paths, labels)}
+    parts |= {
+        part: find(root / part, classes)[:2] for part in ("val", "test") if (root / part).is_dir()
+    }
+    for part, (paths, labels) in parts.items():
+        write_shards(paths, labels, out / part, shard_size=size)
+        print(f"{part}: {len(paths)} images")
+    contents = {
+        "classes": classes,
+        "labels": {part: labels.tolist() for part, (_, labels) in parts.items()},
+        "shard_size": size,
+    }
+    (out / CONTENTS).write_text(json.dumps(contents))
+    print(f"train on it: python train.py data=imagefolder data.root={out}")
+
+
+if __name__ == "__main__":
+    cli.script(main, __doc__ or "", DEFAULTS)

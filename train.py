@@ -251,6 +251,12 @@ def check_settings(config: dict[str, Any]) -> None:
         if not (1 <= devices <= here or (devices == -1 and on_gpu)):
             allowed = f"this machine has {here} {'accelerators' if on_gpu else 'processors'}"
             raise refusal("trainer.devices", devices, allowed, 1)
+    if settings["precision"] == "bf16-mixed" and not (on_gpu or has_bf16()):
+        print(
+            "trainer.precision=bf16-mixed: this processor has no instructions for it and emulates "
+            "them, many times slower than 32-true",
+            file=sys.stderr,
+        )
     check_integer("trainer.num_nodes", settings["num_nodes"], minimum=1, example=1)
     if settings["sync_batchnorm"] and not on_gpu:
         allowed = "torch normalizes across devices on GPUs alone"
@@ -271,6 +277,13 @@ def check_settings(config: dict[str, Any]) -> None:
             f"must be one of {', '.join(precisions)} on this device",
             "32-true",
         )
+
+
+def has_bf16() -> bool:
+    """Whether this processor computes convolutions in bf16."""
+    import torch
+
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def fit_model(model: dict[str, Any], data: Any) -> None:

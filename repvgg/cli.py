@@ -45,6 +45,7 @@ def run(
 
     failures: list[Exception] = []
     sweep = False
+    process = os.getpid()
 
     @hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)
     def main(composed: DictConfig) -> None:
@@ -62,6 +63,8 @@ def run(
                 print(f"{overrides}: {message or repr(error)}", file=sys.stderr)
                 if message is None:
                     traceback.print_exception(error)
+            if os.getpid() != process:  # of a launcher, where `failures` is a copy
+                raise
 
     show_traceback = os.environ.get(FULL_ERROR) == "1"
     os.environ[FULL_ERROR] = "1"  # makes Hydra raise its errors instead of printing them

@@ -8,10 +8,12 @@ from omegaconf import OmegaConf
 import deploy
 import repvgg
 from repvgg.export import FORMATS
+from repvgg.zoo import build_model
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 MODELS.remove("torchvision")
+EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
 
 
@@ -52,6 +54,26 @@ def test_a_network_of_torchvision_composes_with_every_data_set(data):
 
     assert (config["library"], config["name"]) == ("torchvision", "resnet34")
     assert {config[key] for key in ("strides", "dropout", "branch_drop", "drop_path")} == {None}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_opens_with_its_command_and_composes(experiment):
+    first, command, *_ = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text().splitlines()
+
+    config = compose("train", *command.removeprefix("# python train.py ").split())
+
+    assert first == "# @package _global_"
+    assert f"experiment={experiment}" in command
+    with torch.device("meta"):
+        build_model(**config["model"] | {"num_classes": 10})
+    assert set(config) == set(compose("train"))
+
+
+def test_the_command_line_wins_over_an_experiment():
+    config = compose("train", "experiment=imagenet_200", "model=repvgg_b2g4", "mixup=0.4")
+
+    assert (config["model"]["name"], config["mixup"]) == ("repvgg_b2g4", 0.4)
+    assert config["trainer"]["max_epochs"] == 200
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def prepare(module: Any, config: dict[str, Any], images: Any) -> None:
     import torch
     from torch import nn
 
-    from repvgg.block import RepVGGBlock
+    from repvgg.block import RepVGGBlock, compile_blocks
     from repvgg.rdrop import find_noise
 
     name = config["model"]["name"]
@@ -165,10 +165,8 @@ def prepare(module: Any, config: dict[str, Any], images: Any) -> None:
                     "a CPU; type channels_last=false"
                 )
         module.net.to(memory_format=torch.channels_last)
-    if config["compile"]:
-        # Block by block: those of one shape share their code, and the names of weights stay.
-        for part in blocks or [module.net]:
-            part.compile()
+    if config["compile"] and not compile_blocks(module.net):
+        module.net.compile()
 
 
 def describe(

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import repvgg
 from repvgg import cli
 from repvgg.arguments import check_integer
+from repvgg.block import compile_blocks
 
 DEFAULTS: dict[str, Any] = {
     "model": "repvgg_a0",
@@ -152,9 +153,7 @@ def in_lightning(
     if "channels_last" in name:
         module.net.to(memory_format=torch.channels_last)
     if "compiled" in name:
-        for block in module.net.modules():
-            if isinstance(block, repvgg.RepVGGBlock):
-                block.compile()
+        compile_blocks(module.net)
     L.Trainer(
         max_epochs=1,
         accelerator=settings["device"],

@@ -9,6 +9,7 @@ from networks import relative_error, settle
 from torch import nn
 
 from repvgg import QARepVGGBlock, RepVGGBlock
+from repvgg.block import compile_blocks
 
 CASES = {
     "identity": {"in_channels": 8, "out_channels": 8},
@@ -320,3 +321,21 @@ def test_recomputing_keeps_only_the_input_of_a_block():
         return sum(size for size in sizes if size >= x.numel())
 
     assert saved(True) < saved(False) / 3
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about torch's own code
+@pytest.mark.parametrize(("wider", "compiled"), [(0, 2), (1, 10)], ids=["same", "different"])
+def test_compiled_blocks_compute_the_same_and_share_code_by_shape(wider, compiled):
+    from torch._dynamo.testing import CompileCounter
+
+    torch.manual_seed(0)
+    network = nn.Sequential(*(RepVGGBlock(4 + wider * i, 4 + wider * (i + 1)) for i in range(10)))
+    images, counter, names = torch.rand(2, 4, 6, 6), CompileCounter(), list(network.state_dict())
+    expected = copy.deepcopy(network)(images)
+
+    count = compile_blocks(network, backend=counter)
+
+    torch.testing.assert_close(network(images), expected)
+    assert count == 10
+    assert counter.frame_count == compiled  # of equal blocks the first has no gradient to pass on
+    assert list(network.state_dict()) == names

@@ -54,9 +54,6 @@ def train(config: dict[str, Any], folder: Path) -> None:
     fit_model(model, data)
     images, labels = data.probe()
     settings = config["trainer"]
-    if settings["log_every_n_steps"] is None:
-        batches = len(data.train.labels) // data.batch_size
-        settings["log_every_n_steps"] = max(1, batches // 10)
     logger = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
     trainer: L.Trainer = instantiate(
         settings,
@@ -82,6 +79,9 @@ def train(config: dict[str, Any], folder: Path) -> None:
         _convert_="all",
     )
     steps = count_steps(config, data, trainer.world_size)
+    if settings["log_every_n_steps"] is None:
+        settings["log_every_n_steps"] = max(1, steps.batches // 10)
+        trainer.log_every_n_steps = settings["log_every_n_steps"]
     rate = scale_learning_rate(config["optim"], steps.images)
     module = build_module(config, steps, rate.scaled)
     if resume is not None:
@@ -267,6 +267,11 @@ def check_settings(config: dict[str, Any]) -> None:
     for key in ("channels_last", "compile", "activation_checkpointing"):
         if not isinstance(config[key], bool):
             raise refusal(key, config[key], "must be true or false", "true")
+    if config["compile"] and config["activation_checkpointing"]:
+        raise ValueError(
+            "compile=true activation_checkpointing=true: one or the other; inductor decides by "
+            "itself what it computes again"
+        )
     precisions = ["32-true", "bf16-mixed", *(["16-mixed"] if on_gpu else [])]
     if settings["precision"] not in precisions:
         raise refusal(
@@ -329,12 +334,14 @@ def describe_rdrop(module: Any) -> str:
 
 
 class Steps(NamedTuple):
-    """Optimizer steps of the run and of the two warm-ups, and images in a step of all devices."""
+    """Optimizer steps of the run and of the two warm-ups; images in a step of all devices; batches
+    of each device in an epoch."""
 
     total: int
     warmup: int
     rdrop_warmup: int
     images: int
+    batches: int
 
 
 class LearningRate(NamedTuple):
@@ -387,7 +394,7 @@ def count_steps(config: dict[str, Any], data: Any, devices: int) -> Steps:
     batches = len(data.train.labels) // (data.batch_size * devices)
     steps = math.ceil(batches / accumulated)
     images = data.batch_size * devices * accumulated
-    return Steps(epochs * steps, *(round(warmup * steps) for warmup in warmups), images)
+    return Steps(epochs * steps, *(round(warmup * steps) for warmup in warmups), images, batches)
 
 
 def quieten() -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from repvgg.fuse import reestimate_bn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ASKED_EVERY = 8  # batches, where there are several devices: whether one of them was sent a signal
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -223,7 +224,9 @@ class SaveOnSignal(Callback):
         batch_idx: int,
     ) -> None:
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not stepped or trainer.is_last_batch:
+        # Asking other devices waits for them: not in every step.
+        turn = trainer.world_size == 1 or (batch_idx + 1) % ASKED_EVERY == 0
+        if not stepped or not turn or trainer.is_last_batch:
             return
         if signum := self._asked(trainer):
             trainer.save_checkpoint(self.path)

@@ -118,15 +118,19 @@ class ImageData(L.LightningDataModule):
         return self.spread(self.val, count)
 
     def train_dataloader(self) -> Batches:
+        place = self._place()
+        source = self.train
+        if isinstance(source, Stored) and place.get("device") is not None:
+            source = Stored(*(tensor.to(place["device"]) for tensor in source))  # varied there
         return Batches(
-            self.train,
+            source,
             batch_size=self.batch_size,
             shuffle_seed=self.seed,
             augment=self.augment,
             views=self.views,
             mix=self.mix,
             repeats=self.repeats,
-            **self._place(),
+            **place,
         )
 
     def val_dataloader(self) -> Batches:

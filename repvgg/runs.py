@@ -28,7 +28,7 @@ def rank() -> int:
 def started_together() -> bool:
     """Whether torchrun or srun started this process, and others beside it."""
     torchrun = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return torchrun or ("SLURM_PROCID" in os.environ and int(os.environ["SLURM_NTASKS"]) > 1)
+    return torchrun or ("SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1)
 
 
 def continue_run(arguments: list[str]) -> list[str]:

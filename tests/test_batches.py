@@ -1,6 +1,9 @@
+import functools
+
 import pytest
 import torch
 
+from repvgg.augment import crop_and_flip
 from repvgg.batches import Batches, Stored
 
 SOURCE = Stored(torch.arange(24, dtype=torch.uint8).reshape(24, 1, 1, 1), torch.arange(24))
@@ -54,6 +57,16 @@ def test_a_share_of_the_images_is_drawn_anew_each_epoch_where_they_are_repeated(
     seen = {label for labels, _ in epoch(repeats=3) for label in labels}
 
     assert len(seen) == 8
+
+
+def test_images_are_varied_on_the_device_where_they_lie():
+    there = Stored(*(tensor.to("meta") for tensor in SOURCE))
+    vary = functools.partial(crop_and_flip, padding=0)
+
+    (images, labels), *_ = Batches(there, batch_size=4, shuffle_seed=1, augment=vary)
+
+    assert (images.device.type, labels.device.type) == ("meta", "meta")
+    assert (images.shape, images.dtype) == ((4, 1, 1, 1), torch.uint8)
 
 
 def test_a_batch_is_handed_out_on_the_device_that_asked():

@@ -2,6 +2,8 @@
 
 import copy
 import csv
+import multiprocessing
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -9,14 +11,17 @@ from types import ModuleType
 import benchmark_deploy
 import benchmark_fusion
 import benchmark_rdrop
+import benchmark_training
 import pytest
 import study_fusion
 import study_int8
 import study_rdrop
 import torch
+from commands import ROOT
+from networks import settle
 from PIL import Image
 
-from repvgg import cli, export
+from repvgg import RepVGGBlock, cli, create_model, export
 from repvgg.verify import relative_error
 
 
@@ -209,3 +214,50 @@ def test_ratios_are_told_only_where_the_control_is_quiet(again, noisy, monkeypat
     text = benchmark_deploy.table(record)
     assert ("Too noisy" in text) == noisy
     assert ("2.73x" in text) != noisy
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "repvgg_b1g4"])
+def test_the_reference_that_training_is_timed_against_is_the_same_network(name):
+    options = {"num_classes": 7, "depths": [1, 2, 3, 1], "widths": [8, 16, 24, 32]}
+    ours = settle(create_model(name, **options)).double()
+    theirs = benchmark_training.reference(ours).double().eval()
+    blocks = [block for block in ours.modules() if isinstance(block, RepVGGBlock)]
+    for block, other in zip(blocks, theirs, strict=False):
+        for branch, layers in ((block.branch_3x3, other.dense), (block.branch_1x1, other.point)):
+            layers[0].load_state_dict(branch.conv.state_dict())
+            layers[1].load_state_dict(branch.bn.state_dict())
+        if other.identity is not None:
+            other.identity.load_state_dict(block.branch_identity.state_dict())
+    theirs[-1].load_state_dict(ours.linear.state_dict())
+    images = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+
+    assert relative_error(ours(images), theirs(images)) < 1e-12
+
+
+def test_steps_are_timed_from_the_first_batch_to_the_request_for_the_next():
+    here, there = multiprocessing.Pipe()
+    batch = (torch.zeros(1), torch.zeros(1))
+    here.send((None,))
+    here.send((None,))
+    here.send(None)
+
+    count = sum(1 for _ in benchmark_training.on_demand(there, batch, 5, 3))
+
+    assert count == 2 + 2 * 3
+    assert here.recv() == 5
+    assert all(here.recv() >= 0 for _ in range(2))
+
+
+def test_a_run_that_is_killed_at_random_ends_as_it_should(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "study_kills.py", "kills=2", "epochs=2", "longest=4"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "2 kills" in done.stdout
+    assert "0 with a tensor that differs" in done.stdout
+    assert list(tmp_path.iterdir()) == []

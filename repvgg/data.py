@@ -214,7 +214,9 @@ def cifar100(*, root: str, **options: Any) -> ImageData:
         root: a folder with train/ and test/, one folder of images for each class in both; or one
             with the files of the authors, which are downloaded there, and checked, if they are
             missing.
-        options: of `in_memory`.
+        options: augment, padding and erase, of `repvgg.augment.by_batch`; holdout, the share of the
+            training images, by class, that validates; num_workers, processes that decode a folder
+            of images; batch_size, views, mixup, cutmix, repeats and seed, of `ImageData`.
 
     Raises:
         ValueError: a value is outside its range, or the data cannot be read.
@@ -288,14 +290,15 @@ def imagefolder(
         "skip_unreadable": skip_unreadable,
     }
     sources: dict[str, Any]
-    if has_shards(root):
+    in_shards = has_shards(root)
+    if in_shards:
         sources, classes = _read_shards(root, cache_size, reading)
     else:
         parts, classes = _read_folder(Path(root), holdout)
         sources = {part: Files(*files, **reading) for part, files in parts.items()}
     whole = (image_size, image_size)
     if in_memory:
-        if has_shards(root) or size != image_size:
+        if in_shards or size != image_size:
             raise refusal("data.in_memory", True, "is for folders and one size of images", "false")
         sources = {
             part: store(files.paths, files.labels, whole, num_workers=workers)
@@ -361,14 +364,9 @@ def _cifar(
     num_workers: int | None = None,
     **options: Any,
 ) -> ImageData:
-    """CIFAR from the authors' files or from a folder of images.
-
-    Args:
-        augment, padding, erase: see `repvgg.augment.by_batch`.
-        holdout: share of the training images, by class, that validates.
-        num_workers: processes that decode a folder of images.
-        options: batch_size, views, mixup, cutmix, repeats and seed, of `ImageData`.
-    """
+    """CIFAR from the authors' files or from a folder of images; `cifar100` says the arguments."""
+    check_integer("data.padding", padding, minimum=0, maximum=16, example=4)
+    variation = by_batch(augment, padding=padding, erase=erase, size=32)
     folder = Path(root).expanduser()
     if (folder / "train").is_dir():
         workers = _count_workers(num_workers)
@@ -389,8 +387,6 @@ def _cifar(
         std=tuple(pixels.std((0, 2, 3)).tolist()),
         interpolation="bilinear",
     )
-    check_integer("data.padding", padding, minimum=0, maximum=16, example=4)
-    variation = by_batch(augment, padding=padding, erase=erase, size=32)
     return ImageData(train, val, test, contract, augment=variation, **options)
 
 

@@ -17,7 +17,7 @@ MODES = {1: "L", 3: "RGB"}  # by the number of channels
 def open_image(path: Path | BinaryIO, channels: int = 3, *, name: str | None = None) -> Image.Image:
     """Decode a file: greyscale, palette, CMYK and 16 bits become 8 bits of the wanted channels.
 
-    The rotation that a camera noted is applied. Transparent pixels show white.
+    The rotation that a camera noted is applied.
 
     Args:
         path: of a file that Pillow can read, or the open file.
@@ -25,7 +25,7 @@ def open_image(path: Path | BinaryIO, channels: int = 3, *, name: str | None = N
         name: of the image in messages; None takes the path.
 
     Raises:
-        ValueError: the file is damaged or no image, or its pixels have no known scale.
+        ValueError: the file is damaged or no image, or nothing says how bright its pixels are.
     """
     name = str(path) if name is None else name
     if channels not in MODES:
@@ -42,8 +42,11 @@ def open_image(path: Path | BinaryIO, channels: int = 3, *, name: str | None = N
     if image.mode in ("I", "F"):
         raise ValueError(f"{name}: pixels of mode {image.mode} have no known scale; save 8 bits")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+        if alpha.min() < 255:
+            raise ValueError(
+                f"{name}: it is transparent, on an unknown background; save it without"
+            )
     return image.convert(MODES[channels])
 
 

@@ -38,7 +38,6 @@ KINDS = {
     "grey and alpha": lambda: Image.new("LA", SIZE, (200, 255)),
     "palette": lambda: Image.new("RGB", SIZE, (200,) * 3).quantize(),
     "colour and alpha": lambda: Image.new("RGBA", SIZE, (200, 200, 200, 255)),
-    "transparent on white": lambda: Image.new("RGBA", SIZE, (145, 145, 145, 128)),
     "one bit": lambda: Image.new("1", SIZE, 1),
     "16 bits": lambda: Image.fromarray(np.full(SIZE, 200 * 256, np.uint16)),
 }
@@ -53,6 +52,13 @@ def test_every_kind_of_image_becomes_8_bits_of_three_channels(kind, tmp_path):
     expected = 255 if kind == "one bit" else 200
     assert (pixels.shape, pixels.dtype) == ((3, *SIZE), torch.uint8)
     assert (pixels.int() - expected).abs().max() <= 1
+
+
+def test_an_image_on_an_unknown_background_is_refused(tmp_path):
+    Image.new("RGBA", SIZE, (145, 145, 145, 128)).save(tmp_path / "image.png")
+
+    with pytest.raises(ValueError, match=r"image.png: it is transparent, on an unknown background"):
+        open_image(tmp_path / "image.png")
 
 
 def test_cmyk_becomes_three_channels(tmp_path):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from repvgg import checkpoint, cli, quantize, verify
 from repvgg.arguments import check_integer, check_number, refusal
 from repvgg.certificate import accuracy
-from repvgg.data import ImageData
+from repvgg.datamodule import ImageData
 from repvgg.export import Description, build_onnx
 from repvgg.fuse import switch_to_deploy
 from repvgg.model import to_float

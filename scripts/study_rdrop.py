@@ -29,7 +29,7 @@ import torch
 
 from repvgg import cli
 from repvgg.arguments import check_integer, check_number, refusal
-from repvgg.data import ImageData
+from repvgg.datamodule import ImageData
 
 DEFAULTS: dict[str, Any] = {
     "root": None,  # null: the digits

@@ -18,7 +18,8 @@ from repvgg.callbacks import (
     SelfDescribing,
     WholeFileIO,
 )
-from repvgg.data import ImageData, digits
+from repvgg.data import digits
+from repvgg.datamodule import ImageData
 from repvgg.fuse import reestimate_bn
 from repvgg.module import Classifier
 

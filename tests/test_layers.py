@@ -15,7 +15,7 @@ LAYERS = [
     {"branches"},
     {"fuse"},
     {"expand"},
-    {"zoo", "augment"},
+    {"zoo", "augment", "datamodule"},
     {"module", "data", "callbacks", "checkpoint", "export"},
     {"quantize", "certificate"},
     {"cli"},
@@ -23,8 +23,8 @@ LAYERS = [
 FRONTIERS = {
     "hydra": {"cli"},
     "omegaconf": {"cli", "runs"},
-    "lightning": {"module", "data", "callbacks"},
-    "torchvision": {"data", "augment", "zoo"},
+    "lightning": {"module", "datamodule", "callbacks"},
+    "torchvision": {"data", "datamodule", "augment", "zoo"},
     "torchmetrics": {"module"},
     "onnx": {"export", "quantize"},
     "onnxruntime": {"export", "quantize"},
@@ -86,7 +86,7 @@ def test_engines_are_imported_where_they_are_used():
         (module, name)
         for module in MODULES
         for name, top in imports(ROOT / "repvgg" / f"{module}.py")
-        if top and name.split(".")[0] in engines and module not in ("data", "augment")
+        if top and name.split(".")[0] in engines and module not in ("data", "datamodule", "augment")
     ]
 
     assert at_module_scope == []

@@ -1,0 +1,141 @@
+"""The data module: sources of images become batches, on each device its own, normalized there."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from repvgg.arguments import check_integer, check_number, refusal
+from repvgg.batches import Batch, Batches, Request, Source, Stored
+from repvgg.model import DataContract, Normalize, to_float
+
+
+class ImageData(L.LightningDataModule):
+    """Images to train, validate and test on.
+
+    Args:
+        train, val, test: the sources.
+        contract: what the images are; its mean and std normalize them.
+        batch_size: images in a batch, of each device.
+        augment: of the training images, of the kind that their source takes; None is off.
+        views: 2 gives every training image in two augmentations, for R-Drop between them.
+        mixup: blends pairs of images and their labels in a proportion drawn from Beta(mixup,
+            mixup) (Zhang et al., 2018, arXiv:1710.09412); 0 is off.
+        cutmix: pastes a rectangle of one image into another, with an area drawn likewise (Yun et
+            al., 2019, arXiv:1905.04899); 0 is off. With both on, each batch takes one of the two.
+        repeats: how often an image stands in a batch, each time in another augmentation (Hoffer et
+            al., 2020, arXiv:1901.09335).
+        seed: of the order and the augmentation of the training data.
+
+    Raises:
+        ValueError: a value is outside its range, or two views would be equal.
+    """
+
+    def __init__(
+        self,
+        train: Source,
+        val: Source,
+        test: Source,
+        contract: DataContract,
+        *,
+        batch_size: int,
+        augment: Any = None,
+        views: int = 1,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        repeats: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.train, self.val, self.test = train, val, test
+        self.contract = contract
+        self.batch_size = check_integer("data.batch_size", batch_size, minimum=1, example=64)
+        self.augment = augment
+        self.views = check_integer("rdrop_views", views, minimum=1, maximum=2, example=2)
+        if views > 1 and augment is None:
+            raise refusal("rdrop_views", views, "without augmentation all views are equal", 1)
+        self.repeats = check_integer("data.repeats", repeats, minimum=1, example=3)
+        if repeats > 1 and augment is None:
+            raise refusal("data.repeats", repeats, "without augmentation all repeats are equal", 1)
+        mixup = check_number("mixup", mixup, example=0.2)
+        cutmix = check_number("cutmix", cutmix, example=1.0)
+        num_classes = len(contract.classes)
+        mixtures: list[v2.Transform] = []
+        if mixup > 0:
+            mixtures.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
+        if cutmix > 0:
+            mixtures.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
+        self.mix = v2.RandomChoice(mixtures) if mixtures else None
+        self.seed = check_integer("seed", seed, minimum=0, example=0)
+        self.check_batch(batch_size)
+        self._normalize = Normalize(contract.mean, contract.std)
+
+    def check_batch(self, size: int) -> None:
+        """Refuse a batch of all devices together that is larger than the data.
+
+        Raises:
+            ValueError: likewise.
+        """
+        count = len(self.train.labels)
+        if size > count:
+            devices = "" if size == self.batch_size else f" on {size // self.batch_size} devices"
+            raise ValueError(
+                f"data.batch_size={self.batch_size}{devices}: exceeds the {count} training images; "
+                f"type for example data.batch_size={min(64, count * self.batch_size // size)}"
+            )
+
+    def read(self, source: Source, rows: Tensor) -> Batch:
+        """Images (N, C, H, W), uint8, as they are evaluated, and labels (N,), of some rows."""
+        requests = [Request(part, []) for part in rows.split(256)]
+        parts = [(views[0], labels) for views, labels in source.read(requests, None)]
+        images, labels = zip(*parts, strict=True)
+        return torch.cat(images), torch.cat(labels)
+
+    def spread(self, source: Source, count: int) -> Batch:
+        """At most so many images and labels, evenly spread over a source: files lie by class."""
+        held = len(source.labels)
+        count = min(count, held)
+        return self.read(source, torch.arange(count) * held // count)
+
+    def probe(self, count: int = 32) -> Batch:
+        """Some validation images and labels: (count, C, H, W) uint8 and (count,)."""
+        return self.spread(self.val, count)
+
+    def train_dataloader(self) -> Batches:
+        place = self._place()
+        source = self.train
+        if isinstance(source, Stored) and place.get("device") is not None:
+            source = Stored(*(tensor.to(place["device"]) for tensor in source))  # varied there
+        return Batches(
+            source,
+            batch_size=self.batch_size,
+            shuffle_seed=self.seed,
+            augment=self.augment,
+            views=self.views,
+            mix=self.mix,
+            repeats=self.repeats,
+            **place,
+        )
+
+    def val_dataloader(self) -> Batches:
+        return Batches(self.val, batch_size=self.batch_size, **self._place())
+
+    def test_dataloader(self) -> Batches:
+        return Batches(self.test, batch_size=self.batch_size, **self._place())
+
+    def _place(self) -> dict[str, Any]:
+        """Which of the devices asks, and where it is, if it is a GPU."""
+        if self.trainer is None:
+            return {}
+        device = self.trainer.strategy.root_device
+        return {
+            "rank": self.trainer.global_rank,
+            "world_size": self.trainer.world_size,
+            "device": None if device.type == "cpu" else device,
+        }
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        images, targets = batch
+        return self._normalize.to(images.device)(to_float(images)), targets

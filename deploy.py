@@ -163,6 +163,12 @@ def deploy(path: Path, folder: Path, config: dict[str, Any]) -> str:
     from repvgg.model import to_float
 
     restored = checkpoint.load(path)
+    labelled = bool((restored.probe.labels != checkpoint.UNKNOWN).all())
+    if config["int8"] and config.get("data") is None and not labelled:
+        raise ValueError(
+            f"int8=true: '{path}' holds no images to measure ranges on; type for example "
+            "data=imagefolder data.root=FOLDER"
+        )
     description = Description(restored.config, restored.data, config["input"], config["output"])
     sets = load_sets(config, restored)
     images, labels = to_float(restored.probe.images), restored.probe.labels
@@ -230,6 +236,7 @@ def deploy(path: Path, folder: Path, config: dict[str, Any]) -> str:
         restored.probe.images, labels, reference(images.double()).detach(), by_int8
     )
     report |= {
+        "origin": restored.origin,
         "model": restored.config,
         "data": asdict(restored.data),
         "input": description.input,
@@ -245,7 +252,9 @@ def deploy(path: Path, folder: Path, config: dict[str, Any]) -> str:
                 name: certificate.accuracy(batched(predict, images), labels)
                 for name, predict in predictors.items()
             },
-        },
+        }
+        if labelled
+        else {},
     }
     if sets.validation is not None:
         shown, truth = sets.validation

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 from repvgg import cli, runs
 
 CONFIG = Path(__file__).absolute().parent / "configs" / "train.yaml"
+MOST_CALIBRATED = 512  # training images that give a deployed network its statistics back
 
 
 def main(config: dict[str, Any], folder: Path) -> None:
@@ -83,7 +84,15 @@ def train(config: dict[str, Any], folder: Path) -> None:
         settings["log_every_n_steps"] = max(1, steps.batches // 10)
         trainer.log_every_n_steps = settings["log_every_n_steps"]
     rate = scale_learning_rate(config["optim"], steps.images)
+    start = None
+    if config["init"] is not None and resume is None:
+        start = checkpoint.open_network(config["init"])
+        if "bn_eps" in start.config:
+            model.setdefault("bn_eps", start.config["bn_eps"])
     module = build_module(config, steps, rate.scaled)
+    begun = ""
+    if start is not None:
+        begun = initialize(module.net, start, data, config["init"])
     if resume is not None:
         recorded = checkpoint.load(resume).config
         if recorded != model:
@@ -91,7 +100,7 @@ def train(config: dict[str, Any], folder: Path) -> None:
     check_runs(module.net, to_float(images[:2]), model["name"])
     prepare(module, config, to_float(images))
     if runs.rank() == 0:
-        print(describe(config, module, steps, rate, folder))
+        print(describe(config, module, steps, rate, folder) + begun)
         record(config, folder)
     best = last.with_name("best.ckpt")
     try:
@@ -126,6 +135,21 @@ def build_module(config: dict[str, Any], steps: "Steps", rate: float) -> Any:
         seed=config["seed"],
         deployed_validation=config["deployed_validation"],
     )
+
+
+def initialize(network: Any, start: Any, data: Any, path: str) -> str:
+    """Take over the weights of a checkpoint; a line for the reader that says which did not come."""
+    from repvgg import checkpoint
+    from repvgg.model import Normalize, to_float
+
+    normalize = Normalize(data.contract.mean, data.contract.std)
+    images, _ = data.spread(data.train, MOST_CALIBRATED)
+    try:
+        new = checkpoint.initialize(network, start, normalize(to_float(images)))
+    except ValueError as error:
+        raise ValueError(f"init={path}: {error}") from error
+    what = start.origin or start.config["name"]
+    return f"\nbegins as {what}; new: {', '.join(new) or 'nothing'}"
 
 
 def prepare(module: Any, config: dict[str, Any], images: Any) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from repvgg.expand import over_parameterize
     from repvgg.fuse import fuse_conv_bn, reestimate_bn, switch_to_deploy
     from repvgg.model import RepVGG
+    from repvgg.unfold import switch_to_train
     from repvgg.zoo import create_model, list_models
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "reestimate_bn",
     "reparam",
     "switch_to_deploy",
+    "switch_to_train",
     "verify",
 ]
 
@@ -45,6 +47,7 @@ _HOME = {
     "over_parameterize": "expand",
     "reestimate_bn": "fuse",
     "switch_to_deploy": "fuse",
+    "switch_to_train": "unfold",
 }
 
 

@@ -151,10 +151,13 @@ def digest(path: Path) -> str:
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report for people."""
+    origin = report["origin"]
     lines = [
         f"# {report['model']['name']}: {report['verdict']}",
         "",
-        f"Compared with the trained network in float64 on {report['images']} validation images. "
+        *([f"Opened as {origin}.", ""] if origin else []),
+        f"Compared with the trained network in float64 on {report['images']} "
+        f"{'validation images' if report['accuracy_on_probe'] else 'images of noise'}. "
         "Errors are relative to the largest value.",
         "",
         *_verdicts({"restored network and recorded logits": report["probe"], **report["verdicts"]}),
@@ -198,7 +201,9 @@ def _accuracies(report: dict[str, Any]) -> list[str]:
         "accuracy_on_validation": "on the validation set",
         "agreement_on_validation": "same top-1 there as trained",
     }
-    present = [key for key in columns if key in report]
+    present = [key for key in columns if report.get(key)]
+    if not present:
+        return ["Accuracy is not known: the checkpoint holds no labelled images."]
     lines = [
         "| | " + " | ".join(columns[key] for key in present) + " |",
         "|---" * (1 + len(present)) + "|",

@@ -4,24 +4,38 @@ Beside the weights it carries the arguments that rebuild the network, the data c
 image size, mean and std, interpolation) and a probe: a few validation images with the logits the
 trained network gave them. It holds plain types and tensors alone, so it loads with
 `torch.load(weights_only=True)`, in a process without Lightning, and runs no code of the file.
+
+Files of others hold weights alone, in layouts of their own (`repvgg.layouts`). They are opened too;
+what they do not say is then assumed to be as for ImageNet, and their probe is of noise.
 """
 
+import argparse
+import json
+import os
 import pickle
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from repvgg.model import DataContract, Normalize, to_float
-from repvgg.zoo import build_model
+from repvgg import layouts
+from repvgg.model import DataContract, Normalize, RepVGG, to_float
+from repvgg.unfold import switch_to_train
+from repvgg.zoo import build_model, imagenet_classes
 
 KEY = "repvgg"  # of our entry beside what Lightning stores
 FORMAT = 1
 NETWORK_PREFIX = "net."  # of the network's weights inside the Lightning module
+UNKNOWN = -1  # label of an image of the probe
+NUM_NOISE = 8  # images in the probe of a file that brought none
+SAFETENSORS = b"{"  # ninth byte of a file of that format
+METADATA = "__metadata__"  # where such a file says more
 
 
 class Probe(NamedTuple):
@@ -29,7 +43,7 @@ class Probe(NamedTuple):
 
     Attributes:
         images: (N, C, H, W), uint8.
-        labels: (N,), int64.
+        labels: (N,), int64; `UNKNOWN` where the images are noise.
         logits: (N, K), float32, in eval mode.
     """
 
@@ -38,14 +52,25 @@ class Probe(NamedTuple):
     logits: Tensor
 
 
+class Network(NamedTuple):
+    """What every checkpoint holds, whoever wrote it: see `Checkpoint`; `data` may be unknown."""
+
+    model: nn.Module
+    config: dict[str, Any]
+    data: DataContract | None
+    origin: str
+
+
 class Checkpoint(NamedTuple):
     """A checkpoint that was opened.
 
     Attributes:
-        model: the network, in its training form and eval mode, on the CPU.
+        model: the network, in eval mode, on the CPU; in its training form, or deployed if that is
+            what was stored.
         config: the arguments of `repvgg.zoo.build_model` that rebuilt it.
         data: the data contract.
         probe: the recorded images, labels and logits.
+        origin: what file of others it came from; empty if it is ours.
         predictor: images (N, C, H, W), float32 in [0, 1] -> logits; normalizes, then runs `model`.
     """
 
@@ -53,6 +78,7 @@ class Checkpoint(NamedTuple):
     config: dict[str, Any]
     data: DataContract
     probe: Probe
+    origin: str = ""
 
     @property
     def predictor(self) -> nn.Module:
@@ -103,20 +129,91 @@ def describe(
     }
 
 
-def load(path: str | Path) -> Checkpoint:
-    """Open a checkpoint of ours and rebuild its network.
+def save(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint of ours, whole or not at all. It holds no state of a training."""
+    content = {
+        "state_dict": {
+            NETWORK_PREFIX + key: value for key, value in checkpoint.model.state_dict().items()
+        },
+        KEY: describe(
+            checkpoint.model,
+            config=checkpoint.config,
+            data=checkpoint.data,
+            images=checkpoint.probe.images,
+            labels=checkpoint.probe.labels,
+        )
+        | {"origin": checkpoint.origin},
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(
+    path: str | Path,
+    *,
+    weights: str | None = None,
+    bn_eps: float = 1e-5,
+    strides: Sequence[int] | None = None,
+    data: DataContract | None = None,
+) -> Checkpoint:
+    """Open a checkpoint, ours or a RepVGG's in any layout of the field, and rebuild its network.
+
+    Args:
+        path: of a file of torch or safetensors.
+        weights: which network of a file of others that holds several, such as "state_dict_ema".
+        bn_eps, strides: of a file of others: see `from_state_dict`.
+        data: what the images of a file of others are; None assumes ImageNet's.
 
     Raises:
-        ValueError: the file is missing, truncated, not a checkpoint, one of another project, needs
-            arbitrary code to load, or its weights do not fit its description. Each says which.
+        ValueError: the file is missing, truncated, holds no RepVGG or several, needs arbitrary code
+            to load, or its weights do not fit. Each says which.
     """
-    content = _read(Path(path))
-    if KEY not in content:
-        keys = ", ".join(map(str, list(content)[:5]))
-        raise ValueError(
-            f"'{path}' is not a checkpoint of this project: it has no entry '{KEY}' "
-            f"(its first keys: {keys}); give a best.ckpt or last.ckpt that train.py wrote"
-        )
+    content = read(Path(path))
+    if KEY in content:
+        return _open_ours(content, Path(path))
+    try:
+        opened = _open_foreign(content, weights, bn_eps, strides)
+        contract = data or opened.data or imagenet(opened.config)
+        for said, given, held in (
+            ("classes", len(contract.classes), opened.config["num_classes"]),
+            ("channels", contract.in_channels, opened.config["in_channels"]),
+        ):
+            if given != held:
+                raise ValueError(f"{given} {said} were given, the network has {held}")
+    except ValueError as error:
+        raise ValueError(f"'{path}': {error}") from error
+    images = _noise(contract)
+    labels = torch.full((NUM_NOISE,), UNKNOWN)
+    entry = describe(
+        opened.model, config=opened.config, data=contract, images=images, labels=labels
+    )
+    return Checkpoint(opened.model, opened.config, contract, Probe(**entry["probe"]), opened.origin)
+
+
+def open_network(path: str | Path) -> Network:
+    """Open a checkpoint as `load` does, but for what its images are: to train it further.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    content = read(Path(path))
+    if KEY in content:
+        ours = _open_ours(content, Path(path))
+        return Network(ours.model, ours.config, ours.data, ours.origin)
+    try:
+        return _open_foreign(content)
+    except ValueError as error:
+        raise ValueError(f"'{path}': {error}") from error
+
+
+def _open_ours(content: Mapping[str, Any], path: Path) -> Checkpoint:
     entry = content[KEY]
     try:
         if entry["format"] != FORMAT:
@@ -124,18 +221,20 @@ def load(path: str | Path) -> Checkpoint:
                 f"'{path}' has checkpoint format {entry['format']}, this version reads {FORMAT}: "
                 "update the package"
             )
-        config, data, probe = entry["model"], DataContract(**entry["data"]), entry["probe"]
+        config, contract, probe = entry["model"], DataContract(**entry["data"]), entry["probe"]
         model = build_model(**config)
-        weights = {
+        stored = {
             key.removeprefix(NETWORK_PREFIX): value
             for key, value in content["state_dict"].items()
             if key.startswith(NETWORK_PREFIX)
         }
-        model.load_state_dict(weights)
+        if isinstance(model, RepVGG) and layouts.is_deployed(stored):
+            model.switch_to_deploy()
+        model.load_state_dict(stored)
         probe = Probe(**probe)
         if probe.images.ndim != 4 or len(probe.logits) != len(probe.images):
             raise ValueError(f"'{path}' has a damaged probe")
-        return Checkpoint(model.eval(), config, data, probe)
+        return Checkpoint(model.eval(), config, contract, probe, entry.get("origin", ""))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"'{path}' has a damaged description: {error!r}") from error
     except RuntimeError as error:  # what load_state_dict raises; its second line names a key
@@ -143,22 +242,179 @@ def load(path: str | Path) -> Checkpoint:
         raise ValueError(f"'{path}' does not fit its own description: {detail}") from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def from_state_dict(
+    state_dict: Mapping[str, Any], *, bn_eps: float = 1e-5, strides: Sequence[int] | None = None
+) -> RepVGG:
+    """Build the RepVGG that a state_dict in any layout of the field belongs to, and load it.
+
+    Layout, variant, classes and form follow from keys and shapes; depths and widths may be others
+    than a variant's. Every tensor of the network is in the state_dict, and the other way round.
+
+    Args:
+        state_dict: of the authors' RepVGG or RepVGGplus, timm, mmpretrain, QARepVGG, or ours, in
+            the form that trains or deployed; in wrappers, and behind a prefix, if need be.
+        bn_eps: of its BatchNorms: no state_dict tells. Some programs train with 1e-3.
+        strides: of the stem and of the first block of each stage, likewise; None is the paper's
+            [2, 2, 2, 2, 2].
+
+    Returns:
+        the network in the form that was stored, in eval mode, float32, on the CPU.
+
+    Raises:
+        ValueError: there is no RepVGG or there are several, or something does not fit; the first
+            keys that do not are named.
+    """
+    found = layouts.choose(state_dict)
+    return layouts.load(found, layouts.plan(found, bn_eps=bn_eps, strides=strides))
+
+
+def initialize(network: nn.Module, start: Network, images: Tensor) -> list[str]:
+    """Give a network in its training form the weights of a checkpoint in either form, in place.
+
+    The classifier stays as it is where the number of classes differs, and so do auxiliary
+    classifiers that the checkpoint has not. Where strides differ so that a block has an identity
+    branch here and had none, the branch adds nothing at first.
+
+    Args:
+        images: (N, C, H, W), as `network` takes them, on which the statistics of a network that was
+            deployed are measured: see `repvgg.switch_to_train`.
+
+    Returns:
+        the names of the tensors that are new.
+
+    Raises:
+        ValueError: something else does not fit; nothing was changed.
+    """
+    source = start.model
+    if isinstance(source, RepVGG) and layouts.is_deployed(source.state_dict()):
+        source = switch_to_train(source, images)
+    given, wanted = source.state_dict(), network.state_dict()
+    head = ("linear.", "auxiliary.") if isinstance(network, RepVGG) else _last(network)
+    taken = {
+        key: tensor
+        for key, tensor in given.items()
+        if key in wanted and tensor.shape == wanted[key].shape
+    }
+    new = [key for key in wanted if key not in taken]
+    wrong = [key for key in given if key not in taken and not key.startswith(head)]
+    wrong += [key for key in new if not key.startswith(head) and ".branch_identity." not in key]
+    if wrong:
+        raise ValueError(
+            f"it holds {layouts.describe_variant(start.config)}, which this network is not: "
+            f"{', '.join(wrong[:4])}{', ...' if len(wrong) > 4 else ''}; give the model that it is"
+        )
+    network.load_state_dict(taken, strict=False)
+    for key, parameter in network.named_parameters():
+        if key in new and key.endswith(".branch_identity.weight"):
+            nn.init.zeros_(parameter)
+    return new
+
+
+def imagenet(config: Mapping[str, Any]) -> DataContract:
+    """What a network of the field was most likely trained to see.
+
+    Args:
+        config: of the network. 1000 classes have ImageNet's names, others have numbers.
+
+    Raises:
+        ValueError: the network does not take images of three channels.
+    """
+    if config["in_channels"] != 3:
+        raise ValueError(
+            f"it takes images of {config['in_channels']} channels, so it was not trained on "
+            f"ImageNet; say what they are, by channel: {layouts.IMPORT} mean=[0.5] std=[0.5]"
+        )
+    count = config["num_classes"]
+    classes = imagenet_classes() if count == 1000 else [str(number) for number in range(count)]
+    large = config["name"] in ("repvgg_d2se", "repvggplus_l2pse")  # published at 320 pixels
+    return DataContract(
+        classes=classes,
+        in_channels=3,
+        image_size=[320, 320] if large else [224, 224],
+        mean=[0.485, 0.456, 0.406],
+        std=[0.229, 0.224, 0.225],
+        interpolation="bilinear",
+        resize_size=320 if large else 256,
+    )
+
+
+def _last(network: nn.Module) -> str:
+    """The prefix of the layer that was declared last: of a classifier, that of its classes."""
+    *_, last = (name for name, module in network.named_modules() if module._parameters)
+    return f"{last}."
+
+
+def _open_foreign(
+    content: Mapping[str, Any],
+    weights: str | None = None,
+    bn_eps: float = 1e-5,
+    strides: Sequence[int] | None = None,
+) -> Network:
+    data = None
+    if said := description(content):
+        data, strides = DataContract(**said["data"]), strides or said["model"].get("strides")
+    found = layouts.choose(content, weights)
+    config = layouts.plan(found, bn_eps=bn_eps, strides=strides)
+    model = layouts.load(found, config)
+    return Network(model, config, data, layouts.describe(found, config))
+
+
+def _noise(data: DataContract) -> Tensor:
+    """Images of coarse and fine noise, the same every time: (NUM_NOISE, C, H, W), uint8."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (NUM_NOISE, data.in_channels)
+    coarse = torch.rand(*shape, 7, 7, generator=generator)
+    images = F.interpolate(coarse, size=tuple(data.image_size), mode="bilinear")
+    images = images + 0.1 * torch.randn(images.shape, generator=generator)
+    return (255 * images.clamp(0, 1)).to(torch.uint8)
+
+
+def description(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a safetensors file says of itself, if deploy.py wrote it: its model and its data."""
+    return json.loads(content.get(METADATA, {}).get(KEY, "{}"))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a file of torch or safetensors holds; nothing that it says is run.
+
+    Raises:
+        ValueError: the file is missing, truncated, of another kind or needs code to load.
+    """
     if not path.exists():
         raise ValueError(f"'{path}' does not exist; give the path of a best.ckpt or last.ckpt")
     if not path.is_file():
         raise ValueError(f"'{path}' is a folder; give the file in it, e.g. checkpoints/best.ckpt")
+    if _is_safetensors(path):
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return {**tensors, METADATA: file.metadata() or {}}
+        except SafetensorError as error:
+            raise ValueError(f"'{path}' cannot be read: {error}") from error
     try:
-        with warnings.catch_warnings():
+        with (
+            warnings.catch_warnings(),
+            # Plain data, in the training files of timm and others.
+            torch.serialization.safe_globals([argparse.Namespace]),
+        ):
             warnings.simplefilter("ignore")  # of torch's reader, on files that are not its own
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if named is None:
+            raise ValueError(
+                f"'{path}' is no checkpoint of plain tensors: it is not a torch file, or loading "
+                "it could run code of the file, which is refused"
+            ) from error
         raise ValueError(
-            f"'{path}' is no checkpoint of plain tensors: it is not a torch file, or it holds "
-            "objects whose loading would run code, which is refused; give a file train.py wrote"
+            f"'{path}' holds more than plain tensors, a {named[1]}, whose loading could run code "
+            "of the file, which is refused; where it is trusted, store its weights alone: "
+            "torch.save(model.state_dict(), FILE)"
         ) from error
     except Exception as error:  # torch's reader fails in many ways on what is not a torch file
-        detail = (str(error).splitlines() or [""])[0]
+        detail = (str(error).splitlines() or [""])[0].partition(". ")[0]
         raise ValueError(
             f"'{path}' cannot be read: it is truncated, or not a torch file "
             f"({type(error).__name__}: {detail})"
@@ -166,3 +422,8 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' holds a {type(content).__name__}, not a checkpoint")
     return content
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(9)[8:] == SAFETENSORS

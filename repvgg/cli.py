@@ -16,7 +16,7 @@ from typing import Any, NoReturn, cast
 
 from repvgg.arguments import refusal
 
-PATH_KEYS = ("ckpt", "out", "resume", "verify", "data.root", "hydra.run.dir")
+PATH_KEYS = ("ckpt", "out", "init", "resume", "verify", "data.root", "hydra.run.dir")
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
 Job = Callable[[dict[str, Any], Path], None]

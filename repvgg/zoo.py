@@ -69,12 +69,40 @@ def create_model(name: str, **overrides: Any) -> RepVGG:
     if name not in _VARIANTS:
         raise ValueError(_unknown("model", str(name), list_models()))
     depths, multipliers, extra = _VARIANTS[name]
-    widths = [int(base * m) for base, m in zip((64, 128, 256, 512), multipliers, strict=True)]
+    widths = _widths(multipliers)
     allowed = list(inspect.signature(RepVGG).parameters)
     for key in overrides:
         if key not in allowed:
             raise ValueError(_unknown("override", key, allowed))
     return RepVGG(**{"depths": depths, "widths": widths, **extra, **overrides})
+
+
+def identify(shape: dict[str, Any], *, deployed: bool = False) -> dict[str, Any]:
+    """The shortest arguments of `create_model` for a network of some shape.
+
+    Args:
+        shape: depths, widths and whatever else differs from RepVGG's defaults.
+        deployed: it has no auxiliary classifiers any more, whatever its variant has.
+
+    Returns:
+        the name of a variant alone; or the name of one and what replaces its arguments.
+    """
+    for name, (depths, multipliers, extra) in _VARIANTS.items():
+        own = {"depths": [*depths], "widths": _widths(multipliers), "groups": 1, **extra}
+        if deployed:
+            own.pop("auxiliary_heads", None)
+        if own == {"groups": 1, **shape}:
+            return {"name": name}
+        if own == {"groups": 1, **shape, "auxiliary_heads": True}:
+            return {"name": name, "auxiliary_heads": False}
+    return {"name": "repvgg_a0", **shape}
+
+
+def imagenet_classes() -> list[str]:
+    """Names of ImageNet's 1000 classes, in the order of the field's networks, from torchvision."""
+    from torchvision.models import ResNet18_Weights
+
+    return list(ResNet18_Weights.DEFAULT.meta["categories"])
 
 
 def build_model(*, library: str = "repvgg", **config: Any) -> nn.Module:
@@ -153,6 +181,10 @@ def build_torchvision(
     if not over_parameterize:
         return network
     return expand(network, branch_drop=branch_drop or 0.0)
+
+
+def _widths(multipliers: tuple[float, ...]) -> list[int]:
+    return [int(base * m) for base, m in zip((64, 128, 256, 512), multipliers, strict=True)]
 
 
 def _replace_stem(network: nn.Module, in_channels: int) -> None:

@@ -4,10 +4,11 @@ import sys
 
 import pytest
 import torch
-from networks import settle
+from networks import relative_error, settle
 
 from repvgg import checkpoint, create_model
 from repvgg.model import DataContract
+from repvgg.zoo import build_model
 
 CONFIG = {"name": "repvgg_tiny", "num_classes": 3, "in_channels": 1, "strides": [1, 1, 2, 2, 1]}
 CONTRACT = DataContract(["a", "b", "c"], 1, [8, 8], [0.3], [0.4], "bilinear")
@@ -121,12 +122,12 @@ BAD = {
     "empty": (lambda path: path.write_bytes(b""), "cannot be read"),
     "text": (lambda path: path.write_text("hello, world\n" * 9), "not a torch file"),
     "truncated": (truncated, "truncated"),
-    "pickled code": (lambda path: torch.save({"x": Payload()}, path), "would run code"),
-    "bare pickle": (lambda path: path.write_bytes(pickle.dumps(Payload())), "would run code"),
+    "pickled code": (lambda path: torch.save({"x": Payload()}, path), "could run code"),
+    "bare pickle": (lambda path: path.write_bytes(pickle.dumps(Payload())), "could run code"),
     "a tensor": (lambda path: torch.save(torch.ones(3), path), "holds a Tensor"),
     "foreign": (
         lambda path: torch.save({"state_dict": {}, "arch": "resnet50"}, path),
-        "no entry 'repvgg'.*state_dict, arch",
+        "there are no tensors in it; its first keys: state_dict, arch",
     ),
     "a later format": (change(format=99), "format 99.*update"),
     "no description": (change(data={}), "damaged description"),
@@ -145,3 +146,77 @@ def test_a_bad_file_is_refused_with_what_is_wrong(case, tmp_path, capfd):
         checkpoint.load(tmp_path / "bad.ckpt")
 
     assert capfd.readouterr().out == ""
+
+
+def network_of(model: torch.nn.Module, **config) -> checkpoint.Network:
+    return checkpoint.Network(model, CONFIG | config, CONTRACT, "")
+
+
+def fresh(**overrides) -> torch.nn.Module:
+    torch.manual_seed(1)
+    return create_model(**CONFIG | overrides)
+
+
+@pytest.mark.parametrize("form", ["training", "deployed"])
+@torch.no_grad()
+def test_a_network_begins_as_a_checkpoint_of_either_form(form):
+    torch.manual_seed(0)
+    source = settle(create_model(**CONFIG))
+    images = torch.randn(16, 1, 8, 8)
+    expected = source(images)
+    if form == "deployed":
+        source.switch_to_deploy()
+    network = fresh()
+
+    new = checkpoint.initialize(network, network_of(source), images)
+
+    assert new == []
+    assert relative_error(expected, network.eval()(images)) < 1e-5
+
+
+def test_another_number_of_classes_gets_a_new_classifier():
+    source = settle(create_model(**CONFIG))
+    network = fresh(num_classes=5)
+    before = network.linear.weight.clone()
+
+    new = checkpoint.initialize(network, network_of(source), torch.zeros(2, 1, 8, 8))
+
+    assert new == ["linear.weight", "linear.bias"]
+    assert torch.equal(network.linear.weight, before)
+    assert torch.equal(network.stem.branch_3x3.bn.bias, source.stem.branch_3x3.bn.bias)
+
+
+@torch.no_grad()
+def test_an_identity_branch_that_other_strides_bring_adds_nothing_at_first():
+    source = settle(create_model(**CONFIG | {"strides": [1, 2, 2, 2, 2]}))
+    network = fresh()
+
+    new = checkpoint.initialize(network, network_of(source), torch.zeros(2, 1, 8, 8))
+
+    assert new
+    assert all(".branch_identity." in key for key in new)
+    x = torch.randn(2, 16, 8, 8)
+    block, theirs = network.stages[0][0].eval(), source.stages[0][0]
+    assert relative_error(theirs(x), block(x)[..., ::2, ::2]) < 1e-6
+
+
+def test_a_network_that_is_another_is_refused_and_left_alone():
+    network = fresh(widths=[8, 16, 16, 32])
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+
+    with pytest.raises(ValueError, match=r"holds repvgg_tiny, which this network is not: stem\."):
+        checkpoint.initialize(network, network_of(create_model(**CONFIG)), torch.zeros(2, 1, 8, 8))
+    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+
+
+def test_the_classifier_of_any_network_is_the_layer_declared_last():
+    source, network = (
+        build_model(library="torchvision", name="resnet18", num_classes=count) for count in (4, 6)
+    )
+    start = checkpoint.Network(source, {"name": "resnet18"}, None, "")
+
+    assert checkpoint.initialize(network, start, torch.zeros(2, 3, 32, 32)) == [
+        "fc.weight",
+        "fc.bias",
+    ]
+    assert torch.equal(network.conv1.weight, source.conv1.weight)

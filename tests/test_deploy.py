@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import foreign
 import hydra
 import numpy as np
 import onnx
@@ -17,6 +18,7 @@ import predict
 import pytest
 import torch
 from commands import ROOT, SHORT, run, tree
+from networks import settle
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -518,3 +520,23 @@ def test_a_network_of_torchvision_is_trained_and_deployed(tmp_path):
     graph = onnx.load(path.parents[1] / "deploy" / "model.onnx").graph
     assert sum(node.op_type == "Conv" for node in graph.node) == 20
     assert sum(node.op_type == "BatchNormalization" for node in graph.node) == 0
+
+
+def test_a_file_of_the_field_is_deployed_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    network = settle(repvgg.create_model("repvgg_tiny", num_classes=1000))
+    torch.save({"state_dict": foreign.renamed(network, foreign.authors)}, "weights.pth")
+
+    deploy.main(settings(ckpt="weights.pth", formats=["onnx"]), tmp_path)
+
+    report = json.loads((tmp_path / "weights-deploy" / "report.json").read_text())
+    assert report["origin"].startswith("repvgg_tiny in the authors' layout, training form")
+    assert report["data"]["classes"][0] == "tench"
+    assert report["accuracy_on_probe"] == {}
+    assert report["verdicts"]["model.onnx"]["error"] < 1e-5
+    page = (tmp_path / "weights-deploy" / "report.md").read_text()
+    assert "Accuracy is not known" in page
+    assert "8 images of noise" in page
+    with pytest.raises(ValueError, match="holds no images to measure ranges on; type for example"):
+        deploy.main(settings(ckpt="weights.pth", int8=True, overwrite=True), tmp_path)

@@ -12,7 +12,11 @@ import benchmark_deploy
 import benchmark_fusion
 import benchmark_rdrop
 import benchmark_training
+import foreign
+import import_checkpoint
+import inspect_checkpoint
 import pytest
+import study_finetuning
 import study_fusion
 import study_int8
 import study_rdrop
@@ -21,7 +25,7 @@ from commands import ROOT
 from networks import settle
 from PIL import Image
 
-from repvgg import RepVGGBlock, cli, create_model, export
+from repvgg import RepVGGBlock, checkpoint, cli, create_model, export
 from repvgg.verify import relative_error
 
 
@@ -261,3 +265,93 @@ def test_a_run_that_is_killed_at_random_ends_as_it_should(tmp_path):
     assert "2 kills" in done.stdout
     assert "0 with a tensor that differs" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def weights_of(naming, **overrides) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    network = create_model("repvgg_tiny", **{"num_classes": 3, "in_channels": 1} | overrides)
+    return foreign.renamed(settle(network), naming)
+
+
+def test_a_file_of_the_field_becomes_a_checkpoint_that_knows_its_classes(run, tmp_path):
+    torch.save({"state_dict": weights_of(foreign.timm)}, tmp_path / "weights.pth")
+    (tmp_path / "names.txt").write_text("cat\ndog\nowl\n")
+
+    printed = run(
+        import_checkpoint,
+        "path=weights.pth",
+        "classes=names.txt",
+        "image_size=40",
+        "mean=[0.5]",
+        "std=[0.3]",
+    )
+
+    opened = checkpoint.load(tmp_path / "weights.ckpt")
+    assert opened.data.classes == ["cat", "dog", "owl"]
+    assert (opened.data.image_size, opened.data.resize_size) == ([40, 40], 40)
+    assert (opened.data.mean, opened.data.std) == ([0.5], [0.3])
+    assert "repvgg_tiny in timm's layout, training form, 3 classes, at 'state_dict'" in printed
+    assert "all 96 tensors loaded" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "exists: type overwrite=true"),
+        (["out=new.ckpt"], "the network takes 1 channels, a number for each"),
+        (["out=new.ckpt", "mean=[0.5]", "std=[0.3]", "weights=ema"], "weights=ema: there is no"),
+        (["out=new.ckpt", "mean=[0.5]", "std=[0.3]", "image_size=big"], "image_size='big': must"),
+        (["out=new.ckpt", "mean=[0.5]", "std=[0.3]", "strides=[1]"], "strides=\\[1\\]: must be 5"),
+        (["out=new.ckpt", "mean=[0.5]", "std=[0.3]", "classes=weights.pth"], "classes were given"),
+    ],
+)
+def test_an_import_that_is_refused_writes_nothing(arguments, message, run, tmp_path):
+    torch.save(weights_of(foreign.timm), tmp_path / "weights.pth")
+    (tmp_path / "weights.ckpt").touch()
+
+    with pytest.raises(SystemExit):
+        run(import_checkpoint, "path=weights.pth", *arguments)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["weights.ckpt", "weights.pth"]
+
+
+def test_the_doctor_tells_what_is_there_and_that_it_would_load(run, tmp_path):
+    weights = weights_of(foreign.authors)
+    torch.save({"model": weights, "epoch": 2}, tmp_path / "whole.pth")
+
+    whole = run(inspect_checkpoint, "path=whole.pth")
+
+    assert "looks like repvgg_tiny, 3 classes" in whole
+    assert "complete, both ways" in whole
+    assert "would load: python deploy.py ckpt=whole.pth" in whole
+
+
+def test_the_doctor_names_what_keeps_a_file_from_loading(tmp_path, capsys):
+    weights = weights_of(foreign.authors)
+    del weights["stage2.1.rbr_1x1.bn.bias"]
+    torch.save(weights | {"stage2.1.scale": torch.ones(1)}, tmp_path / "part.pth")
+
+    with pytest.raises(SystemExit) as stopped:
+        inspect_checkpoint.main(inspect_checkpoint.DEFAULTS | {"path": tmp_path / "part.pth"})
+
+    assert stopped.value.code == 1
+    printed = capsys.readouterr().out
+    assert "missing: stage2.1.rbr_1x1.bn.bias" in printed
+    assert "unknown: stage2.1.scale" in printed
+    assert "would load" not in printed
+
+
+def test_the_study_of_finetuning_compares_every_start(run):
+    printed = run(
+        study_finetuning,
+        "seeds=1",
+        "steps=3",
+        "finetuning_steps=2",
+        "workers=1",
+        "model=repvgg_tiny",
+    )
+
+    row = next(line for line in printed.splitlines() if line.startswith("| 0 |"))
+    scores = [float(score) for score in row.strip("| ").split(" | ")]
+    assert len(scores) == 1 + len(study_finetuning.STARTS) + 1
+    assert scores[4] == pytest.approx(scores[3] - scores[2], abs=0.02)

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 
+import foreign
 import pytest
 import torch
 from commands import ROOT, SHORT, make, run, tree
+from networks import settle
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import repvgg
@@ -335,3 +337,31 @@ def test_a_network_that_does_not_fit_is_refused_before_training(tmp_path, argume
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_begins_as_a_file_of_the_field(tmp_path):
+    """Deployed, with other classes than the digits have."""
+    network = settle(repvgg.create_model("repvgg_tiny", num_classes=4, in_channels=1))
+    network.switch_to_deploy()
+    torch.save({"model": foreign.renamed(network, foreign.timm)}, tmp_path / "weights.pth")
+
+    done = run("train.py", *SHORT, "trainer.max_epochs=1", "init=weights.pth", cwd=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    said = "begins as repvgg_tiny in timm's layout, deployed form, 4 classes, at 'model'; new: "
+    new = done.stdout.partition(said)[2].splitlines()[0]
+    assert new.startswith("stages.0.0.branch_identity.weight, ")  # the digits take other strides
+    assert new.endswith(", linear.weight, linear.bias")
+
+
+def test_a_run_does_not_begin_as_another_network(tmp_path):
+    network = repvgg.create_model("repvgg_tiny", in_channels=3)
+    torch.save(foreign.renamed(network, foreign.authors), tmp_path / "weights.pth")
+
+    done = run("train.py", *SHORT, "init=weights.pth", cwd=tmp_path)
+
+    assert done.returncode == 1
+    said = "init=weights.pth: it holds repvgg_tiny, which this network is not: stem.branch_3x3"
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "weights.pth"]

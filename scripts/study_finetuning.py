@@ -1,0 +1,163 @@
+"""Compare fine-tuning from a file in both forms: python scripts/study_finetuning.py
+
+Trains a network on half of the classes, stores it in both forms, and trains it further on all
+classes with few labels, with a new classifier: from the training form, from the deployed file, and
+from nothing. Prints the test accuracies by seed and their differences.
+"""
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import study
+import torch
+from torch import nn
+
+import repvgg
+from repvgg import checkpoint, cli
+from repvgg.arguments import check_integer, check_number
+from repvgg.batches import Stored
+from repvgg.certificate import accuracy
+from repvgg.checkpoint import Checkpoint, Probe
+from repvgg.datamodule import ImageData
+from repvgg.export import Description, save_safetensors
+from repvgg.model import DataContract, Normalize, to_float
+
+DEFAULTS: dict[str, Any] = {
+    "model": "repvgg_tiny",
+    "root": None,  # a folder of images with train/ and test/, in place of the digits
+    "strides": [1, 1, 2, 2, 1],
+    "seeds": 3,
+    "labels": 0.1,
+    "steps": 300,
+    "lr": 0.1,
+    "finetuning_steps": 150,
+    "finetuning_lr": 0.02,
+    "workers": 2,
+}
+STARTS = ("nothing", "training form", "deployed file")
+
+
+def main(settings: dict[str, Any]) -> None:
+    for key in ("seeds", "steps", "finetuning_steps", "workers"):
+        check_integer(key, settings[key], minimum=1, example=DEFAULTS[key])
+    for key in ("labels", "lr", "finetuning_lr"):
+        check_number(key, settings[key], example=DEFAULTS[key])
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "results.csv"
+        calls = [(seed, settings) for seed in range(settings["seeds"])]
+        study.run(compare, calls, results, workers=settings["workers"])
+        rows = sorted(study.read(results), key=lambda row: int(row["seed"]))
+    print(f"{settings['model']}, {study.machine()}\n")
+    print(f"| seed | {' | '.join(STARTS)} | deployed minus training |")
+    print("|---|---|---|---|---|")
+    apart = []
+    for row in rows:
+        scores = [100 * float(row[start]) for start in STARTS]
+        apart.append(scores[2] - scores[1])
+        shown = " | ".join(f"{score:.2f}" for score in scores)
+        print(f"| {row['seed']} | {shown} | {apart[-1]:+.2f} |")
+    spread = f", sd {statistics.stdev(apart):.2f}" if len(apart) > 1 else ""
+    print(f"\nmean difference {statistics.mean(apart):+.2f} points{spread}")
+
+
+def compare(seed: int, settings: dict[str, Any]) -> study.Row:
+    """One row: the accuracy from every start."""
+    train, test, contract, _ = study.load_images(settings["root"])
+    half = train.labels < (len(contract.classes) + 1) // 2
+    seen = Stored(train.images[half], train.labels[half])
+    classes = list(contract.classes)[: int(seen.labels.max()) + 1]
+    known = DataContract(**{**vars(contract), "classes": classes})
+    first = build(settings, known, seed)
+    fit(first, arguments(settings, known), seen, known, settings["steps"], settings["lr"], seed)
+
+    few = study.subset(train, settings["labels"], seed)
+    row: study.Row = {"seed": seed}
+    config = arguments(settings, contract)
+    with tempfile.TemporaryDirectory() as folder:
+        places = write(first, known, seen, settings, Path(folder))
+        for start in STARTS:
+            network = build(settings, contract, seed + 1)
+            if start in places:
+                images = normalized(few.images, contract)
+                checkpoint.initialize(network, checkpoint.open_network(places[start]), images)
+            fit(
+                network,
+                config,
+                few,
+                contract,
+                settings["finetuning_steps"],
+                settings["finetuning_lr"],
+                seed,
+            )
+            row[start] = judge(network, test, contract)
+    return row
+
+
+def write(
+    network: nn.Module, known: DataContract, seen: Stored, settings: dict[str, Any], folder: Path
+) -> dict[str, Path]:
+    """Store a trained network in both forms."""
+    places = {"training form": folder / "best.ckpt", "deployed file": folder / "model.safetensors"}
+    config = arguments(settings, known)
+    probe = Probe(seen.images[:8], seen.labels[:8], torch.empty(0))
+    checkpoint.save(places["training form"], Checkpoint(network, config, known, probe))
+    deployed = repvgg.switch_to_deploy(network)
+    save_safetensors(deployed, places["deployed file"], Description(config, known))
+    return places
+
+
+def arguments(settings: dict[str, Any], contract: DataContract) -> dict[str, Any]:
+    return {
+        "name": settings["model"],
+        "num_classes": len(contract.classes),
+        "in_channels": contract.in_channels,
+        "strides": settings["strides"],
+    }
+
+
+def build(settings: dict[str, Any], contract: DataContract, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return repvgg.create_model(**arguments(settings, contract))
+
+
+def fit(
+    network: nn.Module,
+    config: dict[str, Any],
+    images: Stored,
+    contract: DataContract,
+    steps: int,
+    lr: float,
+    seed: int,
+) -> None:
+    from repvgg.module import Classifier
+
+    data = ImageData(
+        images, images, images, contract, batch_size=min(64, len(images.labels)), seed=seed
+    )
+    module = Classifier(
+        config,
+        lr=lr,
+        momentum=0.9,
+        weight_decay=1e-4,
+        num_steps=steps,
+        num_warmup_steps=steps // 10,
+    )
+    module.net = network
+    study.fit(module, data, steps)
+
+
+@torch.no_grad()
+def judge(network: nn.Module, test: Stored, contract: DataContract) -> float:
+    network.eval()
+    parts = normalized(test.images, contract).split(256)
+    return accuracy(torch.cat([network(part) for part in parts]), test.labels)
+
+
+def normalized(images: torch.Tensor, contract: DataContract) -> torch.Tensor:
+    return Normalize(contract.mean, contract.std)(to_float(images))
+
+
+if __name__ == "__main__":
+    cli.script(main, __doc__ or "", DEFAULTS)

@@ -1,7 +1,30 @@
 """Mistakes at the command line: one line, a status that is not 0, nothing written."""
 
+import runpy
+import signal
+import sys
+
 import pytest
-from commands import run
+from commands import ROOT, run
+
+from repvgg import cli
+
+
+@pytest.fixture
+def fail(monkeypatch, tmp_path, capfd):
+    """Runs a program in this process, in an empty folder: its status and its lines on stderr."""
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(cli.FULL_ERROR, "0")
+
+    def run_here(program: str, *arguments: str) -> tuple[object, list[str]]:
+        monkeypatch.setattr(sys, "argv", [program, *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        return stopped.value.code, capfd.readouterr().err.splitlines()
+
+    yield run_here
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.mark.parametrize(
@@ -56,12 +79,23 @@ from commands import run
     ],
 )
 def test_a_mistake_is_told_in_one_line_and_nothing_is_written(
-    program, arguments, message, tmp_path
+    program, arguments, message, fail, tmp_path
 ):
+    status, lines = fail(program, *arguments)
+
+    assert status == 1
+    assert message in lines[0]
+    assert len(lines) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"), [("train.py", ["rdrop=-1"]), ("deploy.py", ["ckpt=nowhere.ckpt"])]
+)
+def test_a_mistake_ends_the_process_with_its_status(program, arguments, tmp_path):
     done = run(program, *arguments, cwd=tmp_path)
 
     assert done.returncode == 1
-    assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 

@@ -151,13 +151,13 @@ def digest(path: Path) -> str:
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report for people."""
-    origin = report["origin"]
+    origin = report.get("origin")
     lines = [
         f"# {report['model']['name']}: {report['verdict']}",
         "",
         *([f"Opened as {origin}.", ""] if origin else []),
         f"Compared with the trained network in float64 on {report['images']} "
-        f"{'validation images' if report['accuracy_on_probe'] else 'images of noise'}. "
+        f"{'validation images' if report.get('accuracy_on_probe') else 'images of noise'}. "
         "Errors are relative to the largest value.",
         "",
         *_verdicts({"restored network and recorded logits": report["probe"], **report["verdicts"]}),

@@ -2,13 +2,19 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the processors; read when torch starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import absl.logging
 import pytest
 from commands import SHORT, run
+
+# Hydra closes every handler there is, and absl's closes its stream unless it is the process's own:
+# pytest's, where OpenVINO was the first to import absl, in a test.
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 @pytest.fixture(scope="session")

@@ -494,7 +494,7 @@ def test_a_file_that_is_no_checkpoint_of_ours_is_refused_in_one_line(kind, folde
     done = run("deploy.py", "ckpt=bad.ckpt", cwd=tmp_path)
 
     assert done.returncode == 1
-    assert re.match(r"deploy\.py: 'bad\.ckpt' .*\n$", done.stderr)
+    assert re.match(r"deploy\.py: 'bad\.ckpt'.*\n$", done.stderr)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.ckpt"]
 
 

@@ -36,10 +36,12 @@ DEFAULTS: dict[str, Any] = {
     "steps": 1,
     "compile": True,
     "root": None,
+    "photos": None,
     "threads": torch.get_num_threads(),
     "device": "cuda" if torch.cuda.is_available() else "cpu",
 }
 BASE = "the authors' block, bare loop"
+BARE, IN_LIGHTNING = "ours, bare loop", "ours, Lightning"
 CASE = "SIZExBATCHxCLASSES"
 
 
@@ -58,7 +60,7 @@ def main(settings: dict[str, Any]) -> None:
         size, batch, classes = parse(case)
         compare(settings, size, batch, classes)
         validate(settings, size, batch, classes)
-    if settings["root"] is not None:
+    if settings["root"] is not None or settings["photos"] is not None:
         measure_data(settings)
 
 
@@ -78,15 +80,16 @@ def compare(settings: dict[str, Any], size: int, batch: int, classes: int) -> No
         times = turns.measure(running, None, rounds=settings["rounds"])
     finally:
         turns.stop(running)
-    peak = measure_peak(torch.float32)
+    peaks = {precision: measure_peak(precision) for precision in (torch.float32, torch.bfloat16)}
     print(f"\n{batch} images of {size}x{size}, {classes} classes; peak of a product of matrices, ")
-    print(f"float32: {peak / 1e9:.0f} Gop/s\n")
-    print("| step | ms (quartiles) | images/s | times the first | quartiles | % of the peak |")
+    print(", ".join(f"{key}: {(peak or 0) / 1e9:.0f} Gop/s" for key, peak in peaks.items()) + "\n")
+    print("| step | ms (quartiles) | images/s | times the first | quartiles | % of its peak |")
     print("|---|---|---|---|---|---|")
     for name in names:
         milliseconds = [value / settings["steps"] for value in times[name]]
         timing = turns.summarize(times[name], times[BASE])
         middle = statistics.median(milliseconds)
+        peak = peaks[torch.bfloat16 if "bf16" in name else torch.float32] or float("inf")
         share = running[name].said / (middle / 1000) / peak
         print(
             f"| {name} | {middle:.0f} ({timing.lower / settings['steps']:.0f} to "
@@ -94,6 +97,12 @@ def compare(settings: dict[str, Any], size: int, batch: int, classes: int) -> No
             f"{timing.speedup:.3f} | {timing.speedup_lower:.3f} to {timing.speedup_upper:.3f} | "
             f"{100 * share:.0f} |"
         )
+    added = [
+        (ours - bare) / settings["steps"]
+        for ours, bare in zip(times[IN_LIGHTNING], times[BARE], strict=True)
+    ]
+    low, middle, high = statistics.quantiles(added, n=4)
+    print(f"\nLightning adds {middle:.2f} ms to a step ({low:.2f} to {high:.2f}, by pairs)")
 
 
 def candidates(settings: dict[str, Any]) -> list[str]:
@@ -101,7 +110,7 @@ def candidates(settings: dict[str, Any]) -> list[str]:
     names = [BASE, "the same again (control)"]
     if find_spec("timm") and settings["model"].startswith("repvgg_"):
         names.append("timm, bare loop")
-    names += ["ours, bare loop", "ours, Lightning", "ours, Lightning, channels_last"]
+    names += [BARE, IN_LIGHTNING, "ours, Lightning, channels_last"]
     if settings["compile"]:
         names += ["ours, Lightning, channels_last, compiled"]
     if settings["device"] == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -138,26 +147,36 @@ def in_lightning(
     batch: tuple[Tensor, Tensor],
     classes: int,
 ) -> None:
-    import lightning as L
+    module = build_module(settings["model"], classes)
+    flops = count_flops(module.net, batch[0].cpu())
+    trainer(name, module, settings["device"], max_epochs=1).fit(
+        module, _OnDemand(pipe, batch, flops, settings["steps"])
+    )
 
+
+def build_module(model: str, classes: int) -> Any:
     from repvgg.module import Classifier
 
-    module = Classifier(
-        {"name": settings["model"], "num_classes": classes},
+    return Classifier(
+        {"name": model, "num_classes": classes},
         lr=1e-3,
         momentum=0.9,
         weight_decay=1e-4,
         num_steps=10**6,
         num_warmup_steps=0,
     )
-    flops = count_flops(module.net, batch[0].cpu())
+
+
+def trainer(name: str, module: Any, device: str, **options: Any) -> Any:
+    """What steps as the name says; the network is laid out and compiled for it."""
+    import lightning as L
+
     if "channels_last" in name:
         module.net.to(memory_format=torch.channels_last)
     if "compiled" in name:
         compile_blocks(module.net)
-    L.Trainer(
-        max_epochs=1,
-        accelerator=settings["device"],
+    return L.Trainer(
+        accelerator=device,
         devices=1,
         precision="bf16-mixed" if "bf16" in name else "32-true",
         logger=False,
@@ -166,7 +185,8 @@ def in_lightning(
         enable_model_summary=False,
         limit_val_batches=0,
         log_every_n_steps=10**9,  # as between two lines of the log
-    ).fit(module, _OnDemand(pipe, batch, flops, settings["steps"]))
+        **options,
+    )
 
 
 class _OnDemand:
@@ -289,21 +309,25 @@ def validate(settings: dict[str, Any], size: int, batch: int, classes: int) -> N
 
 
 def measure_data(settings: dict[str, Any]) -> None:
-    """Images a second of the data pipeline alone, from memory and from files."""
+    """Images a second of the data alone, and of whole training steps on it."""
     from repvgg.data import cifar10, imagefolder
 
-    root = settings["root"]
-    begin = time.perf_counter()
-    stored = cifar10(root=root, batch_size=256)
-    print(f"\ndecoding {root} into memory: {time.perf_counter() - begin:.1f} s\n")
-    ways: dict[str, Callable[[], Any]] = {
-        "memory, 32 pixels": lambda: stored,
-        "JPEG files, 32 pixels": lambda: imagefolder(
+    study.quieten()
+    ways: dict[str, Callable[[], Any]] = {}
+    if root := settings["root"]:
+        begin = time.perf_counter()
+        stored = cifar10(root=root, batch_size=256)
+        print(f"\ndecoding {root} into memory: {time.perf_counter() - begin:.1f} s")
+        ways["memory, 32 pixels"] = lambda: stored
+        ways["files, 32 pixels"] = lambda: imagefolder(
             root=root, batch_size=256, image_size=32, resize_size=32
-        ),
-    }
-    print("| source | images/s (least, most of 5) |")
-    print("|---|---|")
+        )
+    if photos := settings["photos"]:
+        ways["files, cut to 224 pixels"] = lambda: imagefolder(root=photos, batch_size=32)
+    step = candidates(settings | {"compile": False})[-1]
+    print(f"\nwhole: {settings['model']}, {step}\n")
+    print("| source | alone, images/s (least, most of 5) | whole, images/s |")
+    print("|---|---|---|")
     for name, make in ways.items():
         data, rates = make(), []
         for epoch in range(5):
@@ -313,7 +337,29 @@ def measure_data(settings: dict[str, Any]) -> None:
             for images, _ in itertools.islice(loader, 40):
                 count += len(images)
             rates.append(count / (time.perf_counter() - begin))
-        print(f"| {name} | {statistics.median(rates):.0f} ({min(rates):.0f}, {max(rates):.0f}) |")
+        print(
+            f"| {name} | {statistics.median(rates):.0f} ({min(rates):.0f}, {max(rates):.0f}) | "
+            f"{train_on(data, step, settings):.1f} |"
+        )
+
+
+def train_on(data: Any, step: str, settings: dict[str, Any], steps: int = 16) -> float:
+    """Images a second of a run's steps but the first four, with loading."""
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    ends: list[float] = []
+
+    def note(*_: Any) -> None:
+        _finish(torch.device(settings["device"]))
+        ends.append(time.perf_counter())
+
+    module = build_module(settings["model"], len(data.contract.classes))
+    watch = LambdaCallback(on_train_batch_end=note)
+    length = {"max_epochs": -1, "max_steps": steps}
+    trainer(step, module, settings["device"], callbacks=[watch], **length).fit(
+        module, datamodule=data
+    )
+    return data.batch_size * (steps - 4) / (ends[-1] - ends[3])
 
 
 if __name__ == "__main__":

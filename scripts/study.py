@@ -187,10 +187,15 @@ def settle(network: nn.Module) -> nn.Module:
 
 def start_worker() -> None:
     """Set a process up for runs of one thread, without messages."""
+    torch.set_num_threads(1)
+    quieten()
+
+
+def quieten() -> None:
+    """Without what Lightning says of every run."""
     import logging
     import warnings
 
-    torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
 

@@ -3,6 +3,7 @@
 import copy
 import csv
 import multiprocessing
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ import study_fusion
 import study_int8
 import study_rdrop
 import torch
-from commands import ROOT
+from commands import ROOT, make
 from networks import settle
 from PIL import Image
 
@@ -250,6 +251,17 @@ def test_steps_are_timed_from_the_first_batch_to_the_request_for_the_next():
     assert count == 2 + 2 * 3
     assert here.recv() == 5
     assert all(here.recv() >= 0 for _ in range(2))
+
+
+def test_the_data_is_timed_alone_and_in_whole_steps(tmp_path, capsys):
+    for part, count in (("train", 40), ("val", 2)):
+        make(tmp_path / part, count=count)
+    settings = benchmark_training.DEFAULTS | {"model": "repvgg_tiny", "photos": str(tmp_path)}
+
+    benchmark_training.measure_data(settings)
+
+    *_, row = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\| files, cut to 224 pixels \| \d+ \(\d+, \d+\) \| \d+\.\d \|", row)
 
 
 def test_a_run_that_is_killed_at_random_ends_as_it_should(tmp_path):

@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,8 +24,8 @@ from repvgg.arguments import check_integer, check_number
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from repvgg.artifact import Artifact, Description
     from repvgg.checkpoint import Checkpoint
-    from repvgg.export import Artifact, Description
     from repvgg.model import DataContract
     from repvgg.verify import Predictor, Verdict
 
@@ -145,6 +145,21 @@ def one_run(arguments: list[str]) -> list[str]:
     return arguments
 
 
+@dataclass
+class Findings:
+    """What was found of every form and every file.
+
+    Attributes:
+        verdicts: on each of them, in float64, float32 and, if asked, bf16.
+        predictors: all that runs, as the report calls it.
+        files: of those that were verified, their layers and the precision.
+    """
+
+    verdicts: "dict[str, Verdict]"
+    predictors: "dict[str, Predictor]"
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
 def deploy(path: Path, folder: Path, config: dict[str, Any]) -> str:
     """Fold, export into `folder`, verify, and write the certificate.
 
@@ -154,11 +169,10 @@ def deploy(path: Path, folder: Path, config: dict[str, Any]) -> str:
     Raises:
         ValueError: the checkpoint is bad, or a verdict failed; it says which.
     """
-    import onnx  # here, so that --help answers at once
-    import torch
+    import torch  # here, so that --help answers at once
 
     from repvgg import certificate, checkpoint, verify
-    from repvgg.export import FORMATS, Description, count_layers
+    from repvgg.artifact import Description
     from repvgg.fuse import deployed_form
     from repvgg.model import to_float
 
@@ -182,59 +196,22 @@ def deploy(path: Path, folder: Path, config: dict[str, Any]) -> str:
 
     network, fusion = deployed_form(restored.model)
     forms = Forms.of(restored, network, description)
-    reference = forms.reference
-    verdicts = {
-        "trained form, float32": verify.compare(reference, forms.trained, images),
-        "folded, float64": verify.compare(reference, forms.folded64, images.double()),
-        "folded, float32": verify.compare(reference, forms.folded, images),
-    }
     blocks = compare_blocks(forms, images, fusion.moved)
-    for name, errors in blocks.items():
-        worst = max(errors, key=errors.__getitem__)
-        tolerance = verify.TOLERANCE[getattr(torch, name)]
-        verdicts[f"worst block, {name} ({worst})"] = verify.Verdict(errors[worst], tolerance)
-
-    predictors: dict[str, Predictor] = {TRAINED: forms.trained, DEPLOYED: forms.folded}
-    layers = count_layers(network)
-    files: dict[str, dict[str, Any]] = {}
-    for name in config["formats"]:
-        target = folder / FORMATS[name].filename
-        write(target.name, FORMATS[name].save, network, target, description)
-        artifact = FORMATS[name].load(target)  # from disk: what will be shipped
-        require_layers(target.name, artifact, layers)
-        verdicts[target.name] = verify.compare(reference, artifact, images)
-        predictors[target.name] = artifact
-        files[target.name] = {"layers": artifact.layers, "verified": "float32"}
-    if config["bf16"]:
-        for name, predictor in in_bf16(forms.folded, folder).items():
-            tolerance = verify.TOLERANCE[torch.bfloat16]
-            verdicts[name] = verify.compare(reference, predictor, images, tolerance=tolerance)
-            predictors[name] = predictor
-    for name, verdict in verdicts.items():
+    found = Findings(
+        judge_forms(forms, images, blocks), {TRAINED: forms.trained, DEPLOYED: forms.folded}
+    )
+    export(network, forms, description, images, folder, config, found)
+    for name, verdict in found.verdicts.items():
         require(name, verdict)
 
     report: dict[str, Any] = {"verdict": "passed", "checkpoint": str(path)}
     by_int8 = torch.empty(0)
     if config["int8"]:
         report["int8"], rounded = quantize(network, restored, description, sets, config)
-        write(INT8, onnx.save_model, rounded, folder / INT8)
-        report["int8"]["verdicts"] = {}
-        judged, truth = sets.validation or (images, labels)
-        expected = batched(forms.folded, judged)
-        for name, artifact in open_int8(folder / INT8).items():
-            require_layers(INT8, artifact, layers)
-            verdict = certificate.judge_rounded(
-                expected, batched(artifact, judged), truth, tolerance=config["int8_drop"]
-            )
-            require(f"{name}: accuracy lost", verdict)
-            report["int8"]["verdicts"][name] = as_dict(verdict)
-            predictors[name] = artifact
-        files[INT8] = {"layers": artifact.layers, "verified": "int8"}
-        by_int8 = predictors[f"{INT8}, onnxruntime"](images)
-
-    recorded = certificate.Recorded(
-        restored.probe.images, labels, reference(images.double()).detach(), by_int8
-    )
+        report["int8"]["verdicts"] = judge_int8(
+            rounded, network, forms, sets.validation or (images, labels), folder, config, found
+        )
+        by_int8 = found.predictors[f"{INT8}, onnxruntime"](images)
     report |= {
         "origin": restored.origin,
         "model": restored.config,
@@ -243,46 +220,145 @@ def deploy(path: Path, folder: Path, config: dict[str, Any]) -> str:
         "output": description.output,
         "images": len(images),
         "probe": as_dict(probe),
-        "verdicts": {name: as_dict(verdict) for name, verdict in verdicts.items()},
+        "verdicts": {name: as_dict(verdict) for name, verdict in found.verdicts.items()},
         "blocks": blocks,
         "batchnorms_left": fusion.kept,
-        "accuracy_on_probe": {
-            "recorded": certificate.accuracy(restored.probe.logits, labels),
-            **{
-                name: certificate.accuracy(batched(predict, images), labels)
-                for name, predict in predictors.items()
-            },
-        }
-        if labelled
-        else {},
+        "accuracy_on_probe": {},
     }
+    if labelled:
+        report["accuracy_on_probe"] = {
+            "recorded": certificate.accuracy(restored.probe.logits, labels),
+            **accuracies(score(found.predictors, images), labels),
+        }
     if sets.validation is not None:
         shown, truth = sets.validation
-        scores = {name: batched(predict, shown) for name, predict in predictors.items()}
-        report["accuracy_on_validation"] = {
-            name: certificate.accuracy(given, truth) for name, given in scores.items()
-        }
+        scores = score(found.predictors, shown)
+        report["accuracy_on_validation"] = accuracies(scores, truth)
         report["agreement_on_validation"] = {
             name: verify.agreement(scores[TRAINED], given) for name, given in scores.items()
         }
-    for written in sorted(folder.iterdir()):  # OpenVINO's weights are a file by themselves
-        files[written.name] = {
-            "bytes": written.stat().st_size,
-            "sha256": certificate.digest(written),
-            "layers": {},
-            "verified": None,
-            **files.get(written.name, {}),
-        }
     report |= {
-        "files": files,
+        "files": describe_files(folder, found.files),
         "size": sizes(forms, images),
         "environment": environment(),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
     if config["benchmark"]:
-        report["latency"] = latency(predictors, images[:1])
+        report["latency"] = latency(found.predictors, images[:1])
+    expected = forms.reference(images.double()).detach()
+    recorded = certificate.Recorded(restored.probe.images, labels, expected, by_int8)
     certificate.write(folder, report, recorded)
     return certificate.as_markdown(report)
+
+
+def judge_forms(
+    forms: "Forms", images: "Tensor", blocks: dict[str, dict[str, float]]
+) -> "dict[str, Verdict]":
+    """Verdicts on the network before and after folding, and on its worst block."""
+    import torch
+
+    from repvgg import verify
+
+    verdicts = {
+        "trained form, float32": verify.compare(forms.reference, forms.trained, images),
+        "folded, float64": verify.compare(forms.reference, forms.folded64, images.double()),
+        "folded, float32": verify.compare(forms.reference, forms.folded, images),
+    }
+    for name, errors in blocks.items():
+        worst = max(errors, key=errors.__getitem__)
+        tolerance = verify.TOLERANCE[getattr(torch, name)]
+        verdicts[f"worst block, {name} ({worst})"] = verify.Verdict(errors[worst], tolerance)
+    return verdicts
+
+
+def export(
+    network: "nn.Module",
+    forms: "Forms",
+    description: "Description",
+    images: "Tensor",
+    folder: Path,
+    config: dict[str, Any],
+    found: Findings,
+) -> None:
+    """Write every format, open each file from disk, and judge it; 16 bits too, if asked."""
+    import torch
+
+    from repvgg import verify
+    from repvgg.artifact import count_layers
+    from repvgg.export import FORMATS
+
+    for name in config["formats"]:
+        target = folder / FORMATS[name].filename
+        write(target.name, FORMATS[name].save, network, target, description)
+        artifact = FORMATS[name].load(target)  # from disk: what will be shipped
+        require_layers(target.name, artifact, count_layers(network))
+        found.verdicts[target.name] = verify.compare(forms.reference, artifact, images)
+        found.predictors[target.name] = artifact
+        found.files[target.name] = {"layers": artifact.layers, "verified": "float32"}
+    if config["bf16"]:
+        tolerance = verify.TOLERANCE[torch.bfloat16]
+        for name, predictor in in_bf16(forms.folded, folder).items():
+            found.verdicts[name] = verify.compare(
+                forms.reference, predictor, images, tolerance=tolerance
+            )
+            found.predictors[name] = predictor
+
+
+def judge_int8(
+    rounded: Any,
+    network: "nn.Module",
+    forms: "Forms",
+    judged: "tuple[Tensor, Tensor]",
+    folder: Path,
+    config: dict[str, Any],
+    found: Findings,
+) -> dict[str, Any]:
+    """Write the file of 8 bits and require its accuracy in every engine; the verdicts."""
+    import onnx
+
+    from repvgg import certificate
+    from repvgg.artifact import count_layers
+
+    write(INT8, onnx.save_model, rounded, folder / INT8)
+    images, labels = judged
+    expected = batched(forms.folded, images)
+    verdicts = {}
+    for name, artifact in open_int8(folder / INT8).items():
+        require_layers(INT8, artifact, count_layers(network))
+        verdict = certificate.judge_rounded(
+            expected, batched(artifact, images), labels, tolerance=config["int8_drop"]
+        )
+        require(f"{name}: accuracy lost", verdict)
+        verdicts[name] = as_dict(verdict)
+        found.predictors[name] = artifact
+        found.files[INT8] = {"layers": artifact.layers, "verified": "int8"}
+    return verdicts
+
+
+def score(predictors: "dict[str, Predictor]", images: "Tensor") -> "dict[str, Tensor]":
+    return {name: batched(predict, images) for name, predict in predictors.items()}
+
+
+def accuracies(scores: "dict[str, Tensor]", labels: "Tensor") -> dict[str, float]:
+    from repvgg.certificate import accuracy
+
+    return {name: accuracy(given, labels) for name, given in scores.items()}
+
+
+def describe_files(folder: Path, verified: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Size and checksum of every file; OpenVINO's weights are one by themselves."""
+    from repvgg.certificate import digest
+
+    return {
+        written.name: {
+            "bytes": written.stat().st_size,
+            "sha256": digest(written),
+            "layers": {},
+            "verified": None,
+            **verified.get(written.name, {}),
+        }
+        for written in sorted(folder.iterdir())
+    }
 
 
 class Forms(NamedTuple):
@@ -303,7 +379,7 @@ class Forms(NamedTuple):
     def of(
         cls, restored: "Checkpoint", network: "nn.Module", description: "Description"
     ) -> "Forms":
-        from repvgg.export import build_program
+        from repvgg.artifact import build_program
         from repvgg.fuse import deployed_form
 
         plain = replace(description, input="float32")
@@ -406,7 +482,7 @@ def quantize(
 ) -> tuple[dict[str, Any], Any]:
     """Choose how to round; what the report says of it, and the `onnx.ModelProto`."""
     from repvgg import quantize
-    from repvgg.linear import is_never_updated, is_normalization
+    from repvgg.normalizations import is_never_updated, is_normalization
 
     norms = [module for module in restored.model.modules() if is_normalization(module)]
     if norms and all(is_never_updated(norm) for norm in norms):
@@ -529,8 +605,8 @@ def latency(predictors: "dict[str, Predictor]", images: "Tensor") -> dict[str, A
     """Milliseconds per image, all predictors interleaved, one of them twice as a control."""
     import torch
 
+    from repvgg.artifact import Artifact
     from repvgg.benchmark import measure_latency
-    from repvgg.export import Artifact
 
     control = f"{DEPLOYED}, again"
 

@@ -6,34 +6,23 @@ arXiv:2103.13425, section 3.2), is one convolution of x. The addition is code of
 the module it stands in gets a forward that was written from the graph of its own.
 """
 
-import importlib
 import inspect
-from operator import add, getitem, iadd
-from types import ModuleType
+from operator import add, iadd
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from repvgg import linear
 from repvgg.dataflow import Dataflow, describe, erase_if_transparent, shared_copy, uses
-from repvgg.reparam import Affine, bare_affine, identity_kernel, merge, scale_output
+from repvgg.geometry import embedding, read_geometry, read_subsampling, small_kernel
+from repvgg.normalizations import is_normalization, read_normalization
+from repvgg.reparam import Affine, merge
+from repvgg.rewriting import give_forward, put
 from repvgg.tracing import Tracer, has_hooks, mentions
 
 ADDITIONS = (add, iadd, torch.add, "add", "add_")
-POOLS = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
-
-
-class Geometry(NamedTuple):
-    """How a branch moves over its input, by spatial dimension."""
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    before: tuple[int, ...]  # padding on the low side
-    after: tuple[int, ...]
-    mode: str
 
 
 class Branch(NamedTuple):
@@ -100,7 +89,7 @@ def merge_sums(
         return []
     graph.lint()
     sums.write()
-    _give_forward(owner, graph)
+    give_forward(owner, graph)
     return merged
 
 
@@ -253,10 +242,10 @@ class _Sums:
         source, step = node.all_input_nodes[0], 1
         if isinstance(module, _ConvNd) and set(module.kernel_size) == {1}:
             dims = len(module.kernel_size)
-            source, step = _subsampling(source, dims) or (source, 1)
+            source, step = read_subsampling(source, dims) or (source, 1)
         calls = self.flow.calls.get(path, [])
         within = bool(calls) and all(self.name in self.flow.callers[call] for call in calls)
-        known = _geometry(module) is not None
+        known = read_geometry(module) is not None
         known = known and linear.refusal(module, values=self.values) is None
         if not within or not known or self.calls[module] != 1 or path in self.flow.reached:
             return itself
@@ -280,13 +269,13 @@ class _Sums:
         """A branch as a convolution of the main one's shape, in float64; None where it is none."""
         conv = main.module
         assert isinstance(conv, _ConvNd)
-        target, own = _geometry(conv), _geometry(branch.module, conv)
+        target, own = read_geometry(conv), read_geometry(branch.module, conv)
         assert target is not None
-        padding = own and _embedding(
+        padding = own and embedding(
             own._replace(stride=tuple(s * branch.subsampling for s in own.stride)),
             target._replace(stride=tuple(s * main.subsampling for s in target.stride)),
         )
-        small = _small_kernel(branch.module, conv)
+        small = small_kernel(branch.module, conv)
         if padding is None or small is None:
             return None
         taps = [amount for pair in reversed(padding) for amount in pair]  # last dimension first
@@ -317,8 +306,8 @@ class _Sums:
         if any(b.module is not None and self._is_check(b.term) for b in group):
             return True
         for branch in group:
-            if branch.module is not None and linear.is_normalization(branch.module):
-                found = linear.read_normalization(branch.module)
+            if branch.module is not None and is_normalization(branch.module):
+                found = read_normalization(branch.module)
                 if isinstance(found, str) or not found.checks:
                     return False
         return True
@@ -380,110 +369,9 @@ def _is_addition(node: fx.Node) -> bool:
     )
 
 
-def _subsampling(node: Any, dims: int) -> tuple[fx.Node, int] | None:
-    """Of x[..., ::s, ::s], over all spatial dimensions: x and s."""
-    if not isinstance(node, fx.Node) or node.target is not getitem:
-        return None
-    source, index = node.args
-    if not isinstance(source, fx.Node) or not isinstance(index, tuple) or index[:1] != (...,):
-        return None
-    steps = {part.step for part in index[1:] if isinstance(part, slice)}
-    plain = all(isinstance(s, slice) and s.start is None and s.stop is None for s in index[1:])
-    if len(steps) != 1 or not plain or len(index) != 1 + dims:
-        return None
-    (step,) = steps
-    return (source, step) if isinstance(step, int) and step > 0 else None
-
-
 def _num_taps(branch: Branch) -> int:
     assert isinstance(branch.module, _ConvNd)
     return branch.module.weight[0, 0].numel()
-
-
-def _small_kernel(module: nn.Module | None, conv: _ConvNd) -> Affine | None:
-    """A branch of its own size, with the channels of a convolution; None where they differ."""
-    weight = conv.weight
-    if isinstance(module, _ConvNd):
-        shape = (module.in_channels, module.out_channels, module.groups)
-        same = shape == (conv.in_channels, conv.out_channels, conv.groups) and (
-            module.weight.dtype == weight.dtype and module.weight.device == weight.device
-        )
-        return linear.affine(module) if same else None
-    if conv.in_channels != conv.out_channels:
-        return None
-    dims = len(conv.kernel_size)
-    eye = identity_kernel(conv.in_channels, conv.groups, dims=dims, device=weight.device)
-    if module is None:
-        return bare_affine(eye)
-    if type(module) in POOLS:
-        geometry = _geometry(module)
-        assert geometry is not None
-        size = torch.Size(geometry.kernel)
-        return bare_affine((eye / size.numel()).expand(*eye.shape[:2], *size))
-    found = linear.read_normalization(module)
-    if isinstance(found, str) or found.tail or found.dims not in (None, dims):
-        return None
-    if len(found.scale) != len(eye) or found.scale.device != eye.device:
-        return None
-    return scale_output(eye, None, found.scale, found.shift)
-
-
-def _geometry(module: nn.Module | None, like: _ConvNd | None = None) -> Geometry | None:
-    """How a module moves over its input; None where it is no branch."""
-    if isinstance(module, _ConvNd):
-        known = linear.is_linear(module)
-        if isinstance(module, _ConvTransposeNd) or not known:
-            return None
-        size, stride, dilation = module.kernel_size, module.stride, module.dilation
-        if module.padding == "same":
-            total = [d * (k - 1) for k, d in zip(size, dilation, strict=True)]
-            before = tuple(t // 2 for t in total)
-            after = tuple(t - b for t, b in zip(total, before, strict=True))
-        elif module.padding == "valid":
-            before = after = (0,) * len(size)
-        else:
-            before = after = tuple(int(amount) for amount in module.padding)
-        return Geometry(size, stride, dilation, before, after, module.padding_mode)
-    dims = POOLS.get(type(module)) if module is not None else None
-    if dims is not None:
-        assert isinstance(module, nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d)
-        exact = module.count_include_pad and not module.ceil_mode
-        if not exact or getattr(module, "divisor_override", None) is not None:
-            return None
-
-        def each(value: Any) -> tuple[int, ...]:
-            return tuple(value) if isinstance(value, tuple | list) else (value,) * dims
-
-        pad = each(module.padding)
-        ones = (1,) * dims
-        return Geometry(each(module.kernel_size), each(module.stride), ones, pad, pad, "zeros")
-    if module is None or linear.is_normalization(module):
-        ones = (1,) * (2 if like is None else len(like.kernel_size))
-        zeros = (0,) * len(ones)
-        return Geometry(ones, ones, ones, zeros, zeros, "zeros")
-    return None
-
-
-def _embedding(own: Geometry, target: Geometry) -> list[tuple[int, int]] | None:
-    """Taps to add in front of and behind a kernel so that it does the same as one of the target.
-
-    None where no taps do: the outputs would differ in size or place, or at the border.
-    """
-    if len(own.kernel) != len(target.kernel) or own.stride != target.stride:
-        return None
-    if any(own.before + own.after) and own.mode != target.mode:
-        return None
-    padding = []
-    for i, (size, large) in enumerate(zip(own.kernel, target.kernel, strict=True)):
-        step = target.dilation[i]
-        if size > 1 and own.dilation[i] != step:
-            return None
-        before, odd = divmod(target.before[i] - own.before[i], step)
-        after = large - size - before
-        if odd or before < 0 or after < 0 or target.after[i] - own.after[i] != after * step:
-            return None
-        padding.append((before, after))
-    return padding
 
 
 def _plain(cls: type[nn.Module]) -> Any:
@@ -491,45 +379,7 @@ def _plain(cls: type[nn.Module]) -> Any:
     return next(base for base in linear.CONVOLUTIONS if issubclass(cls, base))
 
 
-def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Replace a module under every name that it has."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new
-
-
 def _is_augmented(node: fx.Node) -> bool:
     """Whether a step is x += y, or another of its kind."""
     home = getattr(node.target, "__module__", "")
     return home == "_operator" and linear.may_overwrite(node, None)
-
-
-def _give_forward(owner: nn.Module, graph: fx.Graph) -> None:
-    """Make a module run a graph; all else of it, its class's methods too, stays."""
-    code = graph.python_code("self")
-    names = {
-        key: (value.__name__ if isinstance(value, ModuleType) else value)
-        for key, value in code.globals.items()
-    }
-    owner.__class__ = _specialized(type(owner), code.src, names)
-
-
-def _specialized(base: type[nn.Module], source: str, names: dict[str, Any]) -> type[nn.Module]:
-    """A subclass with another forward, whose instances can be pickled."""
-    namespace = {
-        key: importlib.import_module(value) if isinstance(value, str) else value
-        for key, value in names.items()
-    }
-    exec(source, namespace)
-
-    def reduce(self: nn.Module, _: Any) -> tuple[Any, ...]:
-        return _restore, (base, source, names), vars(self)
-
-    members = {"forward": namespace["forward"], "__reduce_ex__": reduce}
-    return type(base.__name__, (base,), members | {"__module__": base.__module__})
-
-
-def _restore(base: type[nn.Module], source: str, names: dict[str, Any]) -> nn.Module:
-    cls = _specialized(base, source, names)
-    return cls.__new__(cls)

@@ -13,8 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from repvgg import dataflow, linear
 from repvgg.block import KERNEL_SIZE, RepVGGBlock
-from repvgg.branches import put
+from repvgg.normalizations import Normalization, is_never_updated, read_normalization
 from repvgg.reparam import identity_kernel, pad_kernel
+from repvgg.rewriting import put
 
 
 class RepVGGConv(RepVGGBlock):
@@ -116,7 +117,7 @@ class RepVGGConv(RepVGGBlock):
             others.append(self.branch_identity)
         for norm in (dense.bn, *others):
             norm.momentum = bn.momentum
-        if linear.is_never_updated(bn):
+        if is_never_updated(bn):
             return
         own = dense.bn.state_dict()
         dense.bn.load_state_dict({key: bn.state_dict().get(key, own[key]) for key in own})
@@ -181,8 +182,8 @@ def over_parameterize(model: nn.Module, *, branch_drop: float = 0.0) -> nn.Modul
         bn = modules[behind] if behind is not None and {behind} == {behind, *others} else None
         slot: nn.Module | None = None
         if isinstance(bn, _BatchNorm) and bn.training == conv.training:
-            reading = linear.read_normalization(bn)
-            assert isinstance(reading, linear.Normalization)
+            reading = read_normalization(bn)
+            assert isinstance(reading, Normalization)
             slot = linear.replacement(bn, reading, 4).train(bn.training)
             put(model, bn, slot)
             if not reading.tail:
@@ -255,8 +256,8 @@ def _bn_behind(
     bn = modules[behind]
     if not isinstance(bn, _BatchNorm) or linear.refusal(bn, values=False) is not None:
         return None
-    reading = linear.read_normalization(bn)
-    fits = isinstance(reading, linear.Normalization) and reading.dims in (2, None)
+    reading = read_normalization(bn)
+    fits = isinstance(reading, Normalization) and reading.dims in (2, None)
     return behind if fits and bn.num_features == conv.out_channels else None
 
 

@@ -1,16 +1,14 @@
 """Deployed networks as files: one table, format name -> how to save it and how to load it back.
 
-What is saved is a program: preprocessing, the deployed network, softmax if it is wanted. What is
-loaded is an `Artifact`: a predictor that runs the file that is on disk, by the engine the format is
-made for. Preprocessing is never folded into the stem: the border is padded with zeros after it.
+What is loaded is an `Artifact`: a predictor that runs the file that is on disk, by the engine the
+format is made for.
 """
 
 import importlib
 import io
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,114 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repvgg.arguments import refusal
+from repvgg.artifact import (
+    METADATA_KEY,
+    Artifact,
+    Description,
+    build_program,
+    count_layers,
+    described,
+    layer_counts,
+    without_grad,
+)
 from repvgg.fuse import deployed_form
-from repvgg.model import DataContract, Normalize, to_float
 from repvgg.zoo import build_model
 
 ONNX_OPSET = 18  # the lowest that torch's exporter writes
-METADATA_KEY = "repvgg"
 METADATA_FILE = "repvgg.json"  # of a .pt2 archive
-INPUTS = ("float32", "uint8")
-OUTPUTS = ("logits", "probabilities")
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a file says of itself beside the weights.
-
-    Attributes:
-        config: the arguments of `repvgg.zoo.build_model`.
-        data: what the network expects and what its outputs mean.
-        input: "float32", images (N, C, H, W) in [0, 1]; or "uint8", images (N, H, W, C) in 0..255.
-        output: "logits", or "probabilities" behind a softmax; (N, K).
-
-    Raises:
-        ValueError: an input or output of another name.
-    """
-
-    config: Mapping[str, Any]
-    data: DataContract
-    input: str = "float32"
-    output: str = "logits"
-
-    def __post_init__(self) -> None:
-        if self.input not in INPUTS:
-            raise refusal("input", self.input, f"must be one of {', '.join(INPUTS)}", "uint8")
-        if self.output not in OUTPUTS:
-            raise refusal("output", self.output, f"must be one of {', '.join(OUTPUTS)}", "logits")
-
-    def to_json(self) -> str:
-        return json.dumps(
-            {
-                "model": dict(self.config),
-                "data": asdict(self.data),
-                "input": self.input,
-                "output": self.output,
-            },
-            sort_keys=True,
-        )
-
-    @classmethod
-    def from_json(cls, text: str) -> "Description":
-        content = json.loads(text)
-        return cls(
-            content["model"],
-            DataContract(**content["data"]),
-            content.get("input", "float32"),
-            content.get("output", "logits"),
-        )
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Turn images (N, C, H, W) in [0, 1] into what the file takes; contiguous.
-
-        Images that were stored as uint8 come back as they were stored.
-        """
-        if self.input == "uint8":
-            images = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-        return images.contiguous()
-
-    def example(self, count: int = 2) -> Tensor:
-        """Black images as the file takes them."""
-        return self.encode(torch.zeros(count, self.data.in_channels, *self.data.image_size))
-
-
-class FromBytes(nn.Module):
-    """Stored images to what networks take: (N, H, W, C) uint8 -> (N, C, H, W) float in [0, 1]."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return to_float(images.permute(0, 3, 1, 2).contiguous())
-
-
-def build_program(model: nn.Module, description: Description) -> nn.Sequential:
-    """Put a deployed network between the preprocessing and the output that its file will have."""
-    program = nn.Sequential()
-    if description.input == "uint8":
-        program.append(FromBytes())
-    program.append(Normalize(description.data.mean, description.data.std))
-    program.append(model)
-    if description.output == "probabilities":
-        program.append(nn.Softmax(dim=1))
-    return program.eval()
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A file that was opened: a predictor.
-
-    Attributes:
-        description: what the file says of itself.
-        run: what it takes -> what it gives.
-        layers: convolutions and BatchNorms that the file holds; empty where it does not tell.
-    """
-
-    description: Description
-    run: Callable[[Tensor], Tensor]
-    layers: dict[str, int] = field(default_factory=dict)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Predict: images (N, C, H, W), float32 in [0, 1], in any memory layout -> (N, K)."""
-        return self.run(self.description.encode(images))
 
 
 @dataclass(frozen=True)
@@ -166,7 +71,7 @@ def load_safetensors(path: Path) -> Artifact:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        description = _described(path, (file.metadata() or {}).get(METADATA_KEY))
+        description = described(path, (file.metadata() or {}).get(METADATA_KEY))
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     with torch.device("meta"):
         model, _ = deployed_form(build_model(**description.config))
@@ -176,7 +81,7 @@ def load_safetensors(path: Path) -> Artifact:
         detail = " ".join(str(error).split()[:40])
         raise ValueError(f"'{path}' does not fit its own description: {detail}") from error
     program = build_program(model, description)
-    return Artifact(description, _without_grad(program), count_layers(program))
+    return Artifact(description, without_grad(program), count_layers(program))
 
 
 def export_program(model: nn.Module, description: Description) -> torch.export.ExportedProgram:
@@ -216,10 +121,10 @@ def load_pt2(path: Path) -> Artifact:
     files = {METADATA_FILE: ""}
     program = torch.export.load(path, extra_files=files)
     called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    layers = _layers(
+    layers = layer_counts(
         sum("conv" in name for name in called), sum("batch_norm" in name for name in called)
     )
-    return Artifact(_described(path, files[METADATA_FILE]), _without_grad(program.module()), layers)
+    return Artifact(described(path, files[METADATA_FILE]), without_grad(program.module()), layers)
 
 
 def build_onnx(model: nn.Module, description: Description) -> Any:
@@ -288,8 +193,8 @@ def load_onnx(path: Path, *, spin: bool = False) -> Artifact:
 
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     types = [node.op_type for node in onnx.load(path).graph.node]
-    layers = _layers(types.count("Conv"), types.count("BatchNormalization"))
-    return Artifact(_described(path, text), run, layers)
+    layers = layer_counts(types.count("Conv"), types.count("BatchNormalization"))
+    return Artifact(described(path, text), run, layers)
 
 
 def open_session(model: Path | bytes, *, spin: bool = False) -> Any:
@@ -353,7 +258,7 @@ def load_openvino(path: Path, *, precision: str = "f32") -> Artifact:
     types = [node.get_type_name() for node in graph.get_ops()]
     convolutions = types.count("Convolution") + types.count("GroupConvolution")
     return Artifact(
-        _described(path, text), run, _layers(convolutions, types.count("BatchNormInference"))
+        described(path, text), run, layer_counts(convolutions, types.count("BatchNormInference"))
     )
 
 
@@ -396,7 +301,7 @@ def load_aoti(path: Path) -> Artifact:
 
     program = aoti_load_package(str(path))
     return Artifact(
-        _described(path, program.get_metadata().get(METADATA_KEY)), _without_grad(program)
+        described(path, program.get_metadata().get(METADATA_KEY)), without_grad(program)
     )
 
 
@@ -442,36 +347,6 @@ def _any_size() -> AbstractContextManager[None]:
     """
     config: Any = importlib.import_module("torch.fx.experimental._config")
     return config.patch(backed_size_oblivious=True)
-
-
-def _described(path: Path, text: str | None) -> Description:
-    if not text:
-        raise ValueError(f"'{path}' has no entry '{METADATA_KEY}' in its metadata: it is not ours")
-    try:
-        return Description.from_json(text)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"'{path}' has a damaged description: {error!r}") from error
-
-
-def _without_grad(program: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def run(images: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return program(images).clone()
-
-    return run
-
-
-def count_layers(network: nn.Module) -> dict[str, int]:
-    """Convolutions and BatchNorms of a network, as `Artifact.layers` tells those of a file."""
-    modules = list(network.modules())
-    return _layers(
-        sum(isinstance(module, nn.Conv2d) for module in modules),
-        sum(isinstance(module, nn.BatchNorm2d) for module in modules),
-    )
-
-
-def _layers(convolutions: int, norms: int) -> dict[str, int]:
-    return {"convolutions": convolutions, "batchnorms": norms}
 
 
 def _require_deployed(network: nn.Module) -> None:

@@ -2,17 +2,17 @@
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from repvgg import branches, dataflow, linear
-from repvgg.reparam import Affine
+from repvgg.folding import Folding, FusionReport
+from repvgg.normalizations import is_normalization
+from repvgg.rewriting import put
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -46,11 +46,11 @@ def switch_to_deploy(model: Model) -> Model:
             raise ValueError(f"{name}: {error}") from error
         if hasattr(module, "originals"):
             for old, new in module.originals():
-                branches.put(model, old, new)
+                put(model, old, new)
     return model.eval()
 
 
-def deployed_form(model: nn.Module) -> tuple[nn.Module, "FusionReport"]:
+def deployed_form(model: nn.Module) -> tuple[nn.Module, FusionReport]:
     """Copy a network, switch its blocks and fold every other BatchNorm that allows it.
 
     Unlike `fuse_conv_bn` this folds statistics that were never updated, and on the meta device it
@@ -63,7 +63,7 @@ def deployed_form(model: nn.Module) -> tuple[nn.Module, "FusionReport"]:
         ValueError: as `switch_to_deploy` and `fuse_conv_bn`.
     """
     model = switch_to_deploy(model) if _switches(model) else copy.deepcopy(model).eval()
-    if not any(linear.is_normalization(module) for module in model.modules()):
+    if not any(is_normalization(module) for module in model.modules()):
         return model, FusionReport()
     return _fuse(model, values=False)
 
@@ -126,34 +126,6 @@ def reestimate_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
                     buffer.copy_(before)
 
 
-@dataclass(frozen=True)
-class FusionReport:
-    """What `fuse_conv_bn` did. Modules are known by their names in the network.
-
-    Attributes:
-        fused: pairs of a convolution or linear layer and a normalization, in the order in which
-            they ran; they are one module now, under the name of the convolution.
-        merged: convolutions and what was added to them, one module now, which has the first name.
-        kept: every normalization that is left, and why.
-        untraced: modules whose forward could not be followed, and why; inside them less is fused.
-    """
-
-    fused: list[tuple[str, str]] = field(default_factory=list)
-    merged: list[tuple[str, ...]] = field(default_factory=list)
-    kept: dict[str, str] = field(default_factory=dict)
-    untraced: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def moved(self) -> set[str]:
-        """Modules whose own outputs are others than before, as another one does their part."""
-        moved = {name for names in self.merged for name in names}
-        for place, (first, second) in enumerate(self.fused):
-            moved.add(first)
-            if any(first == later for later, _ in self.fused[place + 1 :]):
-                moved.add(second)  # one BatchNorm behind another
-        return moved
-
-
 def fuse_conv_bn(model: nn.Module) -> tuple[nn.Module, FusionReport]:
     """Copy a network and fold every BatchNorm of the copy that can be proven to allow it.
 
@@ -194,7 +166,7 @@ def _fuse(model: nn.Module, *, values: bool) -> tuple[nn.Module, FusionReport]:
     training = {
         name
         for name, module in given.named_modules()
-        if module.training and linear.is_normalization(module)
+        if module.training and is_normalization(module)
     }
     given.eval()
     flow = dataflow.trace(given, linear.is_step)
@@ -203,7 +175,7 @@ def _fuse(model: nn.Module, *, values: bool) -> tuple[nn.Module, FusionReport]:
 
     report = FusionReport(untraced=flow.untraced)
     folded = dataflow.shared_copy(given)
-    _Folding(folded, flow, report, values).run()
+    Folding(folded, flow, report, values).run()
     after = dataflow.trace(folded, linear.is_step)
     if not dataflow.equal(flow, after):
         reason = "some forward depends on what would be replaced (its class, or what it says)"
@@ -245,7 +217,7 @@ def _require_copyable(name: str, module: nn.Module) -> None:
 
 
 def _norms(model: nn.Module) -> list[str]:
-    return [name for name, m in model.named_modules() if linear.is_normalization(m)]
+    return [name for name, m in model.named_modules() if is_normalization(m)]
 
 
 def _merge_sums(
@@ -257,197 +229,3 @@ def _merge_sums(
         for owner in branches.owners(flow)
         for names in branches.merge_sums(model, owner, flow, values=values)
     ]
-
-
-class _Folding:
-    """Folds pairs until no more can be; sums stay in float64 until they are written."""
-
-    def __init__(
-        self, model: nn.Module, flow: dataflow.Dataflow, report: FusionReport, of_values: bool
-    ) -> None:
-        self.modules = dict(model.named_modules())
-        self.model = model
-        self.flow = flow
-        self.report = report
-        self.of_values = of_values
-        self.values: dict[str, Affine] = {}
-
-    def run(self) -> None:
-        pending = [name for name, m in self.modules.items() if linear.is_normalization(m)]
-        readings = {name: linear.read_normalization(self.modules[name]) for name in pending}
-        progress = True
-        while progress:
-            progress = False
-            for fold in (self._fold_behind, self._fold_before):
-                for name in list(pending):
-                    found = readings[name]
-                    reason = found if isinstance(found, str) else self._refuse(name)
-                    if reason is None and isinstance(found, linear.Normalization):
-                        reason = fold(name, found)
-                    if reason is None:
-                        pending.remove(name)
-                        self.report.kept.pop(name, None)
-                        progress = True
-                    elif fold == self._fold_behind:
-                        self.report.kept[name] = reason
-        for name, value in self.values.items():
-            module = self.modules[name]
-            assert linear.is_linear(module)
-            linear.write(module, value)
-
-    def _fold_behind(self, name: str, found: linear.Normalization) -> str | None:
-        """Fold a normalization into all that feeds it; or why not."""
-        calls = self.flow.calls.get(name, [])
-        if name in self.flow.reached:
-            return self.flow.reached[name]
-        if not calls:
-            return "nothing calls it"
-        sources: dict[str, None] = {}
-        for call in calls:
-            given = call.all_input_nodes
-            if call.kwargs:
-                return "it is called with keywords"
-            source = self.flow.called(given[0]) if len(given) == 1 else None
-            module = None if source is None else self.modules[source]
-            if source is None or not isinstance(module, nn.Linear | _ConvNd):
-                return f"it is fed by {self._describe(given)}, not by a convolution"
-            if not linear.is_linear(module):
-                return f"{source}: {self._refuse(source) or 'it has code of its own'}"
-            sources[source] = None
-        values = {}
-        for source in sources:
-            module = self.modules[source]
-            assert linear.is_linear(module)
-            reason = self._refusal(source, calls) or self._mismatch(module, found)
-            if reason is not None:
-                return f"{source}: {reason}"
-            value = linear.absorb_behind(self._value(source), found)
-            if not linear.fits(module, value):
-                return f"{source}: the folded numbers overflow {module.weight.dtype}"
-            values[source] = value
-        ndims = {self._ndim(self.modules[source]) for source in sources}
-        if len(ndims) > 1:
-            return "it is fed by convolutions of different dimensions"
-        self._take(name, found, calls, values, ndims.pop(), [(source, name) for source in sources])
-        return None
-
-    def _fold_before(self, name: str, found: linear.Normalization) -> str | None:
-        """Fold a normalization into the one that it feeds; or why not."""
-        calls = self.flow.calls.get(name, [])
-        if name in self.flow.reached or not calls or found.tail or found.dtype is not None:
-            return "it cannot be folded into what is behind it"
-        targets: dict[str, None] = {}
-        for call in calls:
-            users = dataflow.uses(call)
-            if call.kwargs or len(call.args) != 1:
-                return "it is called with keywords"
-            target = self.flow.called(users[0]) if len(users) == 1 else None
-            if target is None or not linear.is_linear(self.modules[target]):
-                return "it does not feed a convolution alone"
-            if self._is_overwritten_between(call, users[0]):
-                return "something in between may work in place"
-            targets[target] = None
-        if len(targets) > 1:
-            return "it feeds several convolutions"
-        (target,) = targets
-        module = self.modules[target]
-        assert linear.is_linear(module)
-        fed = {user for call in calls for user in dataflow.uses(call)}
-        if target in self.flow.reached or self._refuse(target) is not None:
-            return "the convolution may not be changed"
-        if set(self.flow.calls[target]) != fed or linear.pads_with_zeros(module):
-            return "the convolution has other inputs, or pads its border with zeros"
-        channels = getattr(module, "in_channels", getattr(module, "in_features", None))
-        if self._mismatch(module, found, channels) is not None:
-            return "the convolution does not fit"
-        value = linear.absorb_before(module, self._value(target), found)
-        if not linear.fits(module, value):
-            return "the folded numbers overflow"
-        ndim = self._ndim(module)
-        self._take(name, found, calls, {target: value}, ndim, [(name, target)])
-        return None
-
-    def _refusal(self, source: str, calls: list[fx.Node]) -> str | None:
-        """Why the output of a convolution may not be changed."""
-        if source in self.flow.reached:
-            return self.flow.reached[source]
-        others = {
-            user
-            for call in self.flow.calls[source]
-            for user in dataflow.uses(call) or [call]
-            if user not in calls
-        }
-        if others:
-            return f"its output is also used by {self._describe(others)}"
-        return self._refuse(source)
-
-    def _refuse(self, name: str) -> str | None:
-        return linear.refusal(self.modules[name], values=self.of_values)
-
-    def _is_overwritten_between(self, first: fx.Node, last: fx.Node) -> bool:
-        """Whether the input of the first step may have changed when the last one runs."""
-        node = first.next
-        while node is not last:
-            called = self.flow.called(node)
-            if linear.may_overwrite(node, None if called is None else self.modules[called]):
-                return True
-            node = node.next
-        return False
-
-    def _mismatch(
-        self, module: linear.Linear, found: linear.Normalization, channels: int | None = None
-    ) -> str | None:
-        """Why a normalization does not work on the channels of a convolution."""
-        if channels is None:
-            channels = getattr(module, "out_channels", getattr(module, "out_features", None))
-        dims = linear.dimensions(module)
-        if found.dims is not None and found.dims != (dims or 1):
-            return "the normalization is for inputs of other dimensions"
-        if channels != len(found.scale):
-            return "the normalization has another number of channels"
-        if found.dtype is not None and found.dtype != module.weight.dtype:
-            return "the normalization works in another precision"
-        if module.weight.device != found.scale.device:
-            return "it is on another device than the normalization"
-        return None
-
-    def _take(
-        self,
-        name: str,
-        found: linear.Normalization,
-        calls: list[fx.Node],
-        values: dict[str, Affine],
-        ndim: int,
-        pairs: list[tuple[str, str]],
-    ) -> None:
-        self.values |= values
-        self.report.fused.extend(pairs)
-        old = self.modules[name]
-        self.modules[name] = linear.replacement(old, found, ndim)
-        branches.put(self.model, old, self.modules[name])
-        if not found.tail:
-            for call in calls:
-                call.replace_all_uses_with(call.all_input_nodes[0])
-                call.graph.erase_node(call)
-
-    def _value(self, name: str) -> Affine:
-        module = self.modules[name]
-        assert linear.is_linear(module)
-        return self.values[name] if name in self.values else linear.affine(module)
-
-    def _ndim(self, module: nn.Module) -> int:
-        assert linear.is_linear(module)
-        return 2 + linear.dimensions(module)
-
-    def _describe(self, nodes: Iterable[fx.Node]) -> str:
-        """The steps, for the reader."""
-        shown = sorted(self.flow.called(node) or _kind(node) for node in nodes)
-        return ", ".join(shown) or "nothing"
-
-
-def _kind(node: fx.Node) -> str:
-    if node.op == "placeholder":
-        return f"the input {node.target}"
-    if node.op == "output":
-        return "the output"
-    return getattr(node.target, "__name__", str(node.target))

@@ -1,28 +1,27 @@
-"""Which modules are affine maps, and which: convolutions, linear layers, normalizations.
+"""Which modules are affine maps that may be changed, and how they are read and written.
 
-A module is judged by what it does. A subclass of a convolution that brings no code of its own is
-one; a normalization with a forward of its own (torchvision's FrozenBatchNorm2d, timm's
-BatchNormAct2d) is followed to see that it scales and shifts by channel, and what it does then.
+A module is judged by what it does: a subclass of a convolution that brings no code of its own is
+one. Normalizations are read in `repvgg.normalizations`.
 """
 
 import operator
 from collections import OrderedDict
-from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
-import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
-from repvgg.dataflow import copied, uses
-from repvgg.reading import is_of_torch
-from repvgg.reparam import Affine, bare_affine, bn_affine, scale_input, scale_output
+from repvgg.normalizations import (
+    Normalization,
+    is_never_updated,
+    is_normalization,
+    read_normalization,
+)
+from repvgg.reading import has_own_code, is_of_torch
+from repvgg.reparam import Affine, bare_affine, scale_input, scale_output
 from repvgg.reparam import transpose_kernel as transpose
-from repvgg.tracing import Tracer, has_hooks, in_a_line
+from repvgg.tracing import has_hooks
 
 Linear = _ConvNd | nn.Linear
 
@@ -34,18 +33,6 @@ CONVOLUTIONS: dict[type[nn.Module], int] = {  # and their spatial dimensions
     nn.ConvTranspose2d: 2,
     nn.ConvTranspose3d: 3,
 }
-NORMALIZATIONS: dict[type[nn.Module], int | None] = {  # likewise; None takes any
-    nn.BatchNorm1d: 1,
-    nn.BatchNorm2d: 2,
-    nn.BatchNorm3d: 3,
-    nn.SyncBatchNorm: None,
-}
-_ELEMENTWISE = (
-    *(operator.add, operator.sub, operator.mul, operator.truediv),
-    *(torch.add, torch.sub, torch.mul, torch.div),
-)
-_CODE = ("__call__", "__getattr__", "__getattribute__", "forward", "_conv_forward")
-_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 class Rows(nn.Identity):
@@ -82,38 +69,10 @@ class Tail(nn.Sequential):
     """What a normalization did besides normalizing, in its place; one step of the dataflow."""
 
 
-@dataclass(frozen=True)
-class Normalization:
-    """x -> tail(scale * x + shift), by channel.
-
-    Attributes:
-        scale, shift: (C,), float64.
-        tail: names of the children that run behind it, in order.
-        dims: spatial dimensions of its inputs; None takes any.
-        checks: refuses inputs of other dimensions by itself.
-        dtype: of all it works on; None keeps that of its inputs, whatever its own is.
-    """
-
-    scale: Tensor
-    shift: Tensor
-    tail: tuple[str, ...]
-    dims: int | None
-    checks: bool
-    dtype: torch.dtype | None = None
-
-
-def is_normalization(module: nn.Module) -> bool:
-    """Whether a module looks like a BatchNorm: it keeps running statistics, or is a subclass."""
-    if isinstance(module, _InstanceNorm):
-        return False
-    statistics = (getattr(module, key, None) for key in ("running_mean", "running_var"))
-    return isinstance(module, _BatchNorm) or all(isinstance(s, Tensor) for s in statistics)
-
-
 def is_linear(module: nn.Module) -> TypeGuard[Linear]:
     """Whether a module is a convolution or linear layer without code of its own."""
     base = next((base for base in (*CONVOLUTIONS, nn.Linear) if isinstance(module, base)), None)
-    return base is not None and not _has_own_code(module, base)
+    return base is not None and not has_own_code(module, base)
 
 
 def is_step(module: nn.Module) -> bool:
@@ -141,30 +100,6 @@ def refusal(module: nn.Module, *, values: bool = True) -> str | None:
     if values and is_normalization(module) and is_never_updated(module):
         return "its statistics were never updated: train it or load weights"
     return None
-
-
-def is_never_updated(module: nn.Module) -> bool:
-    """Whether the running statistics of a normalization are the initial ones, mean 0 and var 1."""
-    count, mean, variance = (
-        getattr(module, key, None) for key in ("num_batches_tracked", "running_mean", "running_var")
-    )
-    if mean is None or variance is None or mean.is_meta:
-        return True
-    return (count is None or int(count) == 0) and not mean.any() and bool((variance == 1).all())
-
-
-def read_normalization(module: nn.Module) -> Normalization | str:
-    """What a module that looks like a BatchNorm computes in eval mode, or why that is not known."""
-    if any(getattr(module, key, None) is None for key in ("running_mean", "running_var")):
-        return "it has no running statistics, so its output depends on the batch"
-    base = next((base for base in NORMALIZATIONS if isinstance(module, base)), None)
-    dims = None if base is None else NORMALIZATIONS[base]
-    if base is None or _has_own_code(module, base):
-        return _follow_normalization(module, dims)
-    assert isinstance(module, _BatchNorm)
-    scale, shift = bn_affine(module)
-    checks = base in (nn.BatchNorm2d, nn.BatchNorm3d)
-    return Normalization(scale.detach(), shift.detach(), (), dims, checks)
 
 
 def replacement(module: nn.Module, found: Normalization, ndim: int) -> nn.Module:
@@ -244,111 +179,3 @@ def may_overwrite(node: fx.Node, module: nn.Module | None) -> bool:
         return name[0] == "i" and hasattr(operator, name[1:])  # iadd
     in_place = node.kwargs.get("inplace", False) is not False or "out" in node.kwargs
     return in_place or name.endswith("_") or home.split(".")[0] not in ("torch", "builtins", "math")
-
-
-def _has_own_code(module: nn.Module, base: type[nn.Module]) -> bool:
-    own = vars(module)
-    return any(
-        key in own or getattr(type(module), key, None) is not getattr(base, key, None)
-        for key in (*_CODE, *_TENSORS)
-    ) and not parametrize.is_parametrized(module)
-
-
-def _follow_normalization(module: nn.Module, dims: int | None) -> Normalization | str:
-    """Follow a forward of its own: operations that scale and shift, then children, one by one."""
-    kind = type(module).__name__
-    assert isinstance(module.running_mean, Tensor)
-    dtype = None if isinstance(module, _BatchNorm) else module.running_mean.dtype
-    module = copied(module).eval()
-    try:
-        graph = Tracer(set(module.children())).trace(module)
-    except Exception as error:
-        return f"{kind} has a forward of its own that could not be followed ({in_a_line(error)})"
-    unknown = f"{kind} has a forward of its own that does not only scale and shift"
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    if len(inputs) != 1:
-        return unknown
-    node = inputs[0]
-    varying = {node}
-    for other in graph.nodes:
-        if varying & set(other.all_input_nodes):
-            varying.add(other)
-    tail: list[str] = []
-    head = node
-    while True:
-        users = uses(node)
-        if len(users) != 1:
-            return unknown
-        user = users[0]
-        if user.op == "output":
-            break
-        if user.op == "call_module" and user.args == (node,) and not user.kwargs:
-            child = module.get_submodule(str(user.target))
-            if user.target in tail:
-                return unknown
-            if type(child) is not nn.Identity or has_hooks(child):
-                tail.append(str(user.target))
-        elif not tail and _scales_and_shifts(user, node, varying):
-            head = user
-        else:
-            return unknown
-        node = user
-    found = _measure(module.double(), graph, head, tuple(tail), dims)
-    return unknown if found is None else replace(found, dtype=dtype)
-
-
-def _scales_and_shifts(step: fx.Node, node: fx.Node, varying: set[fx.Node]) -> bool:
-    if step.op != "call_function":
-        return False
-    if step.target is F.batch_norm:
-        names = ("input", "running_mean", "running_var", "weight", "bias", "training")
-        given = dict(zip(names, step.args, strict=False)) | step.kwargs
-        others = [value for key, value in given.items() if key != "input"]
-        return (
-            given["input"] is node
-            and given.get("training", False) is False
-            and not any(isinstance(value, fx.Node) and value in varying for value in others)
-        )
-    if step.target not in _ELEMENTWISE:
-        return False
-    first, *rest = step.args
-    if step.kwargs or len(rest) != 1:
-        return False
-    divides = step.target in (operator.truediv, torch.div)
-    return (first is node and rest[0] not in varying) or (
-        rest[0] is node and first not in varying and not divides
-    )
-
-
-@torch.no_grad()
-def _measure(
-    module: nn.Module, graph: fx.Graph, head: fx.Node, tail: tuple[str, ...], dims: int | None
-) -> Normalization | None:
-    """Read scale and shift off an affine head f: f(0) is the shift, (f(t) - f(0)) / t the scale."""
-    mean = module.running_mean
-    assert isinstance(mean, Tensor)
-    # Only images can be meant by a form that says nothing of dimensions.
-    dims = 2 if dims is None else dims
-    ones = torch.ones(1, len(mean), *[1] * dims).to(mean)
-    large = 2.0**20  # a power of two, so that little of the scale is lost beside the shift
-    shift, far = (_Head(module, graph, head).run(t * ones) for t in (0.0, large))
-    if shift.shape != ones.shape or far.shape != ones.shape:
-        return None
-    scale = (far - shift) / large
-    return Normalization(scale.flatten(), shift.flatten(), tail, dims, checks=True)
-
-
-class _Head(fx.Interpreter):
-    """Runs a graph up to one node."""
-
-    def __init__(self, module: nn.Module, graph: fx.Graph, head: fx.Node) -> None:
-        super().__init__(module, graph=graph)
-        self.head = head
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        self.args_iter = iter(args)
-        for node in self.graph.nodes:
-            self.env[node] = self.run_node(node)
-            if node is self.head:
-                break
-        return self.env.pop(self.head)

@@ -3,19 +3,14 @@
 Weights are rounded symmetrically by output channel, activations by tensor in uint8, as pairs of
 QuantizeLinear and DequantizeLinear ("QDQ"), which onnxruntime and OpenVINO turn into integer
 kernels (Nagel et al., 2021, arXiv:2106.08295, sections 2 and 3). onnxruntime rewrites the graph;
-ranges are measured and chosen here.
-
-A range is a trade: a wide one rounds coarsely, a narrow one cuts values off. Which is better
-depends on the network, so each kind is tried on images that nothing was measured on.
+ranges are measured here, and each kind is tried on images that nothing was measured on.
 """
 
 import copy
-import functools
-import itertools
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,74 +20,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repvgg.block import RepVGGBlock
-from repvgg.export import METADATA_KEY, Description, build_onnx, open_session
+from repvgg.artifact import METADATA_KEY, Description
+from repvgg.equalize import can_equalize, equalize
+from repvgg.export import build_onnx, open_session
 from repvgg.model import RepVGG
-from repvgg.reparam import scale_input, scale_output
+from repvgg.ranges import RANGES, Histogram, Range
 from repvgg.verify import agreement
 
-Range = tuple[float, float]
-
 BINS = 2048
-STEPS = 255  # between the 256 values of 8 bits
 BATCH = 16  # images at a time: all activations of a batch are in memory
-EQUALIZING_ROUNDS = 50
 # An activation function disappears into the layer in front of it, whose range it sets.
 LAYERS = ("Conv", "Gemm", "MatMul")
 ACTIVATIONS = ("Relu", "Clip")
 BETWEEN = ("Add", "Concat", "MaxPool", "AveragePool")
-
-
-class Histogram(NamedTuple):
-    """The values that a tensor took: counts of equal bins from the smallest to the largest."""
-
-    counts: Tensor
-    low: float
-    high: float
-
-    @property
-    def edges(self) -> Tensor:
-        return torch.linspace(self.low, self.high, len(self.counts) + 1, dtype=torch.float64)
-
-
-def minmax(histogram: Histogram) -> Range:
-    """All that was seen."""
-    return histogram.low, histogram.high
-
-
-def percentile(histogram: Histogram, *, share: float) -> Range:
-    """All but the outermost: of the values, the zeros of a ReLU too, 1 - share is cut off."""
-    cumulated = histogram.counts.cumsum(0) / histogram.counts.sum()
-    first, last = torch.searchsorted(cumulated, torch.tensor([1 - share, share])).tolist()
-    edges = histogram.edges
-    return edges[first].item(), edges[min(last + 1, len(edges) - 1)].item()
-
-
-def least_squares(histogram: Histogram) -> Range:
-    """The part of the range, shrunk at both ends alike, whose rounding and cutting off lose least.
-
-    "MSE" in Nagel et al., 2021, section 3.1.
-    """
-    edges, counts = histogram.edges, histogram.counts
-    x = (edges[1:] + edges[:-1]) / 2
-    widest = min(histogram.low, 0.0), max(histogram.high, 0.0)
-
-    def loss(ends: Range) -> float:
-        scale = max(ends[1] - ends[0], 1e-30) / STEPS
-        kept = ((x / scale).round() * scale).clamp(*ends)
-        return (counts * (kept - x) ** 2).sum().item()
-
-    shares = torch.linspace(1.0, 0.02, 99).tolist()
-    return min(((widest[0] * share, widest[1] * share) for share in shares), key=loss)
-
-
-RANGES: dict[str, Callable[[Histogram], Range]] = {
-    "minmax": minmax,
-    "percentile 99.999": functools.partial(percentile, share=0.99999),
-    "percentile 99.99": functools.partial(percentile, share=0.9999),
-    "percentile 99.9": functools.partial(percentile, share=0.999),
-    "mse": least_squares,
-}
 
 
 class Trial(NamedTuple):
@@ -193,64 +133,6 @@ def quantize(
         tried.append(attempt(ranges, equalized, tuple(worst[:count])))
         best = max(best, tried[-1], key=lambda pair: pair[0].merit)
     return Quantized(best[1], best[0], [trial for trial, _ in tried], sensitivity)
-
-
-def can_equalize(model: nn.Module) -> bool:
-    """Whether `equalize` takes the network: a RepVGG without squeeze-and-excite gates."""
-    return isinstance(model, RepVGG) and all(
-        isinstance(block.se_before_relu, nn.Identity)
-        and isinstance(block.se_after_relu, nn.Identity)
-        for block in model.modules()
-        if isinstance(block, RepVGGBlock)
-    )
-
-
-@torch.no_grad()
-def equalize(model: RepVGG) -> RepVGG:
-    """Copy a deployed network and balance the channels between each two of its layers.
-
-    ReLU(s y) = s ReLU(y) for s > 0, and pooling is linear, so output channel i of a layer can be
-    divided by s_i if the next layer's input channel i is multiplied by it. With
-    s = sqrt(r1 / r2), r1 and r2 the largest weights of the channel on either side, both sides use
-    their ranges equally (Nagel et al., 2019, arXiv:1906.04721, section 4.1). No data is needed.
-    s is rounded to a power of two: the network computes the same numbers, bit for bit.
-
-    Raises:
-        ValueError: `can_equalize` says no, or the network was not switched to its deployed form.
-    """
-    if not can_equalize(model):
-        raise ValueError(
-            f"{type(model).__name__}: only a chain of convolutions and ReLUs can be equalized, "
-            "without squeeze-and-excite gates"
-        )
-    model = copy.deepcopy(model)
-    blocks = [module for module in model.modules() if isinstance(module, RepVGGBlock)]
-    if any(block.reparam is None for block in blocks):
-        raise ValueError("equalizing needs the deployed form: call repvgg.switch_to_deploy(model)")
-    chain: list[Any] = [*(block.reparam for block in blocks), model.linear]
-    for _ in range(EQUALIZING_ROUNDS):
-        scales = [_equalize(*pair) for pair in itertools.pairwise(chain)]
-        if all((scale == 1).all() for scale in scales):
-            break
-    return model
-
-
-def _equalize(first: nn.Conv2d, second: nn.Conv2d | nn.Linear) -> Tensor:
-    groups = second.groups if isinstance(second, nn.Conv2d) else 1
-    given = first.weight.double().abs().flatten(1).amax(1)  # (C,)
-    out, width = second.weight.shape[:2]
-    taken = second.weight.double().abs().reshape(groups, out // groups, width, -1)
-    taken = taken.amax((1, 3)).flatten()  # (C,)
-    usable = (given > 0) & (taken > 0)
-    ratio = torch.where(usable, given, 1.0) / torch.where(usable, taken, 1.0)
-    scale = (ratio.log2() / 2).round().exp2()
-    zero = torch.zeros_like(scale)
-    kernel, bias = scale_output(first.weight, first.bias, 1 / scale, zero)
-    first.weight.copy_(kernel)
-    assert first.bias is not None
-    first.bias.copy_(bias)
-    second.weight.copy_(scale_input(second.weight, None, scale, zero, groups=groups).kernel)
-    return scale
 
 
 def layers(proto: Any) -> dict[str, str]:

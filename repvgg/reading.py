@@ -14,6 +14,10 @@ from types import FunctionType
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+_CODE = ("__call__", "__getattr__", "__getattribute__", "forward", "_conv_forward")
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 class Reading:
@@ -247,3 +251,12 @@ def is_of_torch(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.") and not isinstance(
         module, nn.Sequential | fx.GraphModule
     )
+
+
+def has_own_code(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether a module does other things than the class of torch that it comes from."""
+    own = vars(module)
+    return any(
+        key in own or getattr(type(module), key, None) is not getattr(base, key, None)
+        for key in (*_CODE, *_TENSORS)
+    ) and not parametrize.is_parametrized(module)

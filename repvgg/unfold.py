@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.block import QARepVGGBlock, RepVGGBlock
-from repvgg.branches import put
 from repvgg.reparam import identity_kernel, pad_kernel
+from repvgg.rewriting import put
 
 Model = TypeVar("Model", bound=nn.Module)
 BATCH = 64  # images in a forward

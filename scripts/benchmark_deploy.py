@@ -26,8 +26,10 @@ from torch import Tensor, nn
 import repvgg
 from repvgg import cli, export, quantize, verify
 from repvgg.arguments import check_integer, check_number, refusal
+from repvgg.artifact import METADATA_KEY, Description, build_program
 from repvgg.benchmark import count_macs
 from repvgg.model import DataContract
+from repvgg.ranges import minmax
 
 DEFAULTS: dict[str, Any] = {
     "model": "repvgg_a0",
@@ -116,7 +118,7 @@ def timm_names() -> list[str]:
     return timm.list_models("repvgg*")
 
 
-def build(settings: dict[str, Any]) -> tuple[nn.Module, nn.Module, export.Description]:
+def build(settings: dict[str, Any]) -> tuple[nn.Module, nn.Module, Description]:
     """The network as trained and deployed, with statistics far from fresh, and its description."""
     torch.manual_seed(0)
     model = study.settle(repvgg.create_model(settings["model"]))
@@ -128,7 +130,7 @@ def build(settings: dict[str, Any]) -> tuple[nn.Module, nn.Module, export.Descri
         [0.229, 0.224, 0.225],
         "bilinear",
     )
-    description = export.Description({"name": settings["model"]}, contract)
+    description = Description({"name": settings["model"]}, contract)
     return model, repvgg.switch_to_deploy(model), description
 
 
@@ -141,9 +143,9 @@ def prepare(folder: Path, settings: dict[str, Any]) -> None:
     onnx.save_model(proto, folder / "model.onnx")
     images = torch.rand(8, 3, settings["size"], settings["size"])
     measured = quantize.measure(proto, description, images)
-    ranges = {name: quantize.minmax(histogram) for name, histogram in measured.items()}
+    ranges = {name: minmax(histogram) for name, histogram in measured.items()}
     onnx.save_model(quantize.rewrite(proto, ranges, description), folder / "int8.onnx")
-    program = export.build_program(trained, description)
+    program = build_program(trained, description)
     converted = torch.onnx.export(
         program,
         (images[:2],),
@@ -155,7 +157,7 @@ def prepare(folder: Path, settings: dict[str, Any]) -> None:
     )
     assert converted is not None
     proto = converted.model_proto
-    proto.metadata_props.add(key=export.METADATA_KEY, value=description.to_json())
+    proto.metadata_props.add(key=METADATA_KEY, value=description.to_json())
     onnx.save_model(proto, folder / "trained.onnx")
 
 
@@ -165,7 +167,7 @@ def serve(pipe: Connection, name: str, folder: str, settings: dict[str, Any]) ->
     size = settings["size"]
     images = {n: torch.rand(n, 3, size, size) for n in {1, *settings["batches"]}}
     trained, deployed, description = build(settings)
-    program = export.build_program(trained, description)
+    program = build_program(trained, description)
     with torch.no_grad():
         expected = copy.deepcopy(program).double()(images[1].double())
         call = candidate(name, Path(folder), program, deployed, description)
@@ -180,7 +182,7 @@ def candidate(
     folder: Path,
     trained: nn.Module,
     deployed: nn.Module,
-    description: export.Description,
+    description: Description,
 ) -> Call:
     file = {"trained": "trained.onnx"}.get(name.split()[0], "model.onnx")
     if name.endswith("int8"):
@@ -190,7 +192,7 @@ def candidate(
     if "OpenVINO" in name:
         precision = "bf16" if name.endswith("bf16") else "f32"
         return export.load_openvino(folder / file, precision=precision)
-    program = trained if name.startswith("trained") else export.build_program(deployed, description)
+    program = trained if name.startswith("trained") else build_program(deployed, description)
     if name.startswith("timm"):
         import timm
         from timm.utils.model import reparameterize_model
@@ -216,7 +218,7 @@ def candidate(
     return program
 
 
-def name_of(description: export.Description) -> str:
+def name_of(description: Description) -> str:
     return str(description.config["name"])
 
 

@@ -20,8 +20,8 @@ from repvgg.batches import Augmentation, Stored
 from repvgg.data import digits
 from repvgg.folder import find, store
 from repvgg.images import open_image
-from repvgg.linear import is_normalization
 from repvgg.model import DataContract, to_float
+from repvgg.normalizations import is_normalization
 
 Row = dict[str, Any]
 

@@ -17,11 +17,12 @@ from torch import nn
 import repvgg
 from repvgg import checkpoint, cli
 from repvgg.arguments import check_integer, check_number
+from repvgg.artifact import Description
 from repvgg.batches import Stored
 from repvgg.certificate import accuracy
 from repvgg.checkpoint import Checkpoint, Probe
 from repvgg.datamodule import ImageData
-from repvgg.export import Description, save_safetensors
+from repvgg.export import save_safetensors
 from repvgg.model import DataContract, Normalize, to_float
 
 DEFAULTS: dict[str, Any] = {

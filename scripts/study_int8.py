@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from repvgg import checkpoint, cli, quantize, verify
 from repvgg.arguments import check_integer, check_number, refusal
+from repvgg.artifact import Description
 from repvgg.certificate import accuracy
 from repvgg.datamodule import ImageData
-from repvgg.export import Description, build_onnx
+from repvgg.export import build_onnx
 from repvgg.fuse import switch_to_deploy
 from repvgg.model import to_float
+from repvgg.ranges import RANGES, Histogram, minmax
 from repvgg.zoo import create_model, list_models
 
 DEFAULTS: dict[str, Any] = {
@@ -159,11 +161,11 @@ def examine(job: Job, settings: dict[str, Any]) -> list[study.Row]:
         "float32": quantize.run(proto, description, shown),
         "chosen": quantize.run(found.model, description, shown),
     }
-    for name, find in quantize.RANGES.items():
+    for name, find in RANGES.items():
         ranges = {tensor: find(histogram) for tensor, histogram in histograms.items()}
         rounded = quantize.rewrite(proto, ranges, description)
         scores[name] = quantize.run(rounded, description, shown)
-    ranges = {tensor: quantize.minmax(histogram) for tensor, histogram in histograms.items()}
+    ranges = {tensor: minmax(histogram) for tensor, histogram in histograms.items()}
     rounded = quantize.rewrite(proto, ranges, description, per_channel=False)
     scores["minmax, weights by tensor"] = quantize.run(rounded, description, shown)
     kernels = [m.weight for m in deployed.modules() if isinstance(m, nn.Conv2d)]
@@ -183,7 +185,7 @@ def examine(job: Job, settings: dict[str, Any]) -> list[study.Row]:
     ]
 
 
-def spread(histogram: quantize.Histogram) -> float:
+def spread(histogram: Histogram) -> float:
     """`outlier_ratio` of what was counted."""
     edges = histogram.edges
     centres = (edges[1:] + edges[:-1]) / 2

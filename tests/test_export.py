@@ -1,5 +1,4 @@
 import io
-import json
 import sys
 import zipfile
 from collections import Counter
@@ -13,7 +12,8 @@ from torch import nn
 
 import repvgg
 from repvgg import export
-from repvgg.export import FORMATS, METADATA_KEY, Description, build_program, open_artifact
+from repvgg.artifact import METADATA_KEY, Description, build_program
+from repvgg.export import FORMATS, open_artifact
 from repvgg.model import DataContract
 
 CONTRACT = DataContract(["a", "b", "c"], 3, [32, 32], [0.4, 0.5, 0.6], [0.2, 0.3, 0.2], "bilinear")
@@ -226,20 +226,6 @@ def test_a_file_without_our_description_is_refused(name, tmp_path):
 
     with pytest.raises(ValueError, match="no entry 'repvgg'"):
         FORMATS[name].load(path)
-
-
-def test_a_damaged_description_is_refused():
-    with pytest.raises(ValueError, match="damaged description"):
-        export._described("model.onnx", json.dumps({"model": {}}))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"input": "int8"}, "input='int8': must be one of"), ({"output": "label"}, "output='label'")],
-)
-def test_an_unknown_input_or_output_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        Description({}, CONTRACT, **options)
 
 
 @pytest.mark.parametrize(

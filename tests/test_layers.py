@@ -8,11 +8,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"arguments", "reparam", "losses", "rdrop", "verify", "benchmark", "reading", "runs"},
-    {"block", "tracing", "batches", "images"},
+    {"arguments", "reparam", "losses", "rdrop", "verify", "benchmark", "runs"},
+    {"reading", "rewriting", "ranges", "images"},
+    {"block", "tracing", "batches"},
     {"model", "dataflow", "folder"},
+    {"normalizations", "equalize", "artifact"},
     {"linear"},
-    {"branches"},
+    {"geometry"},
+    {"branches", "folding"},
     {"fuse"},
     {"expand", "unfold"},
     {"zoo", "augment", "datamodule"},

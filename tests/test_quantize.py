@@ -7,24 +7,12 @@ from networks import settle
 from torch import nn
 
 import repvgg
-from repvgg.export import Description, build_onnx, load_onnx, load_openvino
+from repvgg.artifact import Description
+from repvgg.export import build_onnx, load_onnx, load_openvino
 from repvgg.fuse import deployed_form
 from repvgg.model import DataContract
-from repvgg.quantize import (
-    BINS,
-    RANGES,
-    Histogram,
-    can_equalize,
-    equalize,
-    layers,
-    least_squares,
-    measure,
-    minmax,
-    percentile,
-    quantize,
-    rewrite,
-    run,
-)
+from repvgg.quantize import layers, measure, quantize, rewrite, run
+from repvgg.ranges import RANGES, minmax
 from repvgg.zoo import build_model
 
 CONTRACT = DataContract(["a", "b", "c"], 3, [32, 32], [0.4, 0.5, 0.6], [0.2, 0.3, 0.2], "bilinear")
@@ -45,90 +33,6 @@ def images(count: int, seed: int = 0) -> torch.Tensor:
 def found():
     model, description = deployed()
     return model, quantize(model, description, images(24), held_out=images(24, 1))
-
-
-def histogram(values: torch.Tensor) -> Histogram:
-    low, high = values.min().item(), values.max().item()
-    return Histogram(values.histc(BINS, low, high).double(), low, high)
-
-
-def test_a_percentile_cuts_off_the_outermost_values():
-    values = torch.linspace(0, 1, 100_001)
-
-    low, high = percentile(histogram(values), share=0.99)
-
-    assert (low, high) == (pytest.approx(0.01, abs=1e-3), pytest.approx(0.99, abs=1e-3))
-
-
-def test_a_percentile_keeps_the_zeros_of_a_relu():
-    values = torch.cat([torch.zeros(1000), torch.rand(1000)])
-
-    assert percentile(histogram(values), share=0.999)[0] == 0
-
-
-def test_least_squares_cuts_off_an_outlier_that_minmax_makes_room_for():
-    edges = torch.linspace(0, 20, BINS + 1).double()
-    counts = 1e9 * (-((edges[1:] + edges[:-1]) ** 2) / 8).exp()  # half a normal distribution
-    counts[-1] = 1
-    histogram = Histogram(counts, 0.0, 20.0)
-
-    low, high = least_squares(histogram)
-
-    assert minmax(histogram) == (0, 20)
-    assert (low, high) == (0, pytest.approx(5, abs=1.5))
-
-
-def test_least_squares_keeps_what_is_spread_evenly():
-    values = torch.linspace(-1, 1, 10_000)
-
-    low, high = least_squares(histogram(values))
-
-    assert low == pytest.approx(-1, abs=0.03)
-    assert high == pytest.approx(1, abs=0.03)
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-@torch.no_grad()
-def test_equalizing_changes_no_bit_of_what_is_computed(groups):
-    model, _ = deployed(groups=groups)
-
-    assert torch.equal(equalize(model)(images(4)), model(images(4)))
-
-
-def test_equalizing_balances_the_channels_between_two_layers():
-    model, _ = deployed()
-    with torch.no_grad():
-        model.stem.reparam.weight *= torch.logspace(-3, 3, 16).reshape(-1, 1, 1, 1)
-
-    def imbalance(network: nn.Module) -> torch.Tensor:
-        first, second = network.stem.reparam.weight, network.stages[0][0].reparam.weight
-        ratio = first.abs().amax((1, 2, 3)) / second.abs().amax((0, 2, 3))
-        return ratio.log2().abs().max()
-
-    assert imbalance(model) > 8
-    assert imbalance(equalize(model)) <= 2  # powers of two
-
-
-def test_equalizing_leaves_the_network_that_was_given():
-    model, _ = deployed()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-
-    equalize(model)
-
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-
-
-def test_a_network_with_gates_is_not_equalized():
-    model, _ = deployed(se_after_relu=4)
-
-    assert not can_equalize(model)
-    with pytest.raises(ValueError, match="without squeeze-and-excite gates"):
-        equalize(model)
-
-
-def test_equalizing_needs_the_deployed_form():
-    with pytest.raises(ValueError, match="switch_to_deploy"):
-        equalize(repvgg.create_model("repvgg_tiny"))
 
 
 def test_layers_are_named_as_in_the_network():

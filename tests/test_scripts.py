@@ -26,7 +26,8 @@ from commands import ROOT, make
 from networks import settle
 from PIL import Image
 
-from repvgg import RepVGGBlock, checkpoint, cli, create_model, export
+from repvgg import RepVGGBlock, checkpoint, cli, create_model
+from repvgg.artifact import build_program
 from repvgg.verify import relative_error
 
 
@@ -196,7 +197,7 @@ def prepared(tmp_path_factory):
 @torch.no_grad()
 def test_what_is_timed_computes_the_network(name, prepared):
     folder, (trained, deployed, description) = prepared
-    program = export.build_program(copy.deepcopy(trained), description)
+    program = build_program(copy.deepcopy(trained), description)
     images = torch.rand(2, 3, 32, 32)
     expected = copy.deepcopy(program).double()(images.double())
 

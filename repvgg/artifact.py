@@ -1,0 +1,149 @@
+"""What a deployed network is as a file: a program, what it says of itself, and how it is run again.
+
+A program is preprocessing, the deployed network, softmax if it is wanted. Preprocessing is never
+folded into the stem: the border is padded with zeros after it.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repvgg.arguments import refusal
+from repvgg.model import DataContract, Normalize, to_float
+
+METADATA_KEY = "repvgg"
+INPUTS = ("float32", "uint8")
+OUTPUTS = ("logits", "probabilities")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file says of itself beside the weights.
+
+    Attributes:
+        config: the arguments of `repvgg.zoo.build_model`.
+        data: what the network expects and what its outputs mean.
+        input: "float32", images (N, C, H, W) in [0, 1]; or "uint8", images (N, H, W, C) in 0..255.
+        output: "logits", or "probabilities" behind a softmax; (N, K).
+
+    Raises:
+        ValueError: an input or output of another name.
+    """
+
+    config: Mapping[str, Any]
+    data: DataContract
+    input: str = "float32"
+    output: str = "logits"
+
+    def __post_init__(self) -> None:
+        if self.input not in INPUTS:
+            raise refusal("input", self.input, f"must be one of {', '.join(INPUTS)}", "uint8")
+        if self.output not in OUTPUTS:
+            raise refusal("output", self.output, f"must be one of {', '.join(OUTPUTS)}", "logits")
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "model": dict(self.config),
+                "data": asdict(self.data),
+                "input": self.input,
+                "output": self.output,
+            },
+            sort_keys=True,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "Description":
+        content = json.loads(text)
+        return cls(
+            content["model"],
+            DataContract(**content["data"]),
+            content.get("input", "float32"),
+            content.get("output", "logits"),
+        )
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Turn images (N, C, H, W) in [0, 1] into what the file takes; contiguous.
+
+        Images that were stored as uint8 come back as they were stored.
+        """
+        if self.input == "uint8":
+            images = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        return images.contiguous()
+
+    def example(self, count: int = 2) -> Tensor:
+        """Black images as the file takes them."""
+        return self.encode(torch.zeros(count, self.data.in_channels, *self.data.image_size))
+
+
+class FromBytes(nn.Module):
+    """Stored images to what networks take: (N, H, W, C) uint8 -> (N, C, H, W) float in [0, 1]."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return to_float(images.permute(0, 3, 1, 2).contiguous())
+
+
+def build_program(model: nn.Module, description: Description) -> nn.Sequential:
+    """Put a deployed network between the preprocessing and the output that its file will have."""
+    program = nn.Sequential()
+    if description.input == "uint8":
+        program.append(FromBytes())
+    program.append(Normalize(description.data.mean, description.data.std))
+    program.append(model)
+    if description.output == "probabilities":
+        program.append(nn.Softmax(dim=1))
+    return program.eval()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file that was opened: a predictor.
+
+    Attributes:
+        description: what the file says of itself.
+        run: what it takes -> what it gives.
+        layers: convolutions and BatchNorms that the file holds; empty where it does not tell.
+    """
+
+    description: Description
+    run: Callable[[Tensor], Tensor]
+    layers: dict[str, int] = field(default_factory=dict)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Predict: images (N, C, H, W), float32 in [0, 1], in any memory layout -> (N, K)."""
+        return self.run(self.description.encode(images))
+
+
+def described(path: Path, text: str | None) -> Description:
+    if not text:
+        raise ValueError(f"'{path}' has no entry '{METADATA_KEY}' in its metadata: it is not ours")
+    try:
+        return Description.from_json(text)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"'{path}' has a damaged description: {error!r}") from error
+
+
+def without_grad(program: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def run(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return program(images).clone()
+
+    return run
+
+
+def count_layers(network: nn.Module) -> dict[str, int]:
+    """Convolutions and BatchNorms of a network, as `Artifact.layers` tells those of a file."""
+    modules = list(network.modules())
+    return layer_counts(
+        sum(isinstance(module, nn.Conv2d) for module in modules),
+        sum(isinstance(module, nn.BatchNorm2d) for module in modules),
+    )
+
+
+def layer_counts(convolutions: int, norms: int) -> dict[str, int]:
+    return {"convolutions": convolutions, "batchnorms": norms}

@@ -1,0 +1,75 @@
+"""The channels of a deployed network, balanced so that 8 bits lose less of each.
+
+Nagel et al., 2019, arXiv:1906.04721, section 4.1. What the network computes does not change.
+"""
+
+import copy
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repvgg.block import RepVGGBlock
+from repvgg.model import RepVGG
+from repvgg.reparam import scale_input, scale_output
+
+EQUALIZING_ROUNDS = 50
+
+
+def can_equalize(model: nn.Module) -> bool:
+    """Whether `equalize` takes the network: a RepVGG without squeeze-and-excite gates."""
+    return isinstance(model, RepVGG) and all(
+        isinstance(block.se_before_relu, nn.Identity)
+        and isinstance(block.se_after_relu, nn.Identity)
+        for block in model.modules()
+        if isinstance(block, RepVGGBlock)
+    )
+
+
+@torch.no_grad()
+def equalize(model: RepVGG) -> RepVGG:
+    """Copy a deployed network and balance the channels between each two of its layers.
+
+    ReLU(s y) = s ReLU(y) for s > 0, and pooling is linear, so output channel i of a layer can be
+    divided by s_i if the next layer's input channel i is multiplied by it. With
+    s = sqrt(r1 / r2), r1 and r2 the largest weights of the channel on either side, both sides use
+    their ranges equally (Nagel et al., 2019, arXiv:1906.04721, section 4.1). No data is needed.
+    s is rounded to a power of two: the network computes the same numbers, bit for bit.
+
+    Raises:
+        ValueError: `can_equalize` says no, or the network was not switched to its deployed form.
+    """
+    if not can_equalize(model):
+        raise ValueError(
+            f"{type(model).__name__}: only a chain of convolutions and ReLUs can be equalized, "
+            "without squeeze-and-excite gates"
+        )
+    model = copy.deepcopy(model)
+    blocks = [module for module in model.modules() if isinstance(module, RepVGGBlock)]
+    if any(block.reparam is None for block in blocks):
+        raise ValueError("equalizing needs the deployed form: call repvgg.switch_to_deploy(model)")
+    chain: list[Any] = [*(block.reparam for block in blocks), model.linear]
+    for _ in range(EQUALIZING_ROUNDS):
+        scales = [_equalize(*pair) for pair in itertools.pairwise(chain)]
+        if all((scale == 1).all() for scale in scales):
+            break
+    return model
+
+
+def _equalize(first: nn.Conv2d, second: nn.Conv2d | nn.Linear) -> Tensor:
+    groups = second.groups if isinstance(second, nn.Conv2d) else 1
+    given = first.weight.double().abs().flatten(1).amax(1)  # (C,)
+    out, width = second.weight.shape[:2]
+    taken = second.weight.double().abs().reshape(groups, out // groups, width, -1)
+    taken = taken.amax((1, 3)).flatten()  # (C,)
+    usable = (given > 0) & (taken > 0)
+    ratio = torch.where(usable, given, 1.0) / torch.where(usable, taken, 1.0)
+    scale = (ratio.log2() / 2).round().exp2()
+    zero = torch.zeros_like(scale)
+    kernel, bias = scale_output(first.weight, first.bias, 1 / scale, zero)
+    first.weight.copy_(kernel)
+    assert first.bias is not None
+    first.bias.copy_(bias)
+    second.weight.copy_(scale_input(second.weight, None, scale, zero, groups=groups).kernel)
+    return scale

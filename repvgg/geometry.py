@@ -1,0 +1,131 @@
+"""How a branch moves over its input, and whether its kernel fits into another one's.
+
+A smaller kernel is a larger one with zeros around it (RepVGG, Ding et al., 2021, arXiv:2101.03697,
+figure 4), an identity or a normalization one of size 1, average pooling one of equal taps (Ding et
+al., 2021, arXiv:2103.13425, section 3.2).
+"""
+
+from operator import getitem
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from repvgg import linear
+from repvgg.normalizations import is_normalization, read_normalization
+from repvgg.reparam import Affine, bare_affine, identity_kernel, scale_output
+
+POOLS = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
+
+
+class Geometry(NamedTuple):
+    """How a branch moves over its input, by spatial dimension."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    before: tuple[int, ...]  # padding on the low side
+    after: tuple[int, ...]
+    mode: str
+
+
+def read_subsampling(node: Any, dims: int) -> tuple[fx.Node, int] | None:
+    """Of x[..., ::s, ::s], over all spatial dimensions: x and s."""
+    if not isinstance(node, fx.Node) or node.target is not getitem:
+        return None
+    source, index = node.args
+    if not isinstance(source, fx.Node) or not isinstance(index, tuple) or index[:1] != (...,):
+        return None
+    steps = {part.step for part in index[1:] if isinstance(part, slice)}
+    plain = all(isinstance(s, slice) and s.start is None and s.stop is None for s in index[1:])
+    if len(steps) != 1 or not plain or len(index) != 1 + dims:
+        return None
+    (step,) = steps
+    return (source, step) if isinstance(step, int) and step > 0 else None
+
+
+def small_kernel(module: nn.Module | None, conv: _ConvNd) -> Affine | None:
+    """A branch of its own size, with the channels of a convolution; None where they differ."""
+    weight = conv.weight
+    if isinstance(module, _ConvNd):
+        shape = (module.in_channels, module.out_channels, module.groups)
+        same = shape == (conv.in_channels, conv.out_channels, conv.groups) and (
+            module.weight.dtype == weight.dtype and module.weight.device == weight.device
+        )
+        return linear.affine(module) if same else None
+    if conv.in_channels != conv.out_channels:
+        return None
+    dims = len(conv.kernel_size)
+    eye = identity_kernel(conv.in_channels, conv.groups, dims=dims, device=weight.device)
+    if module is None:
+        return bare_affine(eye)
+    if type(module) in POOLS:
+        geometry = read_geometry(module)
+        assert geometry is not None
+        size = torch.Size(geometry.kernel)
+        return bare_affine((eye / size.numel()).expand(*eye.shape[:2], *size))
+    found = read_normalization(module)
+    if isinstance(found, str) or found.tail or found.dims not in (None, dims):
+        return None
+    if len(found.scale) != len(eye) or found.scale.device != eye.device:
+        return None
+    return scale_output(eye, None, found.scale, found.shift)
+
+
+def read_geometry(module: nn.Module | None, like: _ConvNd | None = None) -> Geometry | None:
+    """How a module moves over its input; None where it is no branch."""
+    if isinstance(module, _ConvNd):
+        known = linear.is_linear(module)
+        if isinstance(module, _ConvTransposeNd) or not known:
+            return None
+        size, stride, dilation = module.kernel_size, module.stride, module.dilation
+        if module.padding == "same":
+            total = [d * (k - 1) for k, d in zip(size, dilation, strict=True)]
+            before = tuple(t // 2 for t in total)
+            after = tuple(t - b for t, b in zip(total, before, strict=True))
+        elif module.padding == "valid":
+            before = after = (0,) * len(size)
+        else:
+            before = after = tuple(int(amount) for amount in module.padding)
+        return Geometry(size, stride, dilation, before, after, module.padding_mode)
+    dims = POOLS.get(type(module)) if module is not None else None
+    if dims is not None:
+        assert isinstance(module, nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d)
+        exact = module.count_include_pad and not module.ceil_mode
+        if not exact or getattr(module, "divisor_override", None) is not None:
+            return None
+
+        def each(value: Any) -> tuple[int, ...]:
+            return tuple(value) if isinstance(value, tuple | list) else (value,) * dims
+
+        pad = each(module.padding)
+        ones = (1,) * dims
+        return Geometry(each(module.kernel_size), each(module.stride), ones, pad, pad, "zeros")
+    if module is None or is_normalization(module):
+        ones = (1,) * (2 if like is None else len(like.kernel_size))
+        zeros = (0,) * len(ones)
+        return Geometry(ones, ones, ones, zeros, zeros, "zeros")
+    return None
+
+
+def embedding(own: Geometry, target: Geometry) -> list[tuple[int, int]] | None:
+    """Taps to add in front of and behind a kernel so that it does the same as one of the target.
+
+    None where no taps do: the outputs would differ in size or place, or at the border.
+    """
+    if len(own.kernel) != len(target.kernel) or own.stride != target.stride:
+        return None
+    if any(own.before + own.after) and own.mode != target.mode:
+        return None
+    padding = []
+    for i, (size, large) in enumerate(zip(own.kernel, target.kernel, strict=True)):
+        step = target.dilation[i]
+        if size > 1 and own.dilation[i] != step:
+            return None
+        before, odd = divmod(target.before[i] - own.before[i], step)
+        after = large - size - before
+        if odd or before < 0 or after < 0 or target.after[i] - own.after[i] != after * step:
+            return None
+        padding.append((before, after))
+    return padding

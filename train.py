@@ -39,6 +39,7 @@ def train(config: dict[str, Any], folder: Path) -> None:
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from repvgg import callbacks, checkpoint
+    from repvgg.memory import keep_memory
     from repvgg.model import to_float
     from repvgg.module import Diverged
 
@@ -79,6 +80,8 @@ def train(config: dict[str, Any], folder: Path) -> None:
         num_sanity_val_steps=0,
         _convert_="all",
     )
+    if trainer.strategy.root_device.type == "cpu":
+        keep_memory()
     steps = count_steps(config, data, trainer.world_size)
     if settings["log_every_n_steps"] is None:
         settings["log_every_n_steps"] = max(1, steps.batches // 10)

@@ -198,6 +198,7 @@ def quieten() -> None:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=r"You defined a `validation_step` but have no")
 
 
 def append(path: Path, row: Row) -> None:

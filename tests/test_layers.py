@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"arguments", "reparam", "losses", "rdrop", "verify", "benchmark", "runs"},
+    {"arguments", "reparam", "losses", "rdrop", "verify", "benchmark", "runs", "memory"},
     {"reading", "rewriting", "ranges", "images"},
     {"block", "tracing", "batches"},
     {"model", "dataflow", "folder"},

@@ -155,6 +155,7 @@ class RepVGGBlock(nn.Module):
         self.groups = groups
         self.dilation = dilation
         self.padding_mode = padding_mode
+        self.bn_eps = bn_eps
 
         def normalization() -> nn.BatchNorm2d | None:
             return nn.BatchNorm2d(out_channels, eps=bn_eps) if bn else None

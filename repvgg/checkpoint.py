@@ -9,12 +9,7 @@ Files of others hold weights alone, in layouts of their own (`repvgg.layouts`). 
 what they do not say is then assumed to be as for ImageNet, and their probe is of noise.
 """
 
-import argparse
-import json
 import os
-import pickle
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from repvgg import layouts
+from repvgg import recognize
+from repvgg.artifact import METADATA_KEY, Description
+from repvgg.files import METADATA, read
+from repvgg.fuse import switch_to_deploy
 from repvgg.model import DataContract, Normalize, RepVGG, to_float
 from repvgg.unfold import switch_to_train
 from repvgg.zoo import build_model, imagenet_classes
@@ -34,8 +32,6 @@ FORMAT = 1
 NETWORK_PREFIX = "net."  # of the network's weights inside the Lightning module
 UNKNOWN = -1  # label of an image of the probe
 NUM_NOISE = 8  # images in the probe of a file that brought none
-SAFETENSORS = b"{"  # ninth byte of a file of that format
-METADATA = "__metadata__"  # where such a file says more
 
 
 class Probe(NamedTuple):
@@ -159,58 +155,90 @@ def load(
     path: str | Path,
     *,
     weights: str | None = None,
-    bn_eps: float = 1e-5,
+    bn_eps: float | None = None,
     strides: Sequence[int] | None = None,
-    data: DataContract | None = None,
 ) -> Checkpoint:
     """Open a checkpoint, ours or a RepVGG's in any layout of the field, and rebuild its network.
 
+    What the images of a file of others are is assumed to be as for ImageNet, unless deploy.py wrote
+    it: see `imagenet`.
+
     Args:
         path: of a file of torch or safetensors.
-        weights: which network of a file of others that holds several, such as "state_dict_ema".
+        weights: which network of a file that holds several, such as "state_dict_ema".
         bn_eps, strides: of a file of others: see `from_state_dict`.
-        data: what the images of a file of others are; None assumes ImageNet's.
 
     Raises:
         ValueError: the file is missing, truncated, holds no RepVGG or several, needs arbitrary code
             to load, or its weights do not fit. Each says which.
     """
-    content = read(Path(path))
-    if KEY in content:
-        return _open_ours(content, Path(path))
+    path = Path(path)
+    content = read(path)
+    if is_ours(content):
+        _require_untyped(path, weights=weights, bn_eps=bn_eps, strides=strides)
+        return _open_ours(content, path)
     try:
         opened = _open_foreign(content, weights, bn_eps, strides)
-        contract = data or opened.data or imagenet(opened.config)
-        for said, given, held in (
-            ("classes", len(contract.classes), opened.config["num_classes"]),
-            ("channels", contract.in_channels, opened.config["in_channels"]),
-        ):
-            if given != held:
-                raise ValueError(f"{given} {said} were given, the network has {held}")
+        return with_noise(opened, opened.data or imagenet(opened.config))
     except ValueError as error:
         raise ValueError(f"'{path}': {error}") from error
-    images = _noise(contract)
-    labels = torch.full((NUM_NOISE,), UNKNOWN)
-    entry = describe(
-        opened.model, config=opened.config, data=contract, images=images, labels=labels
-    )
-    return Checkpoint(opened.model, opened.config, contract, Probe(**entry["probe"]), opened.origin)
 
 
-def open_network(path: str | Path) -> Network:
-    """Open a checkpoint as `load` does, but for what its images are: to train it further.
+def open_network(
+    path: str | Path,
+    *,
+    weights: str | None = None,
+    bn_eps: float | None = None,
+    strides: Sequence[int] | None = None,
+) -> Network:
+    """Open a checkpoint as `load` does, without assuming what its images are.
 
     Raises:
         ValueError: as `load`.
     """
-    content = read(Path(path))
-    if KEY in content:
-        ours = _open_ours(content, Path(path))
+    path = Path(path)
+    content = read(path)
+    if is_ours(content):
+        _require_untyped(path, weights=weights, bn_eps=bn_eps, strides=strides)
+        ours = _open_ours(content, path)
         return Network(ours.model, ours.config, ours.data, ours.origin)
     try:
-        return _open_foreign(content)
+        return _open_foreign(content, weights, bn_eps, strides)
     except ValueError as error:
         raise ValueError(f"'{path}': {error}") from error
+
+
+def with_noise(network: Network, data: DataContract) -> Checkpoint:
+    """Say what the images of a network are, and record what it says of noise.
+
+    Raises:
+        ValueError: the network has another number of classes or channels.
+    """
+    for said, given, held in (
+        ("classes", len(data.classes), network.config["num_classes"]),
+        ("channels", data.in_channels, network.config["in_channels"]),
+    ):
+        if given != held:
+            raise ValueError(f"{given} {said} were given, the network has {held}")
+    images = _noise(data)
+    labels = torch.full((NUM_NOISE,), UNKNOWN)
+    entry = describe(network.model, config=network.config, data=data, images=images, labels=labels)
+    return Checkpoint(network.model, network.config, data, Probe(**entry["probe"]), network.origin)
+
+
+def is_ours(content: Mapping[str, Any]) -> bool:
+    """Whether a file describes itself as `describe` does."""
+    entry = content.get(KEY)
+    return isinstance(entry, Mapping) and "format" in entry
+
+
+def _require_untyped(path: Path, **typed: Any) -> None:
+    keys = [key for key, value in typed.items() if value is not None]
+    if keys:
+        raise ValueError(
+            f"'{path}' is a checkpoint of ours, which says by itself what it is: leave out "
+            f"{', '.join(keys)}"
+        )
 
 
 def _open_ours(content: Mapping[str, Any], path: Path) -> Checkpoint:
@@ -228,7 +256,7 @@ def _open_ours(content: Mapping[str, Any], path: Path) -> Checkpoint:
             for key, value in content["state_dict"].items()
             if key.startswith(NETWORK_PREFIX)
         }
-        if isinstance(model, RepVGG) and layouts.is_deployed(stored):
+        if isinstance(model, RepVGG) and recognize.is_deployed(stored):
             model.switch_to_deploy()
         model.load_state_dict(stored)
         probe = Probe(**probe)
@@ -243,7 +271,11 @@ def _open_ours(content: Mapping[str, Any], path: Path) -> Checkpoint:
 
 
 def from_state_dict(
-    state_dict: Mapping[str, Any], *, bn_eps: float = 1e-5, strides: Sequence[int] | None = None
+    state_dict: Mapping[str, Any],
+    *,
+    weights: str | None = None,
+    bn_eps: float = 1e-5,
+    strides: Sequence[int] | None = None,
 ) -> RepVGG:
     """Build the RepVGG that a state_dict in any layout of the field belongs to, and load it.
 
@@ -253,6 +285,7 @@ def from_state_dict(
     Args:
         state_dict: of the authors' RepVGG or RepVGGplus, timm, mmpretrain, QARepVGG, or ours, in
             the form that trains or deployed; in wrappers, and behind a prefix, if need be.
+        weights: which network, where there are several: its wrappers and prefix.
         bn_eps: of its BatchNorms: no state_dict tells. Some programs train with 1e-3.
         strides: of the stem and of the first block of each stage, likewise; None is the paper's
             [2, 2, 2, 2, 2].
@@ -264,8 +297,10 @@ def from_state_dict(
         ValueError: there is no RepVGG or there are several, or something does not fit; the first
             keys that do not are named.
     """
-    found = layouts.choose(state_dict)
-    return layouts.load(found, layouts.plan(found, bn_eps=bn_eps, strides=strides))
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"a {type(state_dict).__name__} is no state_dict: give its state_dict()")
+    found = recognize.choose(state_dict, weights)
+    return recognize.load(found, recognize.plan(found, bn_eps=bn_eps, strides=strides))
 
 
 def initialize(network: nn.Module, start: Network, images: Tensor) -> list[str]:
@@ -273,7 +308,8 @@ def initialize(network: nn.Module, start: Network, images: Tensor) -> list[str]:
 
     The classifier stays as it is where the number of classes differs, and so do auxiliary
     classifiers that the checkpoint has not. Where strides differ so that a block has an identity
-    branch here and had none, the branch adds nothing at first.
+    branch here and had none, the branch adds nothing at first. A deployed checkpoint tells neither
+    strides nor the kind of block: it becomes what `network` is.
 
     Args:
         images: (N, C, H, W), as `network` takes them, on which the statistics of a network that was
@@ -286,9 +322,27 @@ def initialize(network: nn.Module, start: Network, images: Tensor) -> list[str]:
         ValueError: something else does not fit; nothing was changed.
     """
     source = start.model
-    if isinstance(source, RepVGG) and layouts.is_deployed(source.state_dict()):
-        source = switch_to_train(source, images)
-    given, wanted = source.state_dict(), network.state_dict()
+    given = source.state_dict()
+    if isinstance(source, RepVGG) and isinstance(network, RepVGG) and recognize.is_deployed(given):
+        twin = switch_to_deploy(network)
+        new = _take(twin, given, start)
+        given = switch_to_train(twin, images).state_dict()
+        return [*new, *_take(network, given, start)]
+    own = dict(source.named_modules())
+    for name, module in network.named_modules():
+        if isinstance(module, nn.BatchNorm2d) and isinstance(own.get(name), nn.BatchNorm2d):
+            theirs = own[name].eps
+            if module.eps != theirs:
+                raise ValueError(
+                    f"its BatchNorms have an epsilon of {theirs:g}, this network's of "
+                    f"{module.eps:g}: give model.bn_eps={theirs:g}"
+                )
+    return _take(network, given, start)
+
+
+def _take(network: nn.Module, given: Mapping[str, Tensor], start: Network) -> list[str]:
+    """Load what fits; the names of what is new. Only a classifier or an identity branch may be."""
+    wanted = network.state_dict()
     head = ("linear.", "auxiliary.") if isinstance(network, RepVGG) else _last(network)
     taken = {
         key: tensor
@@ -300,7 +354,7 @@ def initialize(network: nn.Module, start: Network, images: Tensor) -> list[str]:
     wrong += [key for key in new if not key.startswith(head) and ".branch_identity." not in key]
     if wrong:
         raise ValueError(
-            f"it holds {layouts.describe_variant(start.config)}, which this network is not: "
+            f"it holds {recognize.describe_variant(start.config)}, which this network is not: "
             f"{', '.join(wrong[:4])}{', ...' if len(wrong) > 4 else ''}; give the model that it is"
         )
     network.load_state_dict(taken, strict=False)
@@ -322,7 +376,7 @@ def imagenet(config: Mapping[str, Any]) -> DataContract:
     if config["in_channels"] != 3:
         raise ValueError(
             f"it takes images of {config['in_channels']} channels, so it was not trained on "
-            f"ImageNet; say what they are, by channel: {layouts.IMPORT} mean=[0.5] std=[0.5]"
+            f"ImageNet; say what they are, by channel: {recognize.IMPORT} mean=[0.5] std=[0.5]"
         )
     count = config["num_classes"]
     classes = imagenet_classes() if count == 1000 else [str(number) for number in range(count)]
@@ -346,17 +400,20 @@ def _last(network: nn.Module) -> str:
 
 def _open_foreign(
     content: Mapping[str, Any],
-    weights: str | None = None,
-    bn_eps: float = 1e-5,
-    strides: Sequence[int] | None = None,
+    weights: str | None,
+    bn_eps: float | None,
+    strides: Sequence[int] | None,
 ) -> Network:
-    data = None
+    found = recognize.choose(content, weights)
     if said := description(content):
-        data, strides = DataContract(**said["data"]), strides or said["model"].get("strides")
-    found = layouts.choose(content, weights)
-    config = layouts.plan(found, bn_eps=bn_eps, strides=strides)
-    model = layouts.load(found, config)
-    return Network(model, config, data, layouts.describe(found, config))
+        if bn_eps is not None or strides is not None:
+            raise ValueError("it says by itself what it is: leave out bn_eps and strides")
+        config, data = dict(said.config), said.data
+    else:
+        eps = 1e-5 if bn_eps is None else bn_eps
+        config, data = recognize.plan(found, bn_eps=eps, strides=strides), None
+    model = recognize.load(found, config)
+    return Network(model, config, data, recognize.describe(found, config))
 
 
 def _noise(data: DataContract) -> Tensor:
@@ -369,61 +426,11 @@ def _noise(data: DataContract) -> Tensor:
     return (255 * images.clamp(0, 1)).to(torch.uint8)
 
 
-def description(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What a safetensors file says of itself, if deploy.py wrote it: its model and its data."""
-    return json.loads(content.get(METADATA, {}).get(KEY, "{}"))
-
-
-def read(path: Path) -> dict[str, Any]:
-    """What a file of torch or safetensors holds; nothing that it says is run.
-
-    Raises:
-        ValueError: the file is missing, truncated, of another kind or needs code to load.
-    """
-    if not path.exists():
-        raise ValueError(f"'{path}' does not exist; give the path of a best.ckpt or last.ckpt")
-    if not path.is_file():
-        raise ValueError(f"'{path}' is a folder; give the file in it, e.g. checkpoints/best.ckpt")
-    if _is_safetensors(path):
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                return {**tensors, METADATA: file.metadata() or {}}
-        except SafetensorError as error:
-            raise ValueError(f"'{path}' cannot be read: {error}") from error
+def description(content: Mapping[str, Any]) -> Description | None:
+    """What a safetensors file says of itself, if deploy.py wrote it."""
+    said = content.get(METADATA)
+    text = said.get(METADATA_KEY) if isinstance(said, Mapping) else None
     try:
-        with (
-            warnings.catch_warnings(),
-            # Plain data, in the training files of timm and others.
-            torch.serialization.safe_globals([argparse.Namespace]),
-        ):
-            warnings.simplefilter("ignore")  # of torch's reader, on files that are not its own
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if named is None:
-            raise ValueError(
-                f"'{path}' is no checkpoint of plain tensors: it is not a torch file, or loading "
-                "it could run code of the file, which is refused"
-            ) from error
-        raise ValueError(
-            f"'{path}' holds more than plain tensors, a {named[1]}, whose loading could run code "
-            "of the file, which is refused; where it is trusted, store its weights alone: "
-            "torch.save(model.state_dict(), FILE)"
-        ) from error
-    except Exception as error:  # torch's reader fails in many ways on what is not a torch file
-        detail = (str(error).splitlines() or [""])[0].partition(". ")[0]
-        raise ValueError(
-            f"'{path}' cannot be read: it is truncated, or not a torch file "
-            f"({type(error).__name__}: {detail})"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"'{path}' holds a {type(content).__name__}, not a checkpoint")
-    return content
-
-
-def _is_safetensors(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(9)[8:] == SAFETENSORS
+        return Description.from_json(text) if text else None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None  # written by another program

@@ -18,6 +18,7 @@ from repvgg.arguments import refusal
 
 PATH_KEYS = ("ckpt", "out", "init", "resume", "verify", "data.root", "hydra.run.dir")
 FULL_ERROR = "HYDRA_FULL_ERROR"
+EXAMPLES: dict[type, str] = {bool: "true", list: "[1,2,3]", int: "1", float: "0.5"}
 
 Job = Callable[[dict[str, Any], Path], None]
 
@@ -93,11 +94,12 @@ def script(job: Callable[[dict[str, Any]], None], text: str, defaults: dict[str,
     Args:
         job: called with the settings, of plain types.
         text: what the script does.
-        defaults: every key and its value.
+        defaults: every key and its value; None for a path or a word that is not set, a type for
+            what is not set and of another kind. The job then gets None.
     """
     from omegaconf import OmegaConf
 
-    settings = dict(defaults)
+    settings = {key: None if isinstance(value, type) else value for key, value in defaults.items()}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         for argument in sys.argv[1:]:
@@ -134,11 +136,13 @@ def _parse(argument: str, defaults: dict[str, Any]) -> tuple[str, Any]:
         value = cast(dict[str, Any], OmegaConf.to_container(parsed, resolve=True))[key]
     except Exception:  # the parser of YAML has its own, and so has that of interpolations
         value = None
+    unset = isinstance(default, type)
+    kind = default if unset else type(default)
     kinds = {bool: "true or false", list: "a list", int: "a number", float: "a number"}
-    allowed = int | float if type(default) in (int, float) else type(default)
-    if not isinstance(value, allowed) or isinstance(value, bool) != isinstance(default, bool):
-        example = str(default).replace(" ", "").replace("'", "")
-        raise refusal(key, typed, f"must be {kinds[type(default)]}", example.lower())
+    allowed = int | float if kind in (int, float) else kind
+    if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
+        example = EXAMPLES[kind] if unset else str(default).replace(" ", "").replace("'", "")
+        raise refusal(key, typed, f"must be {kinds[kind]}", example.lower())
     return key, value
 
 

@@ -36,7 +36,7 @@ def switch_to_train(model: Model, images: Tensor) -> Model:
 
     Raises:
         ValueError: the network has no RepVGG block, or one that is not deployed; there is one image
-            or none.
+            or none; what it computes on them is no finite number.
     """
     model = copy.deepcopy(model).eval()
     deployed = {
@@ -55,6 +55,8 @@ def switch_to_train(model: Model, images: Tensor) -> Model:
         model(batch)
     for hook in hooks:
         hook.remove()
+    if not all(part.of_sum.is_finite() for part in parts.values()):
+        raise ValueError("the network gives NaN or infinite values on these images")
     for block, part in parts.items():
         put(model, block, part.finish())
     return model.train()
@@ -74,6 +76,7 @@ class _Unfolded:
                 groups=deployed.groups,
                 dilation=deployed.dilation,
                 padding_mode=deployed.padding_mode,
+                bn_eps=deployed.bn_eps,
             ).to(self.deployed.weight.dtype)
         self.block = block.to_empty(device=self.deployed.weight.device)
         for name in ("relu", "se_before_relu", "se_after_relu"):
@@ -143,6 +146,9 @@ class _Moments:
         self.squares = self.squares + (x - mean[:, None]).square().sum(1) + between
         self.mean = self.mean + apart * (count / (self.count + count))
         self.count += count
+
+    def is_finite(self) -> bool:
+        return bool((self.mean + self.squares).isfinite().all())
 
     def variance(self) -> Tensor:
         return self.squares / max(1, self.count - 1)

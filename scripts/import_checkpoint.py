@@ -2,17 +2,17 @@
 
 Opens weights of a RepVGG in the layout of its authors, of RepVGGplus, timm, mmpretrain or QARepVGG,
 trained or deployed, in any wrapper (.pth, .pt, .safetensors), and writes what deploy.py and
-train.py init= take, and what knows its classes and its images. They are ImageNet's unless given.
+train.py init= take, and what knows its classes and its images. What is not typed is as the file
+says, if deploy.py wrote it, and else as for ImageNet.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
-from repvgg import cli, layouts
-from repvgg.arguments import check_integer, check_integers, check_number
+from repvgg import checkpoint, cli
+from repvgg.arguments import check_integer, check_integers, check_number, refusal
 from repvgg.benchmark import count_parameters
-from repvgg.checkpoint import imagenet, load, read, save
+from repvgg.files import read
 from repvgg.model import DataContract
 
 DEFAULTS: dict[str, Any] = {
@@ -20,84 +20,112 @@ DEFAULTS: dict[str, Any] = {
     "out": None,  # beside it, with the ending .ckpt
     "weights": None,  # which network, where the file holds several, e.g. state_dict_ema
     "classes": None,  # a file of names, one a line, in the order of the logits
-    "image_size": None,  # pixels; 224, and 320 for the variants that were published so
-    "resize_size": None,
-    "interpolation": "bilinear",
-    "mean": [0.485, 0.456, 0.406],
-    "std": [0.229, 0.224, 0.225],
-    "bn_eps": 1e-5,
-    "strides": [2, 2, 2, 2, 2],
+    "image_size": int,  # pixels; 224, and 320 for the variants that were published so
+    "resize_size": int,
+    "interpolation": None,  # bilinear
+    "mean": list,  # [0.485,0.456,0.406]
+    "std": list,  # [0.229,0.224,0.225]
+    "bn_eps": float,  # 1e-5
+    "strides": list,  # [2,2,2,2,2]
     "overwrite": False,
 }
+INTERPOLATIONS = ("bilinear", "bicubic")
 
 
 def main(settings: dict[str, Any]) -> None:
     if settings["path"] is None:
         raise ValueError("path is missing: type path=FILE")
     path = Path(settings["path"])
-    content = read(path)
+    if checkpoint.is_ours(read(path)):
+        raise ValueError(f"'{path}' is a checkpoint of ours already: python deploy.py ckpt={path}")
     out = Path(settings["out"]) if settings["out"] else path.with_suffix(".ckpt")
-    if out.exists() and not settings["overwrite"]:
-        raise ValueError(f"{out} exists: type overwrite=true to replace it, or out=OTHER_FILE")
-    options = {
-        "bn_eps": check_number("bn_eps", settings["bn_eps"], example=1e-5),
-        "strides": check_integers("strides", settings["strides"], length=5, example="[2,2,2,2,2]"),
-    }
-    try:
-        found = layouts.choose(content, settings["weights"])
-        config = layouts.plan(found, **options)
-    except ValueError as error:
-        raise ValueError(f"'{path}': {error}") from error
-    opened = load(path, weights=settings["weights"], data=contract(settings, config), **options)
-    save(out, opened)
+    check_out(out, overwrite=settings["overwrite"])
+    options: dict[str, Any] = {"weights": settings["weights"]}
+    if settings["bn_eps"] is not None:
+        options["bn_eps"] = check_number("bn_eps", settings["bn_eps"], minimum=1e-12, example=1e-5)
+    if settings["strides"] is not None:
+        options["strides"] = check_strides(settings["strides"])
+    network = checkpoint.open_network(path, **options)
+    opened = checkpoint.with_noise(network, contract(settings, network))
+    checkpoint.save(out, opened)
+    tensors = len(opened.model.state_dict())
     print(opened.origin)
-    print(f"{count_parameters(opened.model):,} parameters, all {len(found.weights)} tensors loaded")
-    seen = opened.data
-    print(
-        f"assumed: {len(seen.classes)} classes, the first is {seen.classes[0]}; mean {seen.mean},"
-    )
-    print(f"std {seen.std}; {seen.image_size[0]} pixels, shorter side {seen.resize_size}, ")
-    print(f"{seen.interpolation}; strides {[*options['strides']]}, bn_eps {options['bn_eps']:g}")
+    print(f"{count_parameters(opened.model):,} parameters; all {tensors} tensors loaded")
+    seen, config = opened.data, opened.config
+    print(f"{'as the file says' if network.data else 'assumed, where nothing was typed'}:")
+    print(f"  {len(seen.classes)} classes, the first is {seen.classes[0]}")
+    print(f"  {seen.image_size[0]} pixels, shorter side {seen.resize_size}, {seen.interpolation}")
+    print(f"  mean {[*seen.mean]}, std {[*seen.std]}")
+    strides = [*config.get("strides", (2, 2, 2, 2, 2))]
+    print(f"  strides {strides}, bn_eps {config.get('bn_eps', 1e-5):g}")
     print(f"written to {out}; deploy it: python deploy.py ckpt={out}")
-    print(f"train it further: python train.py init={out} model={config['name']} data=...")
+    print(f"train it further: python train.py init={out} {typed(config)} data=...")
 
 
-def contract(settings: dict[str, Any], config: dict[str, Any]) -> DataContract:
-    """What the images are: as was typed, and ImageNet's where nothing was."""
-    usual = imagenet(config | {"in_channels": 3})
-    mean, std = settings["mean"], settings["std"]
-    for key, values in (("mean", mean), ("std", std)):
-        if len(values) != config["in_channels"]:
+def check_out(out: Path, *, overwrite: bool) -> None:
+    if out.is_dir():
+        raise ValueError(f"out={out}: is a folder; type out=FILE.ckpt")
+    if not out.parent.is_dir():
+        raise ValueError(f"out={out}: there is no folder {out.parent}; make it, or type another")
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists: type overwrite=true to replace it, or out=OTHER_FILE")
+
+
+def check_strides(strides: object) -> tuple[int, ...]:
+    return check_integers("strides", strides, length=5, example="[2,2,2,2,2]")
+
+
+def contract(settings: dict[str, Any], network: checkpoint.Network) -> DataContract:
+    """What the images are: as was typed, as the file says, and ImageNet's where neither does."""
+    channels = network.config["in_channels"]
+    usual = network.data or checkpoint.imagenet(network.config | {"in_channels": 3})
+    by_channel = {}
+    for key, kept in (("mean", usual.mean), ("std", usual.std)):
+        values = kept if settings[key] is None else settings[key]
+        if len(values) != channels:
             raise ValueError(
-                f"{key}={values}: the network takes {config['in_channels']} channels, a number "
-                "for each"
+                f"{key}={[*values]}: the network takes {channels} channels; type a number for each"
             )
-        for value in values:
-            check_number(key, value, example=0.5)
-    classes = usual.classes
-    if settings["classes"] is not None:
-        lines = Path(settings["classes"]).read_text().splitlines()
-        classes = [line.strip() for line in lines if line.strip()]
-    size = pixels(settings, "image_size", usual.image_size[0])
-    known = size == usual.image_size[0]
+        least = 1e-6 if key == "std" else 0.0
+        by_channel[key] = [check_number(key, value, minimum=least, example=0.5) for value in values]
+    interpolation = settings["interpolation"] or usual.interpolation
+    if interpolation not in INTERPOLATIONS:
+        allowed = f"must be one of {', '.join(INTERPOLATIONS)}"
+        raise refusal("interpolation", interpolation, allowed, "bilinear")
+    size = [*usual.image_size]
+    resize = usual.resize_size
+    if settings["image_size"] is not None:
+        pixels = check_integer("image_size", settings["image_size"], minimum=8, example=224)
+        size, resize = [pixels, pixels], pixels if [pixels, pixels] != size else resize
+    if settings["resize_size"] is not None:
+        resize = check_integer("resize_size", settings["resize_size"], minimum=8, example=256)
     return DataContract(
-        classes=classes,
-        in_channels=config["in_channels"],
-        image_size=[size, size],
-        mean=mean,
-        std=std,
-        interpolation=settings["interpolation"],
-        resize_size=pixels(settings, "resize_size", usual.resize_size if known else size),
+        classes=usual.classes if settings["classes"] is None else names(settings["classes"]),
+        in_channels=channels,
+        image_size=size,
+        interpolation=interpolation,
+        resize_size=resize,
+        **by_channel,
     )
 
 
-def pixels(settings: dict[str, Any], key: str, usual: Any) -> int:
-    """A number that was typed, or else the usual one."""
-    typed = settings[key]
-    if typed is None:
-        return usual
-    value = int(typed) if re.fullmatch(r"\d+", typed) else typed
-    return check_integer(key, value, minimum=8, example=224)
+def names(path: str) -> list[str]:
+    """Those in a file, one a line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"classes={path}: is no text in UTF-8 ({error})") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def typed(config: dict[str, Any]) -> str:
+    """The keys of train.py that build the network; all but what the data decides."""
+    keys = [f"model={config['name']}"]
+    for key, value in config.items():
+        if key not in ("name", "num_classes", "in_channels"):
+            shown = str(value).replace(" ", "").replace("(", "[").replace(")", "]")
+            keys.append(f"++model.{key}={shown.lower() if isinstance(value, bool) else shown}")
+    return " ".join(keys)
 
 
 if __name__ == "__main__":

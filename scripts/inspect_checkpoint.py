@@ -4,17 +4,17 @@ The doctor for files that will not load: what is in it, in which layout and form
 looks like, what would load, what is missing. Changes nothing. The status is 0 if it would load.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from import_checkpoint import check_strides
 from torch import Tensor
 
-from repvgg import checkpoint, cli, layouts
-from repvgg.arguments import check_integers
+from repvgg import checkpoint, cli, recognize
+from repvgg.files import read
 
-DEFAULTS: dict[str, Any] = {"path": None, "strides": [2, 2, 2, 2, 2]}
+DEFAULTS: dict[str, Any] = {"path": None, "strides": list}
 MOST = 6  # lines of a list
 
 
@@ -22,66 +22,78 @@ def main(settings: dict[str, Any]) -> None:
     if settings["path"] is None:
         raise ValueError("path is missing: type path=FILE")
     path = Path(settings["path"])
-    strides = check_integers("strides", settings["strides"], length=5, example="[2,2,2,2,2]")
-    content = checkpoint.read(path)
+    strides = None if settings["strides"] is None else check_strides(settings["strides"])
+    content = read(path)
     print(f"{path}: {path.stat().st_size:,} bytes")
     print(f"holds {shorten([name(key, value) for key, value in content.items()])}")
-    if checkpoint.KEY in content:
-        opened = checkpoint.load(path)
-        form = "deployed" if layouts.is_deployed(opened.model.state_dict()) else "training"
+    if checkpoint.is_ours(content):
+        opened = checkpoint.load(path, strides=strides)
+        form = "deployed" if recognize.is_deployed(opened.model.state_dict()) else "training"
         seen = opened.data
         print(f"a checkpoint of ours, {form} form: {opened.config}")
         print(f"{len(seen.classes)} classes: {shorten([*seen.classes])}")
         print(f"images of {seen.image_size[0]} pixels, mean {seen.mean}, std {seen.std}")
         print(f"would load: python deploy.py ckpt={path}")
         return
-    strides = checkpoint.description(content).get("model", {}).get("strides", strides)
-    found = layouts.find(content)
-    whole = [one for one in found if examine(one, strides)]
-    if not found:
-        layouts.choose(content)  # says why
-    if not whole:
-        sys.exit(1)
-    if len(found) > 1:
-        print(f"several: type weights={layouts.place(whole[0])} for scripts/import_checkpoint.py")
-        return
-    print(f"would load: python deploy.py ckpt={path}, or python train.py init={path}")
+    found = recognize.find(content)
+    for one in found:
+        examine(one, checkpoint.description(content), strides)
+    places = [recognize.place(one) for one in found] if len(found) > 1 else [None]
+    refused = [try_to_load(path, place, strides) for place in places]
+    if all(refused):
+        raise ValueError(f"{refused[0]}")
 
 
-def examine(found: layouts.Found, strides: Sequence[int]) -> bool:
-    """Tell what a network is and what does not fit; whether it would load."""
+def try_to_load(path: Path, weights: str | None, strides: Sequence[int] | None) -> str:
+    """Open one network of a file as the other programs do, and say how; or why it does not load."""
+    keys = [] if weights is None else [f"weights={weights}"]
+    keys += [] if strides is None else [f"strides={str([*strides]).replace(' ', '')}"]
+    try:
+        opened = checkpoint.open_network(path, weights=weights, strides=strides)
+    except ValueError as error:
+        return str(error)
+    channels = opened.config["in_channels"]
+    if channels != 3 and opened.data is None:
+        keys += [f"{key}=[{','.join(['0.5'] * channels)}]" for key in ("mean", "std")]
+    print()
+    if keys:
+        print(f"would load: python scripts/import_checkpoint.py path={path} {' '.join(keys)}")
+    else:
+        print(f"would load: python deploy.py ckpt={path}, or python train.py init={path} ...")
+    return ""
+
+
+def examine(found: recognize.Found, said: Any, strides: Sequence[int] | None) -> None:
+    """Tell what a network is and what does not fit."""
     tensors = found.weights.values()
     kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
-    print(f"\nat '{layouts.place(found)}': {found.layout.name} layout, {found.form} form")
+    print(f"\nat '{recognize.place(found)}': {found.layout.name} layout, {found.form} form")
     count = sum(tensor.numel() for tensor in tensors)
     print(f"  {len(tensors)} tensors, {count:,} numbers, {', '.join(sorted(kinds))}")
-    bad = [key for key, tensor in found.weights.items() if not tensor.isfinite().all()]
-    if bad:
-        print(f"  not finite: {shorten(bad)}")
     if found.outside:
         print(f"  beside it, not its own: {shorten(found.outside)}")
     try:
-        config = layouts.plan(found, strides=strides)
+        config = dict(said.config) if said else recognize.plan(found, strides=strides)
+        _, misfit = recognize.build(found, config)
     except ValueError as error:
         print(f"  {error}")
-        return False
-    print(f"  looks like {layouts.describe_variant(config)}, {config['num_classes']} classes")
-    _, misfit = layouts.build(found, config)
-    for kind, keys in zip(("missing", "unknown", "other shape"), misfit, strict=True):
+        return
+    print(f"  looks like {recognize.describe_variant(config)}, {config['num_classes']} classes")
+    for kind, keys in zip(("missing", "unknown", "other shape", "of no use"), misfit, strict=True):
         if keys:
             print(f"  {kind}: {shorten(keys)}")
     if misfit.is_about_identities(found):
-        print(f"  {layouts.OTHER_STRIDES}")
-    if any(misfit):
-        return False
-    print(f"  complete, both ways; what no weights tell: strides {[*strides]}, bn_eps 1e-5")
-    return True
+        print(f"  {recognize.OTHER_STRIDES}")
+    if not any(misfit):
+        shown = [*config.get("strides", (2, 2, 2, 2, 2))]
+        whose = "as it says itself" if said else "which no weights tell"
+        print(f"  complete, both ways; strides {shown}, {whose}")
 
 
 def name(key: Any, value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{key} {tuple(value.shape)}"
-    inside = f" of {len(value)}" if isinstance(value, Mapping | list) else ""
+    inside = f" of {len(value)}" if isinstance(value, Mapping | list | tuple) else ""
     return f"{key} ({type(value).__name__}{inside})"
 
 

@@ -1,12 +1,17 @@
 import pickle
 import subprocess
 import sys
+import warnings
+import zipfile
 
 import pytest
 import torch
 from networks import relative_error, settle
 
+import repvgg
 from repvgg import checkpoint, create_model
+from repvgg.artifact import Description
+from repvgg.export import save_safetensors
 from repvgg.model import DataContract
 from repvgg.zoo import build_model
 
@@ -116,10 +121,24 @@ def without_a_block(path):
     torch.save(changed, path)
 
 
+def a_zip_of_others(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("hello.txt", "world")
+
+
+def a_program(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        torch.jit.script(torch.nn.Linear(2, 2)).save(path)
+
+
 BAD = {
     "missing": (lambda path: None, "does not exist"),
     "a folder": (lambda path: path.mkdir(), "is a folder"),
-    "empty": (lambda path: path.write_bytes(b""), "cannot be read"),
+    "empty": (lambda path: path.write_bytes(b""), "cannot be read: it is empty"),
+    "a zip of others": (a_zip_of_others, "a zip archive that is truncated, or that torch did not"),
+    "a program": (a_program, "a program of TorchScript; store the weights alone"),
+    "a list": (lambda path: torch.save([1, 2], path), "no tensors in it; its first keys: 0, 1"),
     "text": (lambda path: path.write_text("hello, world\n" * 9), "not a torch file"),
     "truncated": (truncated, "truncated"),
     "pickled code": (lambda path: torch.save({"x": Payload()}, path), "could run code"),
@@ -148,6 +167,37 @@ def test_a_bad_file_is_refused_with_what_is_wrong(case, tmp_path, capfd):
     assert capfd.readouterr().out == ""
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("bn_eps", 1e-3), ("strides", [2] * 5), ("weights", "net")]
+)
+def test_a_checkpoint_of_ours_says_by_itself_what_it_is(key, value, tmp_path):
+    torch.save(content(), tmp_path / "best.ckpt")
+
+    for load in (checkpoint.load, checkpoint.open_network):
+        with pytest.raises(ValueError, match=f"says by itself what it is: leave out {key}"):
+            load(tmp_path / "best.ckpt", **{key: value})
+
+
+@pytest.mark.parametrize("block", ["repvgg", "qarepvgg"])
+@torch.no_grad()
+def test_a_deployed_file_of_ours_is_opened_as_it_says(block, tmp_path):
+    config = CONFIG | {"name": f"{block}_tiny", "bn_eps": 1e-3}
+    torch.manual_seed(0)
+    network = repvgg.switch_to_deploy(settle(create_model(**config)))
+    save_safetensors(network, tmp_path / "model.safetensors", Description(config, CONTRACT))
+
+    opened = checkpoint.load(tmp_path / "model.safetensors")
+
+    assert (opened.config, opened.data) == (config, CONTRACT)
+    images = torch.rand(2, 1, 16, 16)
+    assert torch.equal(opened.model(images), network(images))
+    branched = repvgg.switch_to_train(opened.model, images).eval()
+    assert branched.stem.branch_3x3.bn.eps == 1e-3
+    assert relative_error(network(images), branched(images)) < 1e-5
+    with pytest.raises(ValueError, match="says by itself what it is: leave out bn_eps and strides"):
+        checkpoint.load(tmp_path / "model.safetensors", strides=[2] * 5)
+
+
 def network_of(model: torch.nn.Module, **config) -> checkpoint.Network:
     return checkpoint.Network(model, CONFIG | config, CONTRACT, "")
 
@@ -172,6 +222,33 @@ def test_a_network_begins_as_a_checkpoint_of_either_form(form):
 
     assert new == []
     assert relative_error(expected, network.eval()(images)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"strides": [2, 2, 1, 2, 2]}, {"bn_eps": 1e-3}, {"name": "qarepvgg_tiny"}]
+)
+@torch.no_grad()
+def test_a_deployed_checkpoint_becomes_what_the_network_is(overrides):
+    torch.manual_seed(0)
+    deployed = repvgg.switch_to_deploy(settle(create_model(**CONFIG)))
+    images = torch.randn(16, 1, 16, 16)
+    wanted = repvgg.switch_to_deploy(fresh(**overrides))
+    wanted.load_state_dict(deployed.state_dict())
+    network = fresh(**overrides)
+
+    new = checkpoint.initialize(network, network_of(deployed), images)
+
+    assert new == []
+    assert relative_error(wanted(images), network.eval()(images)) < 1e-5
+    expected = repvgg.switch_to_train(wanted, images).state_dict()
+    assert all(torch.equal(expected[key], value) for key, value in network.state_dict().items())
+
+
+def test_another_epsilon_of_the_batchnorms_is_refused():
+    with pytest.raises(ValueError, match=r"epsilon of 1e-05, this network's of 0\.001: give model"):
+        checkpoint.initialize(
+            fresh(bn_eps=1e-3), network_of(create_model(**CONFIG)), torch.zeros(2, 1, 8, 8)
+        )
 
 
 def test_another_number_of_classes_gets_a_new_classifier():

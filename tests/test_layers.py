@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"arguments", "reparam", "losses", "rdrop", "verify", "benchmark", "runs", "memory"},
-    {"reading", "rewriting", "ranges", "images"},
+    {"reading", "rewriting", "ranges", "layouts", "images", "files"},
     {"block", "tracing", "batches"},
     {"model", "dataflow", "folder"},
     {"normalizations", "equalize", "artifact"},
@@ -19,7 +19,7 @@ LAYERS = [
     {"fuse"},
     {"expand", "unfold"},
     {"zoo", "augment", "datamodule"},
-    {"layouts"},
+    {"recognize"},
     {"module", "data", "callbacks", "checkpoint", "export"},
     {"quantize", "certificate"},
     {"cli"},
@@ -33,7 +33,7 @@ FRONTIERS = {
     "onnx": {"export", "quantize"},
     "onnxruntime": {"export", "quantize"},
     "openvino": {"export"},
-    "safetensors": {"export", "data", "certificate", "checkpoint"},
+    "safetensors": {"export", "data", "certificate", "files"},
     "numpy": {"quantize", "images"},
     "PIL": {"images", "folder", "augment"},
     "filelock": {"data"},

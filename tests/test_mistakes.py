@@ -57,7 +57,7 @@ def fail(monkeypatch, tmp_path, capfd):
         ("train.py", ["init=nowhere.pth"], "'nowhere.pth' does not exist; give the path of a"),
         ("scripts/import_checkpoint.py", [], "path is missing: type path=FILE"),
         ("scripts/import_checkpoint.py", ["path=."], "'.' is a folder; give the file in it"),
-        ("scripts/import_checkpoint.py", ["mean=3"], "type for example mean=[0.485"),
+        ("scripts/import_checkpoint.py", ["mean=3"], "mean='3': must be a list"),
         ("scripts/inspect_checkpoint.py", [], "path is missing: type path=FILE"),
         ("scripts/inspect_checkpoint.py", ["path=x"], "'x' does not exist"),
         ("deploy.py", [], "ckpt is missing: type python deploy.py ckpt="),

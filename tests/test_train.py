@@ -349,9 +349,7 @@ def test_a_run_begins_as_a_file_of_the_field(tmp_path):
 
     assert done.returncode == 0, done.stderr
     said = "begins as repvgg_tiny in timm's layout, deployed form, 4 classes, at 'model'; new: "
-    new = done.stdout.partition(said)[2].splitlines()[0]
-    assert new.startswith("stages.0.0.branch_identity.weight, ")  # the digits take other strides
-    assert new.endswith(", linear.weight, linear.bias")
+    assert done.stdout.partition(said)[2].splitlines()[0] == "linear.weight, linear.bias"
 
 
 def test_a_run_does_not_begin_as_another_network(tmp_path):

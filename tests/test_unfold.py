@@ -144,3 +144,8 @@ def test_the_network_that_was_given_does_not_change():
 def test_what_cannot_be_switched_is_refused(network, count, message):
     with pytest.raises(ValueError, match=message):
         repvgg.switch_to_train(network, torch.zeros(count, 3, 48, 48))
+
+
+def test_images_that_are_no_numbers_are_refused():
+    with pytest.raises(ValueError, match="NaN or infinite values on these images"):
+        repvgg.switch_to_train(deployed("repvgg_a0"), torch.full((2, 3, 48, 48), torch.nan))

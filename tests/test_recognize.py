@@ -1,6 +1,7 @@
 """Files of the field: goldens of the reference implementations, every variant, layout and form."""
 
 import argparse
+import re
 
 import foreign
 import pytest
@@ -9,7 +10,7 @@ from networks import relative_error, settle
 from safetensors.torch import save_file
 
 import repvgg
-from repvgg import checkpoint, create_model, layouts, list_models
+from repvgg import checkpoint, create_model, list_models, recognize
 
 NAMINGS = {
     "the authors'": foreign.authors,
@@ -79,15 +80,15 @@ def test_every_variant_is_recognised_by_its_shapes_and_fully_covered(name, form)
     if form == "deployed":
         network.switch_to_deploy()
     for layout in layouts_of(name):
-        found = layouts.choose(foreign.renamed(network, NAMINGS[layout]))
-        config = layouts.plan(found)
+        found = recognize.choose(foreign.renamed(network, NAMINGS[layout]))
+        config = recognize.plan(found)
 
-        _, misfit = layouts.build(found, config)
+        _, misfit = recognize.build(found, config)
 
         known = name.removeprefix("qa") if form == "deployed" else name  # they are then the same
         assert (found.form, config["name"]) == (form, known)
         assert (config["num_classes"], config["in_channels"]) == (21, 4)
-        assert not any(misfit)
+        assert not any(misfit[:3])  # their values, on the meta device, are none
         assert len(found.weights) == len(network.state_dict())
         if form == "training" and not name.startswith("repvggplus"):
             assert found.layout.name == layout
@@ -111,12 +112,42 @@ def test_a_round_trip_gives_equal_logits_for_other_depths_and_widths_too(name, f
         assert torch.equal(restored(images), expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("reduction", [3, 16])
+def test_the_reduction_of_gates_is_one_that_fits_all_of_them(reduction):
+    network = narrow("repvgg_d2se", widths=[64, 64, 64, 40], se_before_relu=reduction)
+    images = torch.randn(2, 3, 48, 48)
+
+    restored = checkpoint.from_state_dict(foreign.renamed(network, foreign.authors))
+
+    assert torch.equal(restored(images), network(images))
+
+
+def test_both_halves_of_the_third_stage_are_needed_and_equal():
+    network = repvgg.switch_to_deploy(narrow("repvggplus_l2pse"))
+    weights = foreign.renamed(network, foreign.plus)
+    moved = {
+        re.sub(
+            r"stage3_second\.blocks\.(\d+)", lambda m: f"stage3_first.blocks.{12 + int(m[1])}", key
+        )
+        if re.match(r"stage3_second\.blocks\.[01]\.", key)
+        else key: value
+        for key, value in weights.items()
+    }
+
+    for unequal in ({k: v for k, v in weights.items() if "second" not in k}, moved):
+        with pytest.raises(ValueError, match="of which the first half is"):
+            checkpoint.from_state_dict(unequal)
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
         lambda weights: {"state_dict": weights, "epoch": 3, "optimizer": {"state": {0: {}}}},
         lambda weights: {"model": {"module." + key: value for key, value in weights.items()}},
         lambda weights: {f"_orig_mod.net.{key}": value for key, value in weights.items()},
+        lambda weights: {"repvgg": weights},
+        lambda weights: {"models": [None, weights]},
         lambda weights: {"a": {"b": {f"student.{key}": value for key, value in weights.items()}}},
         lambda weights: {
             "state_dict": {**{f"net.{k}": v for k, v in weights.items()}, "loss.w": torch.ones(3)}
@@ -154,11 +185,36 @@ def test_a_network_beside_another_has_to_be_chosen():
     }
 
     with pytest.raises(ValueError, match=r"2 networks in it, state_dict, state_dict_ema.*weights="):
-        layouts.choose(content)
+        recognize.choose(content)
     with pytest.raises(ValueError, match=r"weights=ema: there is no RepVGG; allowed: state_dict"):
-        layouts.choose(content, "ema")
-    chosen = layouts.choose(content, "state_dict_ema")
+        recognize.choose(content, "ema")
+    chosen = recognize.choose(content, "state_dict_ema")
     assert torch.equal(chosen.weights["linear.bias"], average.linear.bias)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_an_average_may_stand_behind_the_prefix_of_the_weights(prefix):
+    network, average = narrow("repvgg_a0"), narrow("repvgg_a0")
+    with torch.no_grad():
+        average.linear.bias += 1
+    content = {f"{prefix}{k}": v for k, v in foreign.renamed(network, foreign.authors).items()}
+    content |= {f"{prefix}ema.{k}": v for k, v in foreign.renamed(average, foreign.authors).items()}
+
+    for place, wanted in ((prefix.rstrip(".") or "top", network), (f"{prefix}ema", average)):
+        restored = checkpoint.from_state_dict(content, weights=place)
+        assert torch.equal(restored.linear.bias, wanted.linear.bias)
+
+
+def test_a_wrapper_that_holds_itself_is_walked_once():
+    content = {"state_dict": foreign.renamed(narrow("repvgg_a0"), foreign.authors)}
+    content["itself"] = content
+
+    assert [recognize.place(one) for one in recognize.find(content)] == ["state_dict"]
+
+
+def test_what_is_no_state_dict_is_refused():
+    with pytest.raises(ValueError, match="a RepVGG is no state_dict"):
+        checkpoint.from_state_dict(narrow("repvgg_a0"))
 
 
 def test_strides_are_given_where_no_weights_tell_and_an_identity_branch_gives_them_away():
@@ -193,6 +249,7 @@ def test_counters_of_batches_may_be_missing_and_half_precision_becomes_float():
     restored = checkpoint.from_state_dict(weights)
 
     assert {parameter.dtype for parameter in restored.parameters()} == {torch.float32}
+    assert restored.stem.branch_3x3.bn.num_batches_tracked == 0
     assert torch.equal(restored.linear.weight, network.linear.weight.float())
 
 
@@ -224,7 +281,29 @@ def spoil(weights: dict, how: str) -> dict:
     elif how == "one too many":
         weights["stage3.2.rbr_dense.scale"] = torch.zeros(1)
     elif how == "another stem":
-        weights["stage0.rbr_dense.conv.weight"] = torch.zeros(24, 3, 3, 3)
+        for key in [key for key in weights if key.startswith("stage0.")]:
+            weights[key] = torch.zeros(24, *weights[key].shape[1:])
+    elif how == "a wrong kernel":
+        weights["stage1.1.rbr_dense.conv.weight"] = torch.zeros(9, 16, 3, 3)
+    elif how == "no kernel":
+        del weights["stage4.0.rbr_dense.conv.weight"]
+    elif how == "no axes":
+        weights["linear.weight"] = torch.tensor(1.0)
+    elif how == "no channels":
+        weights["stage1.1.rbr_dense.conv.weight"] = torch.zeros(16, 0, 3, 3)
+    elif how == "two forms":
+        weights = {key: value for key, value in weights.items() if "stage2.1." not in key}
+        weights["stage2.1.rbr_reparam.weight"] = torch.zeros(16, 16, 3, 3)
+    elif how == "not finite":
+        weights["stage2.1.rbr_1x1.bn.weight"][3] = torch.nan
+    elif how == "integers":
+        weights["linear.weight"] = weights["linear.weight"].to(torch.int8)
+    elif how == "without values":
+        weights["linear.weight"] = weights["linear.weight"].to("meta")
+    elif how == "sparse":
+        weights["linear.weight"] = weights["linear.weight"].to_sparse()
+    elif how == "a block far away":
+        weights["stage1.3000.rbr_1x1.bn.bias"] = torch.zeros(16)
     return weights
 
 
@@ -242,6 +321,22 @@ def spoil(weights: dict, how: str) -> dict:
         ),
         ("one too many", r"1 unknown: stage3\.2\.rbr_dense\.scale"),
         ("another stem", r"a stem of 24 channels, where a RepVGG of widths .* has min\(64, 16\)"),
+        (
+            "a wrong kernel",
+            r"1 of another shape: stage1\.1\.rbr_dense\.conv\.weight \(9, 16, 3, 3\)",
+        ),
+        ("no kernel", r"1 missing: stage4\.0\.rbr_dense\.conv\.weight$"),
+        ("no axes", r"1 of another shape: linear\.weight \(\) for \(7, 64\)"),
+        ("no channels", r"1 of another shape: stage1\.1\.rbr_dense\.conv\.weight \(16, 0, 3, 3\)"),
+        (
+            "two forms",
+            r"mixes the forms: 1 blocks are deployed \(stage2\.1\.rbr_reparam\.weight\), 11",
+        ),
+        ("not finite", r"1 of no use: stage2\.1\.rbr_1x1\.bn\.weight \(not finite\)"),
+        ("integers", r"1 of no use: linear\.weight \(int8\)"),
+        ("without values", r"1 of no use: linear\.weight \(without values\)"),
+        ("sparse", r"1 of no use: linear\.weight \(sparse or quantized\)"),
+        ("a block far away", r"depths \[2, 3, 5, 1\].*1 unknown: stage1\.3000\.rbr_1x1\.bn\.bias"),
     ],
 )
 def test_what_does_not_fit_is_named_in_the_words_of_the_file(how, message):

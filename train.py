@@ -243,10 +243,11 @@ def report(metrics: Any, data: Any, best: Path, folder: Path) -> None:
 def progress_bar(settings: dict[str, Any]) -> list[Any]:
     from lightning.pytorch.callbacks import TQDMProgressBar
 
+    from repvgg.callbacks import EpochLines
+
     if not settings["enable_progress_bar"]:
         return []
-    # In a file or a pipe, one line an epoch.
-    return [TQDMProgressBar(refresh_rate=1 if sys.stdout.isatty() else sys.maxsize)]
+    return [TQDMProgressBar() if sys.stdout.isatty() else EpochLines()]
 
 
 def check_settings(config: dict[str, Any]) -> None:

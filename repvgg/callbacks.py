@@ -14,7 +14,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import (
+    Callback,
+    ModelCheckpoint,
+    ProgressBar,
+    WeightAveraging,
+)
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
@@ -306,6 +311,32 @@ class ReestimateBN(Callback):
 
         reestimate_bn(network_to_keep(trainer, pl_module), images())
         self._done = True
+
+
+class EpochLines(ProgressBar):
+    """Prints a line an epoch: for a file or a pipe, where a bar would leave a dozen of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._begin = 0.0
+
+    def disable(self) -> None:
+        """Lightning asks it of all processes but the first, which alone prints."""
+
+    def on_train_start(self, *_: Any) -> None:
+        self._begin = time.perf_counter()  # a resumed run begins within an epoch
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self._begin = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            metrics = self.get_metrics(trainer, pl_module)
+            shown = ", ".join(
+                f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)
+            )
+            seconds = time.perf_counter() - self._begin
+            self.print(f"Epoch {trainer.current_epoch}: {seconds:.1f} s, {shown}", flush=True)
 
 
 class Throughput(Callback):

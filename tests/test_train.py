@@ -37,7 +37,13 @@ def test_training_ends_with_accuracy_checkpoint_and_the_next_commands(trained, f
 
 
 def test_training_shows_its_progress(trained):
-    assert "Epoch 2" in trained.stdout + trained.stderr
+    lines = [line for line in trained.stdout.splitlines() if line.startswith("Epoch")]
+    number = r"\d+\.\d+"
+    assert len(lines) == 3
+    assert re.fullmatch(
+        rf"Epoch 2: {number} s, train/loss {number}, val/accuracy {number}", lines[2]
+    )
+    assert trained.stderr == ""
 
 
 def test_a_run_keeps_configuration_events_and_two_checkpoints(folder):

@@ -335,7 +335,7 @@ def initialize(network: nn.Module, start: Network, images: Tensor) -> list[str]:
             if module.eps != theirs:
                 raise ValueError(
                     f"its BatchNorms have an epsilon of {theirs:g}, this network's of "
-                    f"{module.eps:g}: give model.bn_eps={theirs:g}"
+                    f"{module.eps:g}: type ++model.bn_eps={theirs:g}"
                 )
     return _take(network, given, start)
 
@@ -352,10 +352,11 @@ def _take(network: nn.Module, given: Mapping[str, Tensor], start: Network) -> li
     new = [key for key in wanted if key not in taken]
     wrong = [key for key in given if key not in taken and not key.startswith(head)]
     wrong += [key for key in new if not key.startswith(head) and ".branch_identity." not in key]
-    if wrong:
+    if wrong := [*dict.fromkeys(wrong)]:
         raise ValueError(
-            f"it holds {recognize.describe_variant(start.config)}, which this network is not: "
-            f"{', '.join(wrong[:4])}{', ...' if len(wrong) > 4 else ''}; give the model that it is"
+            f"it holds {recognize.describe_variant(start.config)}, which does not fit this "
+            f"network: {', '.join(wrong[:4])}{', ...' if len(wrong) > 4 else ''}; give the model "
+            "that it is, on images of as many channels"
         )
     network.load_state_dict(taken, strict=False)
     for key, parameter in network.named_parameters():
@@ -408,7 +409,7 @@ def _open_foreign(
     if said := description(content):
         if bn_eps is not None or strides is not None:
             raise ValueError("it says by itself what it is: leave out bn_eps and strides")
-        config, data = dict(said.config), said.data
+        config, data = {**recognize.sizes(found), **said.config}, said.data
     else:
         eps = 1e-5 if bn_eps is None else bn_eps
         config, data = recognize.plan(found, bn_eps=eps, strides=strides), None
@@ -430,7 +431,11 @@ def description(content: Mapping[str, Any]) -> Description | None:
     """What a safetensors file says of itself, if deploy.py wrote it."""
     said = content.get(METADATA)
     text = said.get(METADATA_KEY) if isinstance(said, Mapping) else None
+    if not isinstance(text, str):
+        return None
     try:
-        return Description.from_json(text) if text else None
-    except (AttributeError, KeyError, TypeError, ValueError):
+        found = Description.from_json(text)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         return None  # written by another program
+    named = isinstance(found.config, Mapping) and isinstance(found.config.get("name"), str)
+    return found if named else None

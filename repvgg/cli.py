@@ -12,13 +12,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 from repvgg.arguments import refusal
 
 PATH_KEYS = ("ckpt", "out", "init", "resume", "verify", "data.root", "hydra.run.dir")
 FULL_ERROR = "HYDRA_FULL_ERROR"
-EXAMPLES: dict[type, str] = {bool: "true", list: "[1,2,3]", int: "1", float: "0.5"}
 
 Job = Callable[[dict[str, Any], Path], None]
 
@@ -86,6 +85,13 @@ def run(
         fail(message)
 
 
+class Unset(NamedTuple):
+    """Stands among a script's defaults for a value of some kind that is None unless it is typed."""
+
+    kind: type
+    example: str
+
+
 def script(job: Callable[[dict[str, Any]], None], text: str, defaults: dict[str, Any]) -> None:
     """Do a job with settings typed as key=value, without a configuration file.
 
@@ -94,18 +100,21 @@ def script(job: Callable[[dict[str, Any]], None], text: str, defaults: dict[str,
     Args:
         job: called with the settings, of plain types.
         text: what the script does.
-        defaults: every key and its value; None for a path or a word that is not set, a type for
-            what is not set and of another kind. The job then gets None.
+        defaults: every key and its value; None is a path or a word that is not set.
     """
     from omegaconf import OmegaConf
 
-    settings = {key: None if isinstance(value, type) else value for key, value in defaults.items()}
+    unset = {key: value for key, value in defaults.items() if isinstance(value, Unset)}
+    settings = defaults | dict.fromkeys(unset)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         for argument in sys.argv[1:]:
             if argument in ("-h", "--help"):
                 print(f"{text.strip()}\n\nKeys and what they are now:\n")
                 print(OmegaConf.to_yaml(OmegaConf.create(settings)).strip())
+                for key, (_, example) in unset.items():
+                    print(f"\n{key} is, for example, {example}", end="")
+                print()
                 return
             key, value = _parse(argument, defaults)
             settings[key] = value
@@ -129,20 +138,19 @@ def _parse(argument: str, defaults: dict[str, Any]) -> tuple[str, Any]:
             f"type key=value, allowed are {', '.join(defaults)}"
         )
     default = defaults[key]
-    if default is None or isinstance(default, str):
+    if default is None or isinstance(default, str) or (typed, type(default)) == ("null", Unset):
         return key, None if typed == "null" else os.path.expanduser(typed)
     try:
         parsed = OmegaConf.from_dotlist([argument])
         value = cast(dict[str, Any], OmegaConf.to_container(parsed, resolve=True))[key]
     except Exception:  # the parser of YAML has its own, and so has that of interpolations
         value = None
-    unset = isinstance(default, type)
-    kind = default if unset else type(default)
+    shown = str(default).replace(" ", "").replace("'", "").lower()
+    kind, example = default if isinstance(default, Unset) else (type(default), shown)
     kinds = {bool: "true or false", list: "a list", int: "a number", float: "a number"}
     allowed = int | float if kind in (int, float) else kind
     if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
-        example = EXAMPLES[kind] if unset else str(default).replace(" ", "").replace("'", "")
-        raise refusal(key, typed, f"must be {kinds[kind]}", example.lower())
+        raise refusal(key, typed, f"must be {kinds[kind]}", example)
     return key, value
 
 

@@ -5,9 +5,11 @@ global average pooling, dropout, a linear layer. RepVGGplus adds auxiliary class
 while it trains. The named variants are in `repvgg.zoo`.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,7 +142,7 @@ class RepVGG(nn.Module):
                 depths[0] + depths[1] + depths[2] // 2: "stage3_half",
             }
             for name, channels in zip(self._taps.values(), widths[:3], strict=True):
-                self.auxiliary[name] = _auxiliary_head(channels, num_classes)
+                self.auxiliary[name] = _auxiliary_head(channels, num_classes, bn_eps)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(images))
@@ -215,6 +217,38 @@ class DataContract:
     interpolation: str
     resize_size: int | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what no network could have been trained on: a file may say anything."""
+        wrong = [
+            key
+            for key, fits in (
+                ("classes", _are(self.classes, str) and len(self.classes) > 0),
+                ("image_size", _are(self.image_size, int, length=2, above=0)),
+                ("mean", _are(self.mean, int | float, length=self.in_channels)),
+                ("std", _are(self.std, int | float, length=self.in_channels, above=0)),
+                ("interpolation", isinstance(self.interpolation, str)),
+                ("resize_size", self.resize_size is None or _are([self.resize_size], int, above=0)),
+            )
+            if not fits
+        ]
+        if wrong:
+            shown = ", ".join(f"{key}={str(getattr(self, key))[:60]}" for key in wrong)
+            raise ValueError(
+                f"{shown}: no description of images of {self.in_channels} channels; classes are "
+                "names, image_size is height and width, mean and std are numbers by channel"
+            )
+
+
+def _are(values: object, kind: Any, *, length: int | None = None, above: float = -math.inf) -> bool:
+    """Whether values are a sequence of a kind, of a length, each above a bound."""
+    return (
+        isinstance(values, Sequence)
+        and not isinstance(values, str)
+        and all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
+        and (length is None or len(values) == length)
+        and (above == -math.inf or all(value > above for value in values))
+    )
+
 
 def to_float(images: Tensor) -> Tensor:
     """Scale stored images to what predictors take: uint8 in 0..255 to float32 in [0, 1]."""
@@ -244,11 +278,11 @@ class Normalize(nn.Module):
         return (images - self.mean) / self.std
 
 
-def _auxiliary_head(channels: int, num_classes: int) -> nn.Sequential:
+def _auxiliary_head(channels: int, num_classes: int, bn_eps: float) -> nn.Sequential:
     return nn.Sequential(
         OrderedDict(
             conv=nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False),
-            bn=nn.BatchNorm2d(channels),
+            bn=nn.BatchNorm2d(channels, eps=bn_eps),
             relu=nn.ReLU(),
             pool=nn.AdaptiveAvgPool2d(1),
             flatten=nn.Flatten(),

@@ -18,6 +18,7 @@ from repvgg.zoo import create_model, identify
 COUNTER = "num_batches_tracked"  # files from before it existed lack it; no prediction reads it
 REDUCTIONS = (16, 4, 8)  # of squeeze-and-excite gates, the usual ones
 MOST_TOLD = 4  # keys in a message
+MISFITS = ("missing", "unknown", "of another shape", "of no use")
 IMPORT = "python scripts/import_checkpoint.py path=FILE"
 OTHER_STRIDES = (
     "an identity branch is where neither channels nor size change, so the strides are others: type "
@@ -80,10 +81,9 @@ class Misfit(NamedTuple):
         return bool(keys) and all(any(f".{name}." in key for name in names) for key in keys)
 
     def __str__(self) -> str:
-        kinds = ("missing", "unknown", "of another shape", "of no use")
         return "; ".join(
             f"{len(keys)} {kind}: {_some(keys)}"
-            for kind, keys in zip(kinds, self, strict=True)
+            for kind, keys in zip(MISFITS, self, strict=True)
             if keys
         )
 
@@ -151,13 +151,14 @@ def choose(content: Mapping[Any, Any] | Sequence[Any], weights: str | None = Non
         )
     if weights is not None and weights not in places:
         raise ValueError(f"weights={weights}: there is no RepVGG; allowed: {', '.join(places)}")
+    twice = [at for at in dict.fromkeys(places) if places.count(at) > 1 and weights in (None, at)]
+    if twice:
+        raise ValueError(f"there are two networks at '{twice[0]}': store one of them by itself")
     if weights is None and len(found) > 1:
         raise ValueError(
             f"there are {len(found)} networks in it, {', '.join(places)}: say which one is meant; "
             f"type {IMPORT} weights={places[0]}"
         )
-    if places.count(weights or places[0]) > 1:
-        raise ValueError(f"there are two networks at '{weights}': store one of them by itself")
     return found[places.index(weights or places[0])]
 
 
@@ -191,11 +192,9 @@ def plan(
             f"{_told(found)} has a stem of {stem} channels, where a RepVGG of widths {widths} has "
             f"min({MAX_STEM_WIDTH}, {widths[0]})"
         )
-    shape: dict[str, Any] = {
-        "depths": depths,
-        "widths": widths,
-        "groups": _groups(blocks, depths, widths),
-    }
+    shape: dict[str, Any] = {"depths": depths, "widths": widths}
+    if (groups := _groups(blocks, depths, widths)) > 1:
+        shape["groups"] = groups
     if any(".post_bn." in key for key in found.weights):
         shape["block"] = "qarepvgg"
     for gate in ("se_before_relu", "se_after_relu"):
@@ -203,17 +202,23 @@ def plan(
             shape[gate] = reduction
     if any(key.startswith("auxiliary.") for key in found.weights):
         shape["auxiliary_heads"] = True
+    config = identify(shape, deployed=found.deployed) | sizes(found)
+    if strides is not None:
+        config["strides"] = list(strides)
+    return config if bn_eps == 1e-5 else {**config, "bn_eps": bn_eps}
+
+
+def sizes(found: Found) -> dict[str, int]:
+    """The number of classes and of channels of the images, as arguments of `create_model`."""
     classifier = [found.weights.get(f"linear.{leaf}") for leaf in ("weight", "bias")]
-    config = identify(shape, deployed=found.deployed) | {
+    stem = _blocks(found).get((), {})
+    return {
         "num_classes": _most_common(
             (len(part) for part in classifier if part is not None and part.ndim and len(part)),
             otherwise=1000,
         ),
-        "in_channels": _most_common(kernel.shape[1] for kernel in _kernels(blocks[()])),
+        "in_channels": _most_common(kernel.shape[1] for kernel in _kernels(stem)),
     }
-    if strides is not None:
-        config["strides"] = list(strides)
-    return config if bn_eps == 1e-5 else {**config, "bn_eps": bn_eps}
 
 
 def build(found: Found, config: dict[str, Any]) -> tuple[RepVGG, Misfit]:
@@ -239,7 +244,7 @@ def build(found: Found, config: dict[str, Any]) -> tuple[RepVGG, Misfit]:
         [
             f"{keys[key]} ({fault})"
             for key, tensor in found.weights.items()
-            if (fault := _fault(tensor, counts=key.endswith(f".{COUNTER}")))
+            if (fault := _fault(tensor, key.rpartition(".")[2]))
         ],
     )
     return network, misfit
@@ -308,9 +313,13 @@ def _first(content: Mapping[Any, Any] | Sequence[Any]) -> str:
 
 
 def _containers(
-    content: Any, entry: str = "", above: tuple[int, ...] = ()
+    content: Any, entry: str = "", seen: set[int] | None = None
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Every dictionary that holds tensors by name, however deep, and where it stands."""
+    seen = set() if seen is None else seen
+    if id(content) in seen:  # under another name, or it holds itself
+        return
+    seen.add(id(content))
     if isinstance(content, Mapping):
         items = [*content.items()]
         tensors = {
@@ -322,10 +331,8 @@ def _containers(
         items = [*enumerate(content)]
     else:
         return
-    if id(content) not in above:  # it may hold itself
-        for key, value in items:
-            inner = f"{entry}.{key}" if entry else str(key)
-            yield from _containers(value, inner, (*above, id(content)))
+    for key, value in items:
+        yield from _containers(value, f"{entry}.{key}" if entry else str(key), seen)
 
 
 def _prefixes(tensors: Mapping[str, Tensor]) -> dict[str, None]:
@@ -358,14 +365,12 @@ def _blocks(found: Found) -> dict[Place, Block]:
 
 
 def _require_one_form(found: Found, blocks: Mapping[Place, Block]) -> None:
-    deployed, training = (
-        [
-            next(found.keys[key] for key in found.weights if split_key(key)[0] == at)
-            for at, block in blocks.items()
-            if any(key.startswith(parts) for key in block)
-        ]
-        for parts in (("reparam.",), ("branch_", "post_bn."))
-    )
+    forms: dict[bool, dict[Place, str]] = {True: {}, False: {}}  # deployed: the first key of each
+    for key in found.weights:
+        at, part, _ = split_key(key)
+        if at is not None and at in blocks and part.startswith(("reparam", "branch_", "post_bn")):
+            forms[part == "reparam"].setdefault(at, found.keys[key])
+    deployed, training = ([*forms[form].values()] for form in (True, False))
     if deployed and training:
         raise ValueError(
             f"'{place(found)}', in {found.layout.name} layout, mixes the forms: {len(deployed)} "
@@ -377,6 +382,8 @@ def _require_halves(found: Found, depths: list[int]) -> None:
     """Of RepVGGplus: its auxiliary classifier stands in the middle of the third stage."""
     if len(found.layout.stages) == 4:
         return
+    if depths[2] < 2:
+        raise ValueError(f"{_told(found)} has one block in its third stage, which is two halves")
     for ours, theirs in found.keys.items():
         at, _, _ = split_key(ours)
         if at is None or found.prefix + found.layout.to_theirs(ours, depths) == theirs:
@@ -439,12 +446,14 @@ def _most_common(numbers: Iterable[int], *, otherwise: int = 1) -> int:
     return next((number for number, _ in Counter(numbers).most_common(1)), otherwise)
 
 
-def _fault(tensor: Tensor, *, counts: bool) -> str:
-    """Why a tensor cannot be a weight, or where it counts, a counter; empty if it can."""
+def _fault(tensor: Tensor, leaf: str) -> str:
+    """Why a tensor cannot be what the end of its name says; empty if it can."""
     if tensor.is_meta:
         return "without values"
     if tensor.layout != torch.strided or tensor.is_quantized:
         return "sparse or quantized"
-    if not counts and not tensor.is_floating_point():
+    if tensor.is_complex() or (leaf != COUNTER and not tensor.is_floating_point()):
         return str(tensor.dtype).removeprefix("torch.")
-    return "" if counts or tensor.float().isfinite().all() else "not finite"
+    if not tensor.float().isfinite().all():
+        return "not finite"
+    return "negative" if leaf == "running_var" and (tensor.float() < 0).any() else ""

@@ -6,6 +6,7 @@ train.py init= take, and what knows its classes and its images. What is not type
 says, if deploy.py wrote it, and else as for ImageNet.
 """
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ DEFAULTS: dict[str, Any] = {
     "out": None,  # beside it, with the ending .ckpt
     "weights": None,  # which network, where the file holds several, e.g. state_dict_ema
     "classes": None,  # a file of names, one a line, in the order of the logits
-    "image_size": int,  # pixels; 224, and 320 for the variants that were published so
-    "resize_size": int,
-    "interpolation": None,  # bilinear
-    "mean": list,  # [0.485,0.456,0.406]
-    "std": list,  # [0.229,0.224,0.225]
-    "bn_eps": float,  # 1e-5
-    "strides": list,  # [2,2,2,2,2]
+    "image_size": cli.Unset(int, "224"),  # pixels
+    "resize_size": cli.Unset(int, "256"),
+    "interpolation": None,  # bilinear or bicubic
+    "mean": cli.Unset(list, "[0.485,0.456,0.406]"),
+    "std": cli.Unset(list, "[0.229,0.224,0.225]"),
+    "bn_eps": cli.Unset(float, "1e-5"),
+    "strides": cli.Unset(list, "[2,2,2,2,2]"),
     "overwrite": False,
 }
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -37,6 +38,7 @@ def main(settings: dict[str, Any]) -> None:
         raise ValueError("path is missing: type path=FILE")
     path = Path(settings["path"])
     if checkpoint.is_ours(read(path)):
+        checkpoint.load(path)  # which says what is wrong with it
         raise ValueError(f"'{path}' is a checkpoint of ours already: python deploy.py ckpt={path}")
     out = Path(settings["out"]) if settings["out"] else path.with_suffix(".ckpt")
     check_out(out, overwrite=settings["overwrite"])
@@ -44,7 +46,9 @@ def main(settings: dict[str, Any]) -> None:
     if settings["bn_eps"] is not None:
         options["bn_eps"] = check_number("bn_eps", settings["bn_eps"], minimum=1e-12, example=1e-5)
     if settings["strides"] is not None:
-        options["strides"] = check_strides(settings["strides"])
+        options["strides"] = check_integers(
+            "strides", settings["strides"], length=5, example="[2,2,2,2,2]"
+        )
     network = checkpoint.open_network(path, **options)
     opened = checkpoint.with_noise(network, contract(settings, network))
     checkpoint.save(out, opened)
@@ -52,14 +56,15 @@ def main(settings: dict[str, Any]) -> None:
     print(opened.origin)
     print(f"{count_parameters(opened.model):,} parameters; all {tensors} tensors loaded")
     seen, config = opened.data, opened.config
-    print(f"{'as the file says' if network.data else 'assumed, where nothing was typed'}:")
+    print(f"as typed, else as {'the file says' if network.data else 'for ImageNet'}:")
     print(f"  {len(seen.classes)} classes, the first is {seen.classes[0]}")
     print(f"  {seen.image_size[0]} pixels, shorter side {seen.resize_size}, {seen.interpolation}")
     print(f"  mean {[*seen.mean]}, std {[*seen.std]}")
     strides = [*config.get("strides", (2, 2, 2, 2, 2))]
     print(f"  strides {strides}, bn_eps {config.get('bn_eps', 1e-5):g}")
-    print(f"written to {out}; deploy it: python deploy.py ckpt={out}")
-    print(f"train it further: python train.py init={out} {typed(config)} data=...")
+    quoted = shlex.quote(str(out))
+    print(f"written to {out}; deploy it: python deploy.py ckpt={quoted}")
+    print(f"train it further: python train.py init={quoted} {typed(config)} data=...")
 
 
 def check_out(out: Path, *, overwrite: bool) -> None:
@@ -69,10 +74,6 @@ def check_out(out: Path, *, overwrite: bool) -> None:
         raise ValueError(f"out={out}: there is no folder {out.parent}; make it, or type another")
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists: type overwrite=true to replace it, or out=OTHER_FILE")
-
-
-def check_strides(strides: object) -> tuple[int, ...]:
-    return check_integers("strides", strides, length=5, example="[2,2,2,2,2]")
 
 
 def contract(settings: dict[str, Any], network: checkpoint.Network) -> DataContract:
@@ -113,6 +114,8 @@ def names(path: str) -> list[str]:
     """Those in a file, one a line."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"classes={path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"classes={path}: is no text in UTF-8 ({error})") from error
     return [line.strip() for line in lines if line.strip()]
@@ -121,7 +124,7 @@ def names(path: str) -> list[str]:
 def typed(config: dict[str, Any]) -> str:
     """The keys of train.py that build the network; all but what the data decides."""
     keys = [f"model={config['name']}"]
-    for key, value in config.items():
+    for key, value in ({"strides": (2, 2, 2, 2, 2)} | config).items():
         if key not in ("name", "num_classes", "in_channels"):
             shown = str(value).replace(" ", "").replace("(", "[").replace(")", "]")
             keys.append(f"++model.{key}={shown.lower() if isinstance(value, bool) else shown}")

@@ -4,17 +4,19 @@ The doctor for files that will not load: what is in it, in which layout and form
 looks like, what would load, what is missing. Changes nothing. The status is 0 if it would load.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from import_checkpoint import check_strides
 from torch import Tensor
 
 from repvgg import checkpoint, cli, recognize
+from repvgg.arguments import check_integers
+from repvgg.artifact import Description
 from repvgg.files import read
 
-DEFAULTS: dict[str, Any] = {"path": None, "strides": list}
+DEFAULTS: dict[str, Any] = {"path": None, "strides": cli.Unset(list, "[2,2,2,2,2]")}
 MOST = 6  # lines of a list
 
 
@@ -22,7 +24,9 @@ def main(settings: dict[str, Any]) -> None:
     if settings["path"] is None:
         raise ValueError("path is missing: type path=FILE")
     path = Path(settings["path"])
-    strides = None if settings["strides"] is None else check_strides(settings["strides"])
+    strides = settings["strides"]
+    if strides is not None:
+        check_integers("strides", strides, length=5, example="[2,2,2,2,2]")
     content = read(path)
     print(f"{path}: {path.stat().st_size:,} bytes")
     print(f"holds {shorten([name(key, value) for key, value in content.items()])}")
@@ -33,7 +37,7 @@ def main(settings: dict[str, Any]) -> None:
         print(f"a checkpoint of ours, {form} form: {opened.config}")
         print(f"{len(seen.classes)} classes: {shorten([*seen.classes])}")
         print(f"images of {seen.image_size[0]} pixels, mean {seen.mean}, std {seen.std}")
-        print(f"would load: python deploy.py ckpt={path}")
+        print(f"would load: python deploy.py ckpt={shlex.quote(str(path))}")
         return
     found = recognize.find(content)
     for one in found:
@@ -50,20 +54,25 @@ def try_to_load(path: Path, weights: str | None, strides: Sequence[int] | None) 
     keys += [] if strides is None else [f"strides={str([*strides]).replace(' ', '')}"]
     try:
         opened = checkpoint.open_network(path, weights=weights, strides=strides)
+        channels = opened.config["in_channels"]
+        if channels != 3 and opened.data is None:
+            keys += [f"{key}=[{','.join(['0.5'] * channels)}]" for key in ("mean", "std")]
+        else:
+            checkpoint.with_noise(opened, opened.data or checkpoint.imagenet(opened.config))
     except ValueError as error:
         return str(error)
-    channels = opened.config["in_channels"]
-    if channels != 3 and opened.data is None:
-        keys += [f"{key}=[{','.join(['0.5'] * channels)}]" for key in ("mean", "std")]
+    file, keys = shlex.quote(str(path)), [shlex.quote(key) for key in keys]
     print()
     if keys:
-        print(f"would load: python scripts/import_checkpoint.py path={path} {' '.join(keys)}")
+        print(f"would load: python scripts/import_checkpoint.py path={file} {' '.join(keys)}")
     else:
-        print(f"would load: python deploy.py ckpt={path}, or python train.py init={path} ...")
+        print(f"would load: python deploy.py ckpt={file}, or python train.py init={file} ...")
     return ""
 
 
-def examine(found: recognize.Found, said: Any, strides: Sequence[int] | None) -> None:
+def examine(
+    found: recognize.Found, said: Description | None, strides: Sequence[int] | None
+) -> None:
     """Tell what a network is and what does not fit."""
     tensors = found.weights.values()
     kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
@@ -73,13 +82,14 @@ def examine(found: recognize.Found, said: Any, strides: Sequence[int] | None) ->
     if found.outside:
         print(f"  beside it, not its own: {shorten(found.outside)}")
     try:
-        config = dict(said.config) if said else recognize.plan(found, strides=strides)
+        sizes = recognize.sizes(found)
+        config = {**sizes, **said.config} if said else recognize.plan(found, strides=strides)
         _, misfit = recognize.build(found, config)
     except ValueError as error:
         print(f"  {error}")
         return
     print(f"  looks like {recognize.describe_variant(config)}, {config['num_classes']} classes")
-    for kind, keys in zip(("missing", "unknown", "other shape", "of no use"), misfit, strict=True):
+    for kind, keys in zip(recognize.MISFITS, misfit, strict=True):
         if keys:
             print(f"  {kind}: {shorten(keys)}")
     if misfit.is_about_identities(found):

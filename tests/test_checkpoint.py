@@ -184,7 +184,8 @@ def test_a_deployed_file_of_ours_is_opened_as_it_says(block, tmp_path):
     config = CONFIG | {"name": f"{block}_tiny", "bn_eps": 1e-3}
     torch.manual_seed(0)
     network = repvgg.switch_to_deploy(settle(create_model(**config)))
-    save_safetensors(network, tmp_path / "model.safetensors", Description(config, CONTRACT))
+    said = {key: value for key, value in config.items() if key != "num_classes"}
+    save_safetensors(network, tmp_path / "model.safetensors", Description(said, CONTRACT))
 
     opened = checkpoint.load(tmp_path / "model.safetensors")
 
@@ -196,6 +197,20 @@ def test_a_deployed_file_of_ours_is_opened_as_it_says(block, tmp_path):
     assert relative_error(network(images), branched(images)) < 1e-5
     with pytest.raises(ValueError, match="says by itself what it is: leave out bn_eps and strides"):
         checkpoint.load(tmp_path / "model.safetensors", strides=[2] * 5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"version": "1"}',
+        '{"model": {}, "data": {}}',
+        Description({"name": "repvgg_tiny"}, CONTRACT).to_json().replace("[0.4]", "[0]"),
+        Description({"name": "repvgg_tiny"}, CONTRACT).to_json().replace("[8, 8]", "[8]"),
+    ],
+)
+def test_what_is_no_description_of_ours_is_not_taken_for_one(text):
+    assert checkpoint.description({"__metadata__": {"repvgg": text}}) is None
 
 
 def network_of(model: torch.nn.Module, **config) -> checkpoint.Network:
@@ -245,7 +260,7 @@ def test_a_deployed_checkpoint_becomes_what_the_network_is(overrides):
 
 
 def test_another_epsilon_of_the_batchnorms_is_refused():
-    with pytest.raises(ValueError, match=r"epsilon of 1e-05, this network's of 0\.001: give model"):
+    with pytest.raises(ValueError, match=r"this network's of 0\.001: type \+\+model\.bn_eps"):
         checkpoint.initialize(
             fresh(bn_eps=1e-3), network_of(create_model(**CONFIG)), torch.zeros(2, 1, 8, 8)
         )
@@ -281,7 +296,7 @@ def test_a_network_that_is_another_is_refused_and_left_alone():
     network = fresh(widths=[8, 16, 16, 32])
     before = {key: value.clone() for key, value in network.state_dict().items()}
 
-    with pytest.raises(ValueError, match=r"holds repvgg_tiny, which this network is not: stem\."):
+    with pytest.raises(ValueError, match=r"repvgg_tiny, which does not fit this network: stem\."):
         checkpoint.initialize(network, network_of(create_model(**CONFIG)), torch.zeros(2, 1, 8, 8))
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 

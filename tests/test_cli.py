@@ -142,3 +142,30 @@ def test_a_sweep_goes_on_after_a_failed_job_and_says_which_failed(command, capsy
         "alpha=-3: alpha=-3: must be positive",
         "train.py: 2 of the sweep's jobs failed",
     ]
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"), [([], None), (["mean=null"], None), (["mean=[0.5,1]"], [0.5, 1])]
+)
+def test_a_setting_of_a_script_may_be_unset_and_has_a_kind_all_the_same(monkeypatch, typed, value):
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["script.py", *typed])
+    before = signal.getsignal(signal.SIGTERM)
+
+    cli.script(seen.append, "What it does.", {"mean": cli.Unset(list, "[0.4]")})
+
+    signal.signal(signal.SIGTERM, before)
+    assert seen == [{"mean": value}]
+
+
+def test_an_unset_setting_of_another_kind_is_refused_with_its_example(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py", "mean=0.5"])
+    before = signal.getsignal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        cli.script(print, "What it does.", {"mean": cli.Unset(list, "[0.4]")})
+
+    signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == (
+        "script.py: mean='0.5': must be a list; type for example mean=[0.4]\n"
+    )

@@ -15,6 +15,7 @@ import torch
 from networks import relative_error, settle
 
 import repvgg
+from repvgg.model import DataContract
 
 GOLDENS = np.load(Path(__file__).with_name("goldens.npz"))
 
@@ -198,3 +199,33 @@ def test_noise_adds_no_entry_to_the_weights():
 def test_drop_path_without_any_identity_branch_is_refused():
     with pytest.raises(ValueError, match=r"model.drop_path=0.1: .*no block with an identity"):
         repvgg.create_model("repvgg_a0", depths=[1, 1, 1, 1], drop_path=0.1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("classes", []),
+        ("classes", 5),
+        ("image_size", [32]),
+        ("image_size", [32, 0]),
+        ("mean", [0.5]),
+        ("mean", "abc"),
+        ("std", [0.2, 0.2, 0.0]),
+        ("std", [0.2, 0.2, float("nan")]),
+        ("interpolation", 3),
+        ("resize_size", -1),
+    ],
+)
+def test_a_contract_of_images_that_cannot_be_is_refused(key, value):
+    contract = {
+        "classes": ["a", "b"],
+        "in_channels": 3,
+        "image_size": [32, 32],
+        "mean": [0.5] * 3,
+        "std": [0.2] * 3,
+        "interpolation": "bilinear",
+    }
+    DataContract(**contract)
+
+    with pytest.raises(ValueError, match=f"{key}=.*: no description of images of 3 channels"):
+        DataContract(**contract | {key: value})

@@ -209,7 +209,16 @@ def test_a_wrapper_that_holds_itself_is_walked_once():
     content = {"state_dict": foreign.renamed(narrow("repvgg_a0"), foreign.authors)}
     content["itself"] = content
 
+    content["again"] = content["state_dict"]
+
     assert [recognize.place(one) for one in recognize.find(content)] == ["state_dict"]
+
+
+def test_two_networks_at_one_place_are_told_apart_by_nobody():
+    weights = foreign.renamed(narrow("repvgg_a0"), foreign.authors)
+
+    with pytest.raises(ValueError, match=r"two networks at 'a\.b': store one of them by itself"):
+        recognize.choose({"a.b": weights, "a": {"b": dict(weights)}})
 
 
 def test_what_is_no_state_dict_is_refused():
@@ -296,6 +305,8 @@ def spoil(weights: dict, how: str) -> dict:
         weights["stage2.1.rbr_reparam.weight"] = torch.zeros(16, 16, 3, 3)
     elif how == "not finite":
         weights["stage2.1.rbr_1x1.bn.weight"][3] = torch.nan
+    elif how == "a negative variance":
+        weights["stage2.1.rbr_1x1.bn.running_var"][3] = -1
     elif how == "integers":
         weights["linear.weight"] = weights["linear.weight"].to(torch.int8)
     elif how == "without values":
@@ -333,6 +344,7 @@ def spoil(weights: dict, how: str) -> dict:
             r"mixes the forms: 1 blocks are deployed \(stage2\.1\.rbr_reparam\.weight\), 11",
         ),
         ("not finite", r"1 of no use: stage2\.1\.rbr_1x1\.bn\.weight \(not finite\)"),
+        ("a negative variance", r"1 of no use: stage2\.1\.rbr_1x1\.bn\.running_var \(negative\)"),
         ("integers", r"1 of no use: linear\.weight \(int8\)"),
         ("without values", r"1 of no use: linear\.weight \(without values\)"),
         ("sparse", r"1 of no use: linear\.weight \(sparse or quantized\)"),

@@ -395,8 +395,8 @@ def test_the_doctor_says_which_keys_a_file_needs(run, tmp_path):
     printed = run(inspect_checkpoint, "path=gray.pth", "strides=[1,1,2,2,2]")
 
     assert (
-        "would load: python scripts/import_checkpoint.py path=gray.pth strides=[1,1,2,2,2] "
-        "mean=[0.5] std=[0.5]"
+        "would load: python scripts/import_checkpoint.py path=gray.pth 'strides=[1,1,2,2,2]' "
+        "'mean=[0.5]' 'std=[0.5]'"
     ) in printed
 
 

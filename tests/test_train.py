@@ -365,7 +365,7 @@ def test_a_run_does_not_begin_as_another_network(tmp_path):
     done = run("train.py", *SHORT, "init=weights.pth", cwd=tmp_path)
 
     assert done.returncode == 1
-    said = "init=weights.pth: it holds repvgg_tiny, which this network is not: stem.branch_3x3"
+    said = "init=weights.pth: it holds repvgg_tiny, which does not fit this network: stem."
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == [tmp_path / "weights.pth"]

@@ -80,7 +80,7 @@ def train(config: dict[str, Any], folder: Path) -> None:
         num_sanity_val_steps=0,
         _convert_="all",
     )
-    if trainer.strategy.root_device.type == "cpu":
+    if config["keep_memory"] and trainer.strategy.root_device.type == "cpu":
         keep_memory()
     steps = count_steps(config, data, trainer.world_size)
     if settings["log_every_n_steps"] is None:
@@ -292,7 +292,7 @@ def check_settings(config: dict[str, Any]) -> None:
         allowed = "must be auto or ddp; the largest RepVGG fits on one device"
         raise refusal("trainer.strategy", strategy, allowed, "ddp")
     check_number("ema", config["ema"], below=1, example=0.999)
-    for key in ("channels_last", "compile", "activation_checkpointing"):
+    for key in ("channels_last", "compile", "activation_checkpointing", "keep_memory"):
         if not isinstance(config[key], bool):
             raise refusal(key, config[key], "must be true or false", "true")
     if config["compile"] and config["activation_checkpointing"]:

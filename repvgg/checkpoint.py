@@ -172,13 +172,10 @@ def load(
         ValueError: the file is missing, truncated, holds no RepVGG or several, needs arbitrary code
             to load, or its weights do not fit. Each says which.
     """
-    path = Path(path)
-    content = read(path)
-    if is_ours(content):
-        _require_untyped(path, weights=weights, bn_eps=bn_eps, strides=strides)
-        return _open_ours(content, path)
+    opened = _open(Path(path), weights=weights, bn_eps=bn_eps, strides=strides)
+    if isinstance(opened, Checkpoint):
+        return opened
     try:
-        opened = _open_foreign(content, weights, bn_eps, strides)
         return with_noise(opened, opened.data or imagenet(opened.config))
     except ValueError as error:
         raise ValueError(f"'{path}': {error}") from error
@@ -196,16 +193,8 @@ def open_network(
     Raises:
         ValueError: as `load`.
     """
-    path = Path(path)
-    content = read(path)
-    if is_ours(content):
-        _require_untyped(path, weights=weights, bn_eps=bn_eps, strides=strides)
-        ours = _open_ours(content, path)
-        return Network(ours.model, ours.config, ours.data, ours.origin)
-    try:
-        return _open_foreign(content, weights, bn_eps, strides)
-    except ValueError as error:
-        raise ValueError(f"'{path}': {error}") from error
+    opened = _open(Path(path), weights=weights, bn_eps=bn_eps, strides=strides)
+    return Network(opened.model, opened.config, opened.data, opened.origin)
 
 
 def with_noise(network: Network, data: DataContract) -> Checkpoint:
@@ -232,13 +221,20 @@ def is_ours(content: Mapping[str, Any]) -> bool:
     return isinstance(entry, Mapping) and "format" in entry
 
 
-def _require_untyped(path: Path, **typed: Any) -> None:
-    keys = [key for key, value in typed.items() if value is not None]
-    if keys:
+def _open(path: Path, **typed: Any) -> Checkpoint | Network:
+    """Open a file, ours or not; what was typed is for others alone."""
+    content = read(path)
+    if not is_ours(content):
+        try:
+            return _open_foreign(content, **typed)
+        except ValueError as error:
+            raise ValueError(f"'{path}': {error}") from error
+    if keys := [key for key, value in typed.items() if value is not None]:
         raise ValueError(
             f"'{path}' is a checkpoint of ours, which says by itself what it is: leave out "
             f"{', '.join(keys)}"
         )
+    return _open_ours(content, path)
 
 
 def _open_ours(content: Mapping[str, Any], path: Path) -> Checkpoint:
@@ -401,6 +397,7 @@ def _last(network: nn.Module) -> str:
 
 def _open_foreign(
     content: Mapping[str, Any],
+    *,
     weights: str | None,
     bn_eps: float | None,
     strides: Sequence[int] | None,

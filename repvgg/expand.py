@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from repvgg import dataflow, linear
 from repvgg.block import KERNEL_SIZE, RepVGGBlock
+from repvgg.copying import copied
 from repvgg.normalizations import Normalization, is_never_updated, read_normalization
 from repvgg.reparam import identity_kernel, pad_kernel
 from repvgg.rewriting import put
@@ -148,7 +149,7 @@ def over_parameterize(model: nn.Module, *, branch_drop: float = 0.0) -> nn.Modul
         ValueError: the network has no eligible convolution, a forward of it depends on what its
             layers are, it cannot be copied, or `branch_drop` is out of range.
     """
-    model = dataflow.copied(model)
+    model = copied(model)
     modules = dict(model.named_modules())
     flows = _flows(model)
     inside = {

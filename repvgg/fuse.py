@@ -1,8 +1,7 @@
 """Whole networks: from the form that trains to the form that is deployed."""
 
-import copy
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from repvgg import branches, dataflow, linear
+from repvgg.copying import copied, plain_weights
 from repvgg.folding import Folding, FusionReport
 from repvgg.normalizations import is_normalization
 from repvgg.rewriting import put
@@ -32,7 +32,8 @@ def switch_to_deploy(model: Model) -> Model:
         ValueError: the network has nothing to switch, or a BatchNorm without running statistics;
             the block is named.
     """
-    model = copy.deepcopy(model)
+    model = cast(Model, copied(model))
+    plain_weights(model)
     switches = _switches(model)
     if not switches:
         raise ValueError(
@@ -62,7 +63,11 @@ def deployed_form(model: nn.Module) -> tuple[nn.Module, FusionReport]:
     Raises:
         ValueError: as `switch_to_deploy` and `fuse_conv_bn`.
     """
-    model = switch_to_deploy(model) if _switches(model) else copy.deepcopy(model).eval()
+    if _switches(model):
+        model = switch_to_deploy(model)
+    else:
+        model = copied(model).eval()
+        plain_weights(model)
     if not any(is_normalization(module) for module in model.modules()):
         return model, FusionReport()
     return _fuse(model, values=False)

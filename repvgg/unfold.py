@@ -5,13 +5,13 @@ of every kernel is divided evenly among the branches that have one. The new Batc
 statistics of given images and undo them by their own weights, so the function stays.
 """
 
-import copy
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from repvgg.block import QARepVGGBlock, RepVGGBlock
+from repvgg.copying import copied, plain_weights
 from repvgg.reparam import identity_kernel, pad_kernel
 from repvgg.rewriting import put
 
@@ -38,7 +38,8 @@ def switch_to_train(model: Model, images: Tensor) -> Model:
         ValueError: the network has no RepVGG block, or one that is not deployed; there is one image
             or none; what it computes on them is no finite number.
     """
-    model = copy.deepcopy(model).eval()
+    model = cast(Model, copied(model)).eval()
+    plain_weights(model)
     deployed = {
         name: module for name, module in model.named_modules() if isinstance(module, RepVGGBlock)
     }

@@ -1,0 +1,227 @@
+"""Copies of networks: what every function here that gives back a changed network changes.
+
+`copy.deepcopy` fails on a tensor that an earlier forward left in a network, on a lock or an open
+file, loses the modes and graphs of torchvision's feature extractors, and copies what a
+`DistributedDataParallel` holds for its own use. `copied` does none of that.
+"""
+
+import copy
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._pytree import tree_leaves
+
+_CONTAINERS = (list, tuple, set, frozenset, deque)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside `DistributedDataParallel` and `torch.compile`, nested or not."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Copy a network, with its modes, memory formats and tied weights.
+
+    `DistributedDataParallel` and `torch.compile` are taken off first. Tensors that an earlier
+    forward left in the network are detached. What cannot be copied (locks, open files, generators,
+    process groups) is shared with the original. All tensors of the copy are normal ones, under
+    `torch.inference_mode()` too.
+
+    Args:
+        memo: of `copy.deepcopy`: what is to be taken for an object, by its id. It is not changed.
+
+    Raises:
+        ValueError: a lazy module was never initialized, or the network cannot be copied.
+    """
+    model = unwrapped(model)
+    memo = {} if memo is None else dict(memo)
+    with torch.inference_mode(False), torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            tensors = [*module._parameters.values(), *module._buffers.values()]
+            if any(isinstance(t, UninitializedBuffer | UninitializedParameter) for t in tensors):
+                raise ValueError(
+                    f"{name or type(model).__name__}, a {type(module).__name__}, has weights that "
+                    "are not initialized: run the network once on images before it is copied"
+                )
+            for value in tree_leaves(list(vars(module).values())):
+                if isinstance(value, Tensor):
+                    _detach(value, memo)
+        try:
+            try:
+                found = _deepcopy(model, memo)
+            except Exception:
+                _share(model, memo)
+                found = _deepcopy(model, memo)
+        except Exception as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}"
+            ) from error
+        for old, new in zip(model.modules(), found.modules(), strict=False):
+            if type(old) is type(new) and old.training != new.training:
+                new.training = old.training
+    return found
+
+
+def _detach(tensor: Tensor, memo: dict[int, Any]) -> None:
+    """Have a normal tensor without history take the place of one that cannot be copied."""
+    if tensor.grad_fn is not None:
+        memo.setdefault(id(tensor), tensor.detach().clone())
+    elif tensor.is_inference() and id(tensor) not in memo:
+        normal = tensor.clone()
+        wrap = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(normal, tensor.requires_grad) if wrap else normal
+
+
+def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    memo = dict(memo)
+    for module in reversed(list(model.modules())):  # inner ones first
+        if isinstance(module, fx.GraphModule):
+            _copy_graph_module(module, memo)
+    return copy.deepcopy(model, memo)
+
+
+def _copy_graph_module(module: fx.GraphModule, memo: dict[int, Any]) -> None:
+    """Copy all attributes and every graph. The class's own `__deepcopy__` takes one graph alone.
+
+    torchvision's feature extractors have two, and swap them in `train` and `eval`.
+    """
+    if id(module) in memo:
+        return
+    new = type(module).__new__(type(module))
+    memo[id(module)] = new
+    vars(new).update(copy.deepcopy(vars(module), memo))
+    type(new).__name__ = type(module).__name__
+    new.graph = new._graph  # writes the code of its forward
+
+
+def _share(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Find what cannot be copied in the attributes of modules, and let a copy hold the same."""
+    trial = dict(memo)
+    for module in model.modules():
+        trial[id(module)] = module
+        if not isinstance(module, torch.jit.ScriptModule):
+            for tensor in [*module._parameters.values(), *module._buffers.values()]:
+                if tensor is not None:
+                    trial.setdefault(id(tensor), tensor)
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for key, value in vars(module).items():
+            if key not in ("_parameters", "_buffers", "_modules"):
+                _share_inside(value, memo, trial, set())
+
+
+def _share_inside(value: Any, memo: dict[int, Any], trial: dict[int, Any], seen: set[int]) -> None:
+    """Share the innermost objects that cannot be copied."""
+    if id(value) in seen or _can_be_copied(value, trial):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        _detach(value, memo)
+        trial[id(value)] = memo.setdefault(id(value), value)
+        return
+    parts: list[Any] = []
+    if isinstance(value, dict):
+        parts += [*value.keys(), *value.values()]
+    elif isinstance(value, _CONTAINERS):
+        parts += value
+    parts += list(getattr(value, "__dict__", {}).values())
+    for part in parts:
+        _share_inside(part, memo, trial, seen)
+    if not _can_be_copied(value, trial):
+        memo[id(value)] = trial[id(value)] = value
+
+
+def _can_be_copied(value: Any, memo: dict[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, dict(memo))
+    except Exception:
+        return False
+    return True
+
+
+@torch.no_grad()
+def plain_weights(model: nn.Module) -> None:
+    """Make weights that are computed from others permanent, in place.
+
+    They take the value of the next forward in eval mode: pruning (`torch.nn.utils.prune`), weight
+    and spectral normalization, old and new, and any `torch.nn.utils.parametrize`. What they were
+    computed from goes; `requires_grad` stays, and so do all other hooks.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            _remove_parametrizations(module)
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm):
+                    _remove_hook(module, key, hook)
+
+
+def computes_weights(hook: Any) -> bool:
+    """Whether a hook in front of a forward is one of those that `plain_weights` removes."""
+    return isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm)
+
+
+def _remove_parametrizations(module: nn.Module) -> None:
+    if not parametrize.is_parametrized(module):
+        return
+    # torch.nn.utils.parametrize.remove_parametrizations takes the weight from the class, which
+    # copies share, and writes into the original, which may be tied to another layer.
+    lists = module.get_submodule("parametrizations").eval()
+    values = {name: getattr(module, name).detach().clone() for name, _ in lists.named_children()}
+    module.__class__ = type(module).__bases__[0]
+    del module._modules["parametrizations"]
+    for name, value in values.items():
+        parts = lists.get_submodule(name)
+        if any(True for _ in parts.parameters(recurse=False)):
+            requires_grad = any(p.requires_grad for p in parts.parameters(recurse=False))
+            module.register_parameter(name, nn.Parameter(value, requires_grad))
+        else:
+            module.register_buffer(name, value)
+
+
+def _remove_hook(
+    module: nn.Module, key: int, hook: BasePruningMethod | WeightNorm | SpectralNorm
+) -> None:
+    ends: tuple[str, ...]
+    if isinstance(hook, BasePruningMethod):
+        name = hook._tensor_name
+        value, ends = hook.apply_mask(module), ("_orig", "_mask")
+    elif isinstance(hook, WeightNorm):
+        name = hook.name
+        value, ends = hook.compute_weight(module), ("_g", "_v")
+    else:
+        name = hook.name
+        value = hook.compute_weight(module, do_power_iteration=False)
+        ends = ("_orig", "_u", "_v")
+        for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+            for other, found in list(hooks.items()):
+                owner = getattr(getattr(found, "hook", found), "fn", None)  # torch wraps some
+                if isinstance(owner, SpectralNorm) and owner.name == name:
+                    del hooks[other]
+    value = value.detach().clone()
+    sources = [getattr(module, name + end) for end in ends]
+    requires_grad = any(source.requires_grad for source in sources)
+    del module._forward_pre_hooks[key]
+    for holder in (module._parameters, module._buffers, vars(module)):
+        for end in ends:
+            holder.pop(name + end, None)
+    vars(module).pop(name, None)
+    module._buffers.pop(name, None)
+    module.register_parameter(name, nn.Parameter(value, requires_grad))

@@ -7,6 +7,8 @@ the module it stands in gets a forward that was written from the graph of its ow
 """
 
 import inspect
+import itertools
+from collections.abc import Sequence
 from operator import add, iadd
 from typing import Any, NamedTuple
 
@@ -15,14 +17,29 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from repvgg import linear
-from repvgg.dataflow import Dataflow, describe, erase_if_transparent, shared_copy, uses
-from repvgg.geometry import embedding, read_geometry, read_subsampling, small_kernel
+from repvgg.dataflow import Dataflow, Flags, describe, erase, is_transparent, shared_copy, uses
+from repvgg.folding import FusionReport
+from repvgg.geometry import POOLS, embedding, read_geometry, read_subsampling, small_kernel
 from repvgg.normalizations import is_normalization, read_normalization
+from repvgg.reading import is_of_torch
 from repvgg.reparam import Affine, merge
-from repvgg.rewriting import give_forward, put
-from repvgg.tracing import Tracer, has_hooks, mentions
+from repvgg.rewriting import Case, give_forward, put
+from repvgg.tracing import (
+    Tracer,
+    alternatives,
+    has_hooks,
+    is_decorated,
+    mentions,
+    plain_attributes,
+)
 
 ADDITIONS = (add, iadd, torch.add, "add", "add_")
+OUTSIDE = ("placeholder", "output")
+MAX_CASES = 8  # graphs of one forward
+QUERIES = (  # of torch, by which a forward may do other things where it is exported
+    *("is_exporting", "is_tracing", "is_in_onnx_export", "is_scripting"),
+    *("is_compiling", "is_dynamo_compiling"),
+)
 
 
 class Branch(NamedTuple):
@@ -45,26 +62,66 @@ class Branch(NamedTuple):
     subsampling: int = 1
 
 
-def owners(flow: Dataflow) -> list[str]:
-    """Modules in whose forward something is added, inner ones first."""
+def owners(flow: Dataflow, model: nn.Module) -> list[str]:
+    """Modules in whose forward parallel branches are added, inner ones first."""
     found = dict.fromkeys(
         list(flow.callers[node])[-1]
         for graph in flow.graphs
         for node in graph.nodes
-        if _is_addition(node)
+        if _is_addition(node) and _adds_branches(node, flow, model)
     )
     return sorted(found, key=lambda name: -name.count(".") if name else 1)
 
 
+def _adds_branches(root: fx.Node, flow: Dataflow, model: nn.Module) -> bool:
+    """Whether a convolution and something else of the same value are among the terms of a sum."""
+    terms, todo = [], list(root.args)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, fx.Node):
+            if _is_addition(node):
+                todo += node.args
+            else:
+                terms.append(node)
+    sources: list[tuple[fx.Node, bool]] = []
+    for term in terms:
+        name = flow.called(term)
+        module = model.get_submodule(name) if name and term.op == "call_module" else None
+        sources.append((term, False))
+        if not term.args or module is None:
+            continue
+        source = term.all_input_nodes[0]
+        if isinstance(module, _ConvNd):
+            found = read_subsampling(source, len(module.kernel_size))
+            sources.append((found[0] if found else source, True))
+        elif is_normalization(module) or type(module) in POOLS:
+            sources.append((source, False))
+    convolved = [source for source, convolves in sources if convolves]
+    return any(sum(source is s for s, _ in sources) > 1 for source in convolved)
+
+
 def merge_sums(
-    model: nn.Module, name: str, flow: Dataflow, *, values: bool = True
+    model: nn.Module,
+    name: str,
+    flow: Dataflow,
+    values: dict[str, Affine],
+    report: FusionReport,
+    *,
+    of_values: bool = True,
+    flags: Flags | None = None,
 ) -> list[tuple[str, ...]]:
     """Merge what can be merged in the forward of one module, in place.
+
+    The module gets a forward that is written from its graph. It holds whatever values its flags
+    take: one graph for each, or the module is left.
 
     Args:
         model: the network, of which `flow` was made.
         name: of the module in it.
-        values: as in `repvgg.linear.refusal`.
+        values: kernels in float64 that were rounded in `model`, by name; the merged ones are added.
+        report: what is left, and why, is added to `unmerged`.
+        of_values: as `values` in `repvgg.linear.refusal`.
+        flags: those with which `flow` was made.
 
     Returns:
         for each sum the names of the modules that became one, the remaining one first.
@@ -72,80 +129,258 @@ def merge_sums(
     owner = model.get_submodule(name)
     if has_hooks(owner) or name in flow.inspected or name in flow.untraced:
         return []
-    if type(owner).__call__ is not nn.Module.__call__ or "forward" in vars(owner):
-        return []
-    if mentions(owner, "autocast"):  # what it does to precision is in no graph
+    plain_call = type(owner).__call__ is nn.Module.__call__ or isinstance(owner, fx.GraphModule)
+    if not plain_call or "forward" in vars(owner):
         return []
     parameters = list(inspect.signature(owner.forward).parameters.values())
     if len(parameters) != 1 or parameters[0].kind is not parameters[0].POSITIONAL_OR_KEYWORD:
         return []
-    graph = _own_graph(owner, model, name, flow)
-    if graph is None:
+    thin = _thin(owner)
+    own = _Own(owner, model, name, flow, flags or {}, thin)
+    if not own.runs_alike():
         return []
-    sums = _Sums(model, owner, name, graph, flow, values)
+    base = own.graph(())
+    if base is None:
+        return []
+    sums = _Sums(model, owner, name, base, flow, values, of_values)
     merged = sums.merge()
     # The text of a graph does not say `+=` as it was meant.
-    if not merged or any(_is_augmented(node) for node in graph.nodes):
+    if not merged or any(_is_augmented(node) for node in base.nodes):
         return []
-    graph.lint()
-    sums.write()
-    give_forward(owner, graph)
-    return merged
+    if own.contexts:
+        reason = "its forward switches gradients, inference mode or autocast"
+    elif is_decorated(owner):
+        reason = "its forward is decorated, and what the decorator does is in no graph"
+    elif asked := next((name for name in QUERIES if mentions(owner, name)), None):
+        reason = f"its forward asks torch for {asked}(), whose answer may change"
+    else:
+        cases = own.cases(base, merged, values, of_values)
+        if not isinstance(cases, str):
+            sums.write()
+            give_forward(owner, cases, own.fixed())
+            return merged
+        reason = cases
+    report.unmerged[name] = reason
+    return []
 
 
-def _own_graph(owner: nn.Module, model: nn.Module, name: str, flow: Dataflow) -> fx.Graph | None:
-    """The graph of one module by itself, if each of its calls runs the same steps."""
-    twin = shared_copy(owner)
-    steps = {
-        twin.get_submodule(path) for path, module in owner.named_modules() if linear.is_step(module)
-    }
-    tracer = Tracer(steps)
-    before = _state(twin)
-    try:
-        graph = tracer.trace(twin)
-    except Exception:
-        return None  # the whole network's own dataflow has said why
-    if tracer.opaque or tracer.refusals or tracer.read_storages or _state(twin) != before:
-        return None
-    own = Dataflow()
-    names = {module: path for path, module in model.named_modules()}
-    for node in list(graph.nodes):
-        if node.op == "call_module":
-            module = owner.get_submodule(str(node.target))
-            if type(module) is linear.Rows or not erase_if_transparent(node, module):
-                own._names[node] = names[module]
-        elif node.op == "get_attr":
-            path, _, key = str(node.target).rpartition(".")
-            own._names[node] = f"{names[owner.get_submodule(path)]}.{key}"
-    steps_only = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
-    checks = [node for node in steps_only if _is_rows(node, owner)]
-    expected = describe(steps_only, own, but=checks)
-    occurrences: dict[tuple[int, str], list[fx.Node]] = {}
-    for number, each in enumerate(flow.graphs):
-        for node in each.nodes:
-            if name in flow.callers[node] and node.op not in ("placeholder", "output"):
-                call = (number, flow.callers[node][name])
-                occurrences.setdefault(call, []).append(node)
-    if any(describe(nodes, flow) != expected for nodes in occurrences.values()):
-        return None
-    return graph if occurrences else None
+def _thin(owner: nn.Module) -> set[nn.Module]:
+    """Children of anybody's class that only call layers in a row: they are seen through."""
+    thin: set[nn.Module] = set()
+    for module in reversed(list(owner.modules())):
+        if module is owner or is_of_torch(module) or linear.is_step(module):
+            continue
+        if type(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
+            thin.add(module)
+            continue
+        if has_hooks(module) or is_decorated(module) or alternatives(module):
+            continue
+        twin = shared_copy(module)
+        steps = {m for m in twin.modules() if m is not twin}
+        tracer = Tracer(steps, exact=True, tensors=True)
+        try:
+            graph = tracer.trace(twin)
+        except Exception:
+            continue
+        calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+        only_calls = all(node.op == "call_module" and len(node.args) == 1 for node in calls)
+        if only_calls and not tracer.refusals and not tracer.contexts and len(calls) > 0:
+            thin.add(module)
+    return thin
 
 
-def _is_rows(node: fx.Node, owner: nn.Module) -> bool:
-    return node.op == "call_module" and isinstance(
-        owner.get_submodule(str(node.target)), linear.Rows
-    )
+class _Own:
+    """The forward of one module by itself."""
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        model: nn.Module,
+        name: str,
+        flow: Dataflow,
+        flags: Flags,
+        thin: set[nn.Module],
+    ) -> None:
+        self.owner = owner
+        self.model = model
+        self.decided: set[str] = set()
+        self.name = name
+        self.flow = flow
+        self.thin = {path for path, module in owner.named_modules() if module in thin}
+        self.names = {module: path for path, module in model.named_modules()}
+        self.flags = {
+            path: flags[self.names[module]]
+            for path, module in owner.named_modules()
+            if self.names[module] in flags
+        }
+        self.contexts = False
+        self.reads = _numbers(owner)
+
+    def runs_alike(self) -> bool:
+        """Whether each of its calls runs the same steps as it does by itself, and no others."""
+        expected = [self._steps(flags) for flags in (self.flags, {})]
+        if any(steps is None for steps in expected):
+            return False
+        occurrences: dict[tuple[int, str], list[fx.Node]] = {}
+        for number, each in enumerate(self.flow.graphs):
+            for node in each.nodes:
+                if self.name in self.flow.callers[node] and node.op not in OUTSIDE:
+                    call = (number, self.flow.callers[node][self.name])
+                    occurrences.setdefault(call, []).append(node)
+        alike = all(describe(nodes, self.flow) in expected for nodes in occurrences.values())
+        return bool(occurrences) and alike
+
+    def _steps(self, flags: Flags) -> list[tuple[Any, ...]] | None:
+        twin = shared_copy(self.owner)
+        steps = {
+            twin.get_submodule(path)
+            for path, module in self.owner.named_modules()
+            if linear.is_step(module)
+        }
+        tries = {twin.get_submodule(path): values for path, values in flags.items()}
+        tracer = Tracer(steps, flags=tries, tensors=True)
+        before = _state(twin)
+        try:
+            graph = tracer.trace(twin)
+        except Exception:
+            return None  # the whole network's own dataflow has said why
+        if tracer.opaque or tracer.refusals or tracer.read_storages or _state(twin) != before:
+            return None
+        if tracer.changed:
+            return None
+        own = self._named(graph)
+        nodes = [node for node in graph.nodes if node.op not in OUTSIDE]
+        passing = [n for n in nodes if n.op == "call_module" and is_transparent(n, self._module(n))]
+        return describe(nodes, own, but=passing)
+
+    def _module(self, node: fx.Node) -> nn.Module:
+        return self.owner.get_submodule(str(node.target))
+
+    def _named(self, graph: fx.Graph) -> Dataflow:
+        own = Dataflow()
+        for node in graph.nodes:
+            if node.op == "call_module":
+                own._names[node] = self.names[self._module(node)]
+            elif node.op == "get_attr":
+                path, _, key = str(node.target).rpartition(".")
+                own._names[node] = f"{self.names[self.owner.get_submodule(path)]}.{key}"
+        return own
+
+    def graph(self, values: tuple[tuple[str, Any], ...]) -> fx.Graph | None:
+        """What it runs with such values of its attributes; children are single steps."""
+        found = self._trace(values, self.reads)
+        if found is None and self.reads:
+            self.reads = []
+            found = self._trace(values, [])
+        return found
+
+    def _trace(self, values: tuple[tuple[str, Any], ...], reads: Sequence[str]) -> fx.Graph | None:
+        twin = shared_copy(self.owner)
+        steps = {module for path, module in twin.named_modules() if path and path not in self.thin}
+        vars(twin).update(values)
+        tracer = Tracer(steps, exact=True, tensors=True, reads=reads)
+        try:
+            graph = tracer.trace(twin)
+        except Exception:
+            return None
+        if tracer.opaque or tracer.refusals:
+            return None
+        if any(
+            node.op == "get_attr" and not _has(self.owner, str(node.target)) for node in graph.nodes
+        ):
+            return None  # a tensor that its forward makes
+        self.contexts = self.contexts or tracer.contexts
+        for node in list(graph.nodes):
+            module = self._module(node) if node.op == "call_module" else None
+            if type(module) is nn.Identity and is_transparent(node, module):
+                erase(node)
+        return graph
+
+    def cases(
+        self,
+        base: fx.Graph,
+        merged: list[tuple[str, ...]],
+        values: dict[str, Affine],
+        of_values: bool,
+    ) -> list[Case] | str:
+        """A graph for each value of the flags that its forward depends on, or why there is none."""
+        flags = [  # a number may not change: see `fixed`
+            (attribute, value)
+            for attribute, value in alternatives(self.owner)
+            if not _is_number(getattr(self.owner, attribute))
+        ]
+        flags.append(("training", not self.owner.training))
+        plain = self.graph(())
+        assert plain is not None
+        usual = describe(plain.nodes, self._named(plain))
+        tries: dict[str, list[Any]] = {}
+        for attribute, value in flags:
+            other = self.graph(((attribute, value),))
+            if other is not None and describe(other.nodes, self._named(other)) != usual:
+                tries.setdefault(attribute, [getattr(self.owner, attribute)]).append(value)
+        found: list[Case] = []
+        ways = list(itertools.product(*tries.values()))
+        if len(ways) > MAX_CASES:
+            return f"its forward depends on {', '.join(tries)} in too many ways"
+        for way in ways:
+            setting = tuple(zip(tries, way, strict=True))
+            if not found:
+                found.append((setting, base))
+                continue
+            graph = self.graph(setting)
+            if graph is None:
+                continue  # it does not run so
+            sums = _Sums(
+                self.model, self.owner, self.name, graph, self.flow, dict(values), of_values
+            )
+            if sums.merge() != merged:
+                return (
+                    f"its forward depends on {', '.join(tries)}: with another value it adds other "
+                    "branches"
+                )
+            found.append((setting, graph))
+        if len(found) > 1 and isinstance(self.owner, fx.GraphModule):
+            return "it is a graph of torch.fx that depends on flags"
+        self.decided = set(tries)
+        return found
+
+    def fixed(self) -> dict[str, Any]:
+        """Plain attributes that its forward reads and its graphs hold as constants."""
+        if isinstance(self.owner, fx.GraphModule):
+            return {}
+        harmless = {*self.reads, *self.decided}
+        return {
+            name: value
+            for name, value in plain_attributes(self.owner).items()
+            if name not in harmless and not isinstance(value, bool)
+        }
+
+
+def _numbers(owner: nn.Module) -> list[str]:
+    """Numbers that a forward reads from its module."""
+    return [name for name, value in plain_attributes(owner).items() if _is_number(value)]
+
+
+def _has(owner: nn.Module, path: str) -> bool:
+    inner, _, key = path.rpartition(".")
+    return hasattr(owner.get_submodule(inner), key)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _state(module: nn.Module) -> list[dict[str, Any]]:
-    """What a module and those in it hold, by identity, and how much of it."""
+    """What a module and those in it hold, by identity, inside of containers too."""
     return [
-        {
-            key: (id(v), len(v) if isinstance(v, list | dict | set) else 0)
-            for key, v in vars(part).items()
-        }
-        for part in module.modules()
+        {key: _identity(value) for key, value in vars(part).items()} for part in module.modules()
     ]
+
+
+def _identity(value: Any) -> Any:
+    if type(value) is dict:
+        return {key: id(item) for key, item in value.items()}
+    return [id(item) for item in value] if type(value) in (list, set) else id(value)
 
 
 class _Sums:
@@ -156,7 +391,8 @@ class _Sums:
         name: str,
         graph: fx.Graph,
         flow: Dataflow,
-        values: bool,
+        values: dict[str, Affine],
+        of_values: bool,
     ) -> None:
         self.model = model
         self.owner = owner
@@ -164,6 +400,8 @@ class _Sums:
         self.graph = graph
         self.flow = flow
         self.values = values
+        self.of_values = of_values
+        self.totals: dict[str, Affine] = {}
         self.absorbed: dict[nn.Module, nn.Module] = {}  # and what stands in their place
         self.order: dict[fx.Node, int] = {}
         self.names = {module: path for path, module in model.named_modules()}
@@ -246,7 +484,7 @@ class _Sums:
         calls = self.flow.calls.get(path, [])
         within = bool(calls) and all(self.name in self.flow.callers[call] for call in calls)
         known = read_geometry(module) is not None
-        known = known and linear.refusal(module, values=self.values) is None
+        known = known and linear.refusal(module, values=self.of_values) is None
         if not within or not known or self.calls[module] != 1 or path in self.flow.reached:
             return itself
         return Branch(term, source, node, module, path, step)
@@ -275,7 +513,7 @@ class _Sums:
             own._replace(stride=tuple(s * branch.subsampling for s in own.stride)),
             target._replace(stride=tuple(s * main.subsampling for s in target.stride)),
         )
-        small = small_kernel(branch.module, conv)
+        small = small_kernel(branch.module, conv, self.values.get(branch.name))
         if padding is None or small is None:
             return None
         taps = [amount for pair in reversed(padding) for amount in pair]  # last dimension first
@@ -331,8 +569,12 @@ class _Sums:
             padding_mode=old.padding_mode,
             device="meta",
         )
-        conv.weight = nn.Parameter(total.kernel.to(old.weight), old.weight.requires_grad)
-        conv.bias = nn.Parameter(total.bias.to(old.weight), old.weight.requires_grad)
+        biases = [getattr(b.module, "bias", None) for b in group]
+        trains = any(isinstance(b, nn.Parameter) and b.requires_grad for b in biases)
+        kernel = linear.in_format_of(old.weight, total.kernel)
+        conv.weight = nn.Parameter(kernel, old.weight.requires_grad)
+        conv.bias = nn.Parameter(total.bias.to(old.weight), trains)
+        self.totals[main.name] = total
         target = str(main.call.target)
         self.absorbed |= {b.module: nn.Identity() for b in group if b.module is not None}
         self.absorbed[old] = conv.eval()
@@ -347,6 +589,8 @@ class _Sums:
         """Put the merged convolutions, and identities for what they took in, in their places."""
         for old, new in self.absorbed.items():
             put(self.model, old, new.eval())
+            self.values.pop(self.names[old], None)
+        self.values.update(self.totals)
 
     def _erase(self, root: fx.Node) -> None:
         """Remove a sum and the steps that nothing else uses."""

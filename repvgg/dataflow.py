@@ -1,35 +1,40 @@
 """Which module feeds which: the graph of a network's forward, and what cannot be known of it.
 
-`trace` follows the forward with torch.fx. A module whose forward cannot be followed (its control
-flow depends on values, say) becomes one opaque step for its parent, and its code is read instead:
-a child that it does nothing with but call is followed by itself, with inputs unknown; all else that
-the code may reach is marked as such. Nothing is ever concluded from the order of children.
+`trace` follows the forward with torch.fx, along every way that its decisions may go. A module whose
+forward cannot be followed (it turns a value into a number of Python, say) becomes one opaque step
+for its parent, and its code is read instead: a child that it does nothing with but call is followed
+by itself, with inputs unknown; all else that the code may reach is marked as such. Nothing is ever
+concluded from the order of children.
 """
 
-import copy
 import inspect
 import itertools
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.nn.modules.dropout import _DropoutNd
 
+from repvgg.copying import copied
 from repvgg.reading import is_of_torch, read
 from repvgg.tracing import (
     Tracer,
     UntraceableError,
-    asks_for_types,
+    compares_identities,
     compares_with_none,
     has_hooks,
     in_a_line,
+    inside_wrapper,
+    is_deliberate,
     storage_of,
+    with_own_containers,
 )
 
-MAX_VARIANTS = 16  # ways to call one forward that are followed, by its optional arguments
+MAX_VARIANTS = 4  # ways to call one forward that are followed, by its optional arguments
 METADATA = {"shape", "ndim", "dtype", "device", "size", "dim", "numel", "is_cuda", "requires_grad"}
+Flags = Mapping[str, Sequence[tuple[str, Any]]]  # of modules: attributes, and other values to try
 
 
 @dataclass
@@ -46,6 +51,8 @@ class Dataflow:
         inspected: modules of which such a forward reads attributes, or that it may do anything to.
         callers: for each step, the modules in whose forward it stands, innermost last, and a key
             that tells one call of such a module from the next.
+        assumed: arguments of the network that are taken for tensors, as what it does with others
+            could not be followed.
     """
 
     graphs: dict[fx.Graph, str] = field(default_factory=dict)
@@ -54,6 +61,7 @@ class Dataflow:
     untraced: dict[str, str] = field(default_factory=dict)
     inspected: set[str] = field(default_factory=set)
     callers: dict[fx.Node, dict[str, str]] = field(default_factory=dict)
+    assumed: set[str] = field(default_factory=set)
     _names: dict[fx.Node, str] = field(default_factory=dict)
 
     def called(self, node: Any) -> str | None:
@@ -71,29 +79,15 @@ def shared_copy(model: nn.Module) -> nn.Module:
     return copied(model, memo)
 
 
-def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Copy a network. Tensors that an earlier forward left in it are detached.
-
-    Raises:
-        ValueError: it holds something that cannot be copied.
-    """
-    memo = {} if memo is None else memo
-    for module in model.modules():
-        for value in tree_leaves([v for k, v in vars(module).items() if k != "_parameters"]):
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                memo[id(value)] = value.detach().clone()
-    try:
-        return copy.deepcopy(model, memo)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{type(model).__name__} cannot be copied: {error}") from error
-
-
-def trace(model: nn.Module, is_step: Callable[[nn.Module], bool]) -> Dataflow:
+def trace(
+    model: nn.Module, is_step: Callable[[nn.Module], bool], flags: Flags | None = None
+) -> Dataflow:
     """Follow a network in its present mode. It is not changed.
 
     Args:
         model: of any kind.
         is_step: whether a module is to be taken as one step, as torch's own are.
+        flags: attributes of modules that may be changed later, and the values that are tried.
     """
     # Following a forward runs its code, which may keep what it sees: that happens to a copy.
     names = dict(model.named_modules())
@@ -101,6 +95,8 @@ def trace(model: nn.Module, is_step: Callable[[nn.Module], bool]) -> Dataflow:
     following = _Following(
         names={module: name for name, module in model.named_modules()},
         steps={model.get_submodule(name) for name, module in names.items() if is_step(module)},
+        flags={model.get_submodule(name): tries for name, tries in (flags or {}).items()},
+        root=model,
     )
     done: set[nn.Module] = set()
     scopes = [(model, "")]
@@ -120,12 +116,20 @@ def trace(model: nn.Module, is_step: Callable[[nn.Module], bool]) -> Dataflow:
 class _Following:
     """Follows the parts of one network and writes down what it finds."""
 
-    def __init__(self, names: dict[nn.Module, str], steps: set[nn.Module]) -> None:
+    def __init__(
+        self,
+        names: dict[nn.Module, str],
+        steps: set[nn.Module],
+        flags: dict[nn.Module, Sequence[tuple[str, Any]]],
+        root: nn.Module,
+    ) -> None:
         self.names = names
         self.steps = steps
+        self.flags = flags
+        self.root = root
         self.flow = Dataflow()
         self.held = {
-            module: _with_own_containers(vars(module))
+            module: with_own_containers(vars(module))
             for module in names
             if not isinstance(module, torch.jit.ScriptModule)
         }
@@ -138,6 +142,9 @@ class _Following:
 
     def look_into(self, scope: nn.Module, caller: str) -> list[tuple[nn.Module, str]]:
         """Follow one module; what else is to be followed then, and who calls it."""
+        inner = inside_wrapper(scope)
+        if inner is not None:
+            return [(inner, caller)]
         if scope in self.steps or is_of_torch(scope):
             if _has_forward(scope):
                 self._reach(scope.modules(), caller or "the network is this module alone")
@@ -183,19 +190,25 @@ class _Following:
             variants = _variants(scope)
         except (UntraceableError, ValueError, TypeError) as error:
             return {scope: in_a_line(error)}
+        followed, failure = False, "no way to call it was found"
         for fixed, may_fail in variants:
-            tracer = Tracer(self.steps, self.names)
+            tracer = Tracer(
+                self.steps, self.names, flags=self.flags, assume=scope is self.outermost()
+            )
             for module in scope.modules():  # what a forward keeps would enter this graph
                 if module in self.held:
                     vars(module).clear()
-                    vars(module).update(_with_own_containers(self.held[module]))
+                    vars(module).update(with_own_containers(self.held[module]))
             try:
                 graph = tracer.trace(scope, fixed)
             except Exception as error:
-                opaque |= tracer.opaque
-                if may_fail:
+                if may_fail or is_deliberate(error):
+                    failure = in_a_line(error)
                     continue
-                return opaque | {scope: in_a_line(error)}
+                return opaque | tracer.opaque | {scope: in_a_line(error)}
+            if may_fail and (tracer.opaque or tracer.refusals):
+                continue
+            followed = True
             opaque |= tracer.opaque
             if tracer.opaque and compares_with_none(scope):
                 tracer.refuse("it tests for None what another could not be followed to give")
@@ -203,8 +216,18 @@ class _Following:
                 return opaque | {scope: tracer.refusals[-1]}
             for storage in tracer.read_storages:
                 self._reach(self.holders.get(storage, []), "its weights are read")
+            for module, attribute in tracer.changed.items():
+                self._reach([module], f"a forward sets its {attribute}")
+            self.flow.assumed |= tracer.assumed
             self._add(graph, scope)
-        return opaque
+        return opaque if followed else {scope: failure}
+
+    def outermost(self) -> nn.Module:
+        """The network, inside what wraps it."""
+        module = self.root
+        while (inner := inside_wrapper(module)) is not None:
+            module = inner
+        return module
 
     def _add(self, graph: fx.Graph, scope: nn.Module) -> None:
         flow = self.flow
@@ -216,7 +239,8 @@ class _Following:
             }
             if node.op == "call_module":
                 module = scope.get_submodule(node.target)
-                if erase_if_transparent(node, module):
+                if is_transparent(node, module):
+                    erase(node)
                     continue
                 flow.calls.setdefault(self.names[module], []).append(node)
                 flow._names[node] = self.names[module]
@@ -236,29 +260,23 @@ class _Following:
                 self.flow.reached.setdefault(self.names[module], reason)
 
 
-def _with_own_containers(held: dict[str, Any]) -> dict[str, Any]:
-    """What a module holds; its lists, dictionaries and sets are copies."""
-    return {
-        key: copy.copy(value) if isinstance(value, list | dict | set) else value
-        for key, value in held.items()
-    }
-
-
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of a module, those of its children apart."""
     return dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
 
 
-def erase_if_transparent(node: fx.Node, module: nn.Module) -> bool:
-    """Take the call of an identity out of its graph; whether it was one."""
+def is_transparent(node: fx.Node, module: nn.Module) -> bool:
+    """Whether the call of a module gives what it is given: an identity, or dropout in eval mode."""
     passes = type(module) is nn.Identity or getattr(type(module), "transparent", False)
-    if not passes or has_hooks(module) or node.kwargs or len(node.args) != 1:
-        return False
-    if not isinstance(node.args[0], fx.Node):
-        return False
-    node.replace_all_uses_with(node.args[0])
+    passes = passes or (isinstance(module, _DropoutNd) and not module.training)
+    plain = not has_hooks(module) and not node.kwargs and len(node.args) == 1
+    return passes and plain and isinstance(node.args[0], fx.Node)
+
+
+def erase(node: fx.Node) -> None:
+    """Take a step out of its graph that gives what it is given."""
+    node.replace_all_uses_with(node.all_input_nodes[0])
     node.graph.erase_node(node)
-    return True
 
 
 def describe(
@@ -279,7 +297,8 @@ def describe(
     steps: list[tuple[Any, ...]] = []
     for node in nodes:
         if node.op == "get_attr":
-            places[node] = flow.called(node)
+            constant = str(node.target).rpartition(".")[2].startswith("_tensor_constant")
+            places[node] = "a constant" if constant else flow.called(node)
             continue
         if node in but:
             places[node] = refer(node.all_input_nodes[0])
@@ -313,15 +332,15 @@ def equal(first: Dataflow, second: Dataflow, *, apart_from: Collection[str] = ()
 def _variants(scope: nn.Module) -> list[tuple[dict[str, Any], bool]]:
     """Ways to call a forward, and whether each may fail.
 
-    Every optional argument is as it is by default, and otherwise; every other one but the first
-    may be None.
+    The first argument is given. Every optional one is as it is by default, and otherwise; every
+    other one may be None.
     """
     if "forward" in vars(scope):
         raise UntraceableError("its forward was replaced by hand")
-    if type(scope).__call__ is not nn.Module.__call__:
+    if type(scope).__call__ is not nn.Module.__call__ and not isinstance(scope, fx.GraphModule):
         raise UntraceableError("it has a __call__ of its own")
-    if asks_for_types(scope):
-        raise UntraceableError("it asks for the type of a value")
+    if compares_identities(scope):
+        raise UntraceableError("it compares the identities of values (is)")
     parameters = [
         parameter
         for parameter in inspect.signature(scope.forward).parameters.values()
@@ -329,17 +348,23 @@ def _variants(scope: nn.Module) -> list[tuple[dict[str, Any], bool]]:
     ]
     fixed: dict[str, list[Any]] = {}
     for place, parameter in enumerate(parameters):
+        if place == 0 and parameter.default is None:
+            continue
         if isinstance(parameter.default, bool):
             fixed[parameter.name] = [True, False]
         elif parameter.default is not parameter.empty:
             fixed[parameter.name] = [parameter.default, fx.PH]
         elif place > 0:
             fixed[parameter.name] = [fx.PH, None]
-    if 2 ** len(fixed) > MAX_VARIANTS:
-        raise UntraceableError(f"it has {len(fixed)} arguments that may be None or otherwise")
     required = {p.name for p in parameters if p.default is p.empty}
     variants = []
-    for values in itertools.product(*fixed.values()):
+    ways: Iterable[tuple[Any, ...]] = itertools.product(*fixed.values())
+    if 2 ** len(fixed) > MAX_VARIANTS:  # as they are by default, each alone otherwise, and all
+        ways = [
+            tuple(tries[place in others] for place, tries in enumerate(fixed.values()))
+            for others in ((), *((i,) for i in range(len(fixed))), range(len(fixed)))
+        ]
+    for values in ways:
         chosen = {k: v for k, v in zip(fixed, values, strict=True) if v is not fx.PH}
         may_fail = any(value is None and key in required for key, value in chosen.items())
         variants.append((chosen, may_fail))

@@ -1,15 +1,18 @@
 """Normalizations are folded, one by one, into the convolutions that feed them or that they feed."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from repvgg import dataflow, linear
 from repvgg.normalizations import Normalization, is_normalization, read_normalization
+from repvgg.passing import Passing, read_passing, source_of
 from repvgg.reparam import Affine
 from repvgg.rewriting import put
+from repvgg.tracing import either
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,15 @@ class FusionReport:
             they ran; they are one module now, under the name of the convolution.
         merged: convolutions and what was added to them, one module now, which has the first name.
         kept: every normalization that is left, and why.
+        unmerged: modules whose forward adds branches that one convolution could replace, and why
+            they are left.
         untraced: modules whose forward could not be followed, and why; inside them less is fused.
     """
 
     fused: list[tuple[str, str]] = field(default_factory=list)
     merged: list[tuple[str, ...]] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+    unmerged: dict[str, str] = field(default_factory=dict)
     untraced: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -41,17 +47,29 @@ class FusionReport:
 
 
 class Folding:
-    """Folds pairs until no more can be; sums stay in float64 until they are written."""
+    """Folds pairs until no more can be. Kernels stay in float64, and are rounded when written.
+
+    Args:
+        values: what was folded before, in float64, by the name of its module; it is added to.
+    """
 
     def __init__(
-        self, model: nn.Module, flow: dataflow.Dataflow, report: FusionReport, of_values: bool
+        self,
+        model: nn.Module,
+        flow: dataflow.Dataflow,
+        report: FusionReport,
+        values: dict[str, Affine],
+        *,
+        of_values: bool,
     ) -> None:
         self.modules = dict(model.named_modules())
         self.model = model
         self.flow = flow
         self.report = report
         self.of_values = of_values
-        self.values: dict[str, Affine] = {}
+        self.values = values
+        self.changed: set[str] = set()
+        self.trains: dict[str, bool] = {}  # whether the bias of a normalization took gradients
 
     def run(self) -> None:
         pending = [name for name, m in self.modules.items() if is_normalization(m)]
@@ -71,10 +89,10 @@ class Folding:
                         progress = True
                     elif fold == self._fold_behind:
                         self.report.kept[name] = reason
-        for name, value in self.values.items():
+        for name in self.changed:
             module = self.modules[name]
             assert linear.is_linear(module)
-            linear.write(module, value)
+            linear.write(module, self.values[name], self.trains.get(name, False))
 
     def _fold_behind(self, name: str, found: Normalization) -> str | None:
         """Fold a normalization into all that feeds it; or why not."""
@@ -83,34 +101,82 @@ class Folding:
             return self.flow.reached[name]
         if not calls:
             return "nothing calls it"
-        sources: dict[str, None] = {}
+        feeds: dict[str, list[_Feed]] = {}
         for call in calls:
             given = call.all_input_nodes
             if call.kwargs:
-                return "it is called with keywords"
-            source = self.flow.called(given[0]) if len(given) == 1 else None
+                return "it is called with keyword arguments"
+            feed = self._trace_back(call, len(found.scale)) if len(given) == 1 else None
+            source = None if feed is None else self.flow.called(feed.origin)
             module = None if source is None else self.modules[source]
-            if source is None or not isinstance(module, nn.Linear | _ConvNd):
-                return f"it is fed by {self._describe(given)}, not by a convolution"
+            if feed is None or source is None or not isinstance(module, nn.Linear | _ConvNd):
+                return self._not_a_layer(given if feed is None else [feed.origin])
             if not linear.is_linear(module):
                 return f"{source}: {self._refuse(source) or 'it has code of its own'}"
-            sources[source] = None
+            feeds.setdefault(source, []).append(feed)
         values = {}
-        for source in sources:
+        ndims = set()
+        for source, ways in feeds.items():
             module = self.modules[source]
             assert linear.is_linear(module)
-            reason = self._refusal(source, calls) or self._mismatch(module, found)
+            reason = self._refusal(source, ways) or self._mismatch(module, found, ndim=ways[0].ndim)
             if reason is not None:
                 return f"{source}: {reason}"
-            value = linear.absorb_behind(self._value(source), found)
+            if len({feed.passing for feed in ways}) > 1:
+                return f"{source}: its outputs are scaled or reshaped in several ways"
+            passing = ways[0].passing
+            if passing.dtype not in (None, module.weight.dtype):
+                return f"{source}: its output is cast to {passing.dtype}"
+            ndims.add(passing.ndim or self._ndim(module))
+            # The steps in between stay: what goes in must give, behind them, what was normalized.
+            shift = found.scale * passing.shift + found.shift - passing.shift
+            inner = replace(found, shift=shift / passing.scale)
+            value = linear.absorb_behind(self._value(source), inner)
             if not linear.fits(module, value):
                 return f"{source}: the folded numbers overflow {module.weight.dtype}"
             values[source] = value
-        ndims = {self._ndim(self.modules[source]) for source in sources}
         if len(ndims) > 1:
             return "it is fed by convolutions of different dimensions"
-        self._take(name, found, calls, values, ndims.pop(), [(source, name) for source in sources])
+        self._take(name, found, calls, values, ndims.pop(), [(source, name) for source in feeds])
         return None
+
+    def _not_a_layer(self, nodes: list[fx.Node]) -> str:
+        fed = self._describe(nodes)
+        names = [str(getattr(node.target, "__name__", "")) for node in nodes]
+        if any(name.startswith("conv") or name in ("linear", "addmm") for name in names):
+            return (
+                f"it is fed by {fed}, called as a function: only the weights of a layer "
+                "(nn.Conv2d, nn.Linear) can be changed"
+            )
+        return f"it is fed by {fed}, which is no convolution or linear layer"
+
+    def _trace_back(self, call: fx.Node, channels: int) -> "_Feed | None":
+        """From a normalization to the layer that feeds it, past steps that do nothing."""
+        total = Passing()
+        behind, node = call, call.all_input_nodes[0]
+
+        def get_module(step: fx.Node) -> nn.Module | None:
+            name = self.flow.called(step)
+            return None if name is None else self.modules[name]
+
+        while True:
+            name = self.flow.called(node)
+            if name is not None and isinstance(self.modules.get(name), nn.Linear | _ConvNd):
+                return _Feed(node, behind, total)
+            step = read_passing(node, channels, get_module)
+            source = source_of(node)
+            if step is None or source is None or dataflow.uses(node) != [behind]:
+                return _Feed(node, behind, total) if total == Passing() else None
+            if None not in (step.dtype, total.dtype) and step.dtype != total.dtype:
+                return None
+            # Later steps come first here: total(step(y)).
+            total = Passing(
+                total.scale * step.scale,
+                total.scale * step.shift + total.shift,
+                total.ndim or step.ndim,
+                total.dtype or step.dtype,
+            )
+            behind, node = node, source
 
     def _fold_before(self, name: str, found: Normalization) -> str | None:
         """Fold a normalization into the one that it feeds; or why not."""
@@ -121,7 +187,7 @@ class Folding:
         for call in calls:
             users = dataflow.uses(call)
             if call.kwargs or len(call.args) != 1:
-                return "it is called with keywords"
+                return "it is called with keyword arguments"
             target = self.flow.called(users[0]) if len(users) == 1 else None
             if target is None or not linear.is_linear(self.modules[target]):
                 return "it does not feed a convolution alone"
@@ -148,15 +214,16 @@ class Folding:
         self._take(name, found, calls, {target: value}, ndim, [(name, target)])
         return None
 
-    def _refusal(self, source: str, calls: list[fx.Node]) -> str | None:
+    def _refusal(self, source: str, ways: "list[_Feed]") -> str | None:
         """Why the output of a convolution may not be changed."""
         if source in self.flow.reached:
             return self.flow.reached[source]
+        expected = {feed.behind for feed in ways}
         others = {
             user
             for call in self.flow.calls[source]
             for user in dataflow.uses(call) or [call]
-            if user not in calls
+            if user not in expected
         }
         if others:
             return f"its output is also used by {self._describe(others)}"
@@ -180,11 +247,12 @@ class Folding:
         module: linear.Linear,
         found: Normalization,
         channels: int | None = None,
+        ndim: int | None = None,
     ) -> str | None:
         """Why a normalization does not work on the channels of a convolution."""
         if channels is None:
             channels = getattr(module, "out_channels", getattr(module, "out_features", None))
-        dims = linear.dimensions(module)
+        dims = linear.dimensions(module) if ndim is None else ndim - 2
         if found.dims is not None and found.dims != (dims or 1):
             return "the normalization is for inputs of other dimensions"
         if channels != len(found.scale):
@@ -205,8 +273,13 @@ class Folding:
         pairs: list[tuple[str, str]],
     ) -> None:
         self.values |= values
+        self.changed |= values.keys()
         self.report.fused.extend(pairs)
         old = self.modules[name]
+        for source in values:  # a bias that the layer had not is the one of the normalization
+            bias = getattr(old, "bias", None)
+            trains = isinstance(bias, nn.Parameter) and bias.requires_grad
+            self.trains[source] = self.trains.get(source, False) or trains
         self.modules[name] = linear.replacement(old, found, ndim)
         put(self.model, old, self.modules[name])
         if not found.tail:
@@ -225,7 +298,7 @@ class Folding:
 
     def _describe(self, nodes: Iterable[fx.Node]) -> str:
         """The steps, for the reader."""
-        shown = sorted(self.flow.called(node) or _kind(node) for node in nodes)
+        shown = sorted({self.flow.called(node) or _kind(node) for node in nodes})
         return ", ".join(shown) or "nothing"
 
 
@@ -233,5 +306,26 @@ def _kind(node: fx.Node) -> str:
     if node.op == "placeholder":
         return f"the input {node.target}"
     if node.op == "output":
-        return "the output"
-    return getattr(node.target, "__name__", str(node.target))
+        return "the output of the network"
+    if node.target is either:
+        return "another way through its forward (a flag or condition decides)"
+    name = getattr(node.target, "__name__", str(node.target))
+    return f"{name}()" if node.op in ("call_function", "call_method") else name
+
+
+class _Feed(NamedTuple):
+    """How the output of a layer reaches a normalization.
+
+    Attributes:
+        origin: the step that calls the layer.
+        behind: the first step that takes its output.
+        passing: what the steps in between do.
+    """
+
+    origin: fx.Node
+    behind: fx.Node
+    passing: Passing
+
+    @property
+    def ndim(self) -> int | None:
+        return self.passing.ndim

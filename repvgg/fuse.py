@@ -4,15 +4,16 @@ from collections.abc import Iterable
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from repvgg import branches, dataflow, linear
-from repvgg.copying import copied, plain_weights
+from repvgg import branches, dataflow, linear, verify
+from repvgg.copying import copied, plain_weights, unwrapped
 from repvgg.folding import Folding, FusionReport
-from repvgg.normalizations import is_normalization
+from repvgg.normalizations import is_normalization, read_once
+from repvgg.reparam import Affine
 from repvgg.rewriting import put
+from repvgg.tracing import OnlyFollowed, alternatives
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -131,106 +132,193 @@ def reestimate_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
                     buffer.copy_(before)
 
 
-def fuse_conv_bn(model: nn.Module) -> tuple[nn.Module, FusionReport]:
+def fuse_conv_bn(model: nn.Module, images: Tensor | None = None) -> tuple[nn.Module, FusionReport]:
     """Copy a network and fold every BatchNorm of the copy that can be proven to allow it.
 
     BN(W*x + b) is one convolution (RepVGG, eq. 3), and so is W*BN(x) + b where no border is padded
     with zeros, and a sum of parallel convolutions of one x (section 3.3), x itself among them. What
     feeds what is read off the forward (`repvgg.dataflow`), never off the order of children: a
     BatchNorm is folded into the convolutions that feed it if all it is ever given comes from them
-    and all they ever give goes to it.
+    and all they ever give goes to it, along every way that the forward may take: by its arguments,
+    by sizes and values that it tests, by flags (truth values, texts, numbers) of its modules.
+    Kernels are computed in float64 and rounded once. Folding goes on until nothing more folds.
 
     The copy computes what `model` computes in eval mode; `model` does not change. A folded
     convolution keeps its name, and an `nn.Identity` (or what a normalization did besides
     normalizing, timm's activation) stands in the place of its BatchNorm. For BatchNorm1d and
-    SyncBatchNorm it refuses inputs of which another axis would have been normalized. Where a sum
-    was merged, the module whose forward adds gets a forward that was written anew. At the end the
-    copy is followed again: if it takes other steps than `model`, because a forward asks what its
-    modules are, nothing is fused. Assumed is that a network is used by calling it, not by single
-    methods or parts of it, and that its forward does not depend on what it did before.
+    SyncBatchNorm it raises on inputs of which another axis would have been normalized. Where a sum
+    was merged, the module whose forward adds becomes an instance of a subclass with a new forward,
+    which works for every value of its flags or raises on those that it was not written for. Where a
+    forward handles other arguments than tensors in ways that cannot be followed, the copy raises on
+    them. `DistributedDataParallel` and `torch.compile` around the network are taken off.
+
+    Assumed is that a network is used by calling it, not by single methods or parts of it, that its
+    forward does not depend on what it did before, and that nobody replaces its layers afterwards.
+
+    Args:
+        images: an input of the network; if given, the copy is compared with `model` on it in
+            float64. Recommended for networks that are not ours.
 
     Returns:
         the copy, in eval mode, and a report of what was fused, and of what was not and why.
 
     Raises:
-        ValueError: the network is in training mode, or cannot be copied: it has lazy parameters
-            that were never initialized, or weights that a hook computes (pruning, old weight_norm).
+        ValueError: the network is in training mode, was made by torch.export or torch.jit, cannot
+            be copied, or (with `images`) the copy computes something else; the first module that
+            differs is named.
     """
+    model = unwrapped(model)
+    if isinstance(model, fx.GraphModule) and _is_exported(model):
+        raise ValueError(
+            "the network is a program of torch.export, in which BatchNorms are no modules: call "
+            "fuse_conv_bn on the network first, then export what it returns"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "the network is a program of TorchScript, whose layers cannot be changed: call "
+            "fuse_conv_bn on the network first, then torch.jit.script or torch.jit.trace"
+        )
     if model.training:
         raise ValueError(
             f"{type(model).__name__} is in training mode, where BatchNorm cannot be folded: "
             "call .eval() first, or pass copy.deepcopy(model).eval()"
         )
-    return _fuse(model, values=True)
+    fused, report = _fuse(model, values=True)
+    if images is not None:
+        verify.require_equal(model, fused, images, moved=report.moved)
+    return fused, report
+
+
+def _is_exported(model: fx.GraphModule) -> bool:
+    """Whether torch.export made a network: it has operations of ATen and no modules."""
+    return any(isinstance(node.target, torch._ops.OpOverload) for node in model.graph.nodes)
 
 
 def _fuse(model: nn.Module, *, values: bool) -> tuple[nn.Module, FusionReport]:
-    for name, module in model.named_modules():
-        _require_copyable(name, module)
-    given = dataflow.copied(model)
-    training = {
-        name
-        for name, module in given.named_modules()
-        if module.training and is_normalization(module)
-    }
-    given.eval()
-    flow = dataflow.trace(given, linear.is_step)
-    for name in training:
-        flow.reached[name] = "it is in training mode: call .eval()"
+    with torch.inference_mode(False), torch.no_grad():
+        given = copied(model)
+        plain_weights(given)
+        modes = {name: module.training for name, module in given.named_modules()}
+        given = _with_one_graph(given.eval())
+        with read_once():
+            return _fold_and_merge(given, modes, values)
 
-    report = FusionReport(untraced=flow.untraced)
-    folded = dataflow.shared_copy(given)
-    Folding(folded, flow, report, values).run()
-    after = dataflow.trace(folded, linear.is_step)
-    if not dataflow.equal(flow, after):
-        reason = "some forward depends on what would be replaced (its class, or what it says)"
-        kept = {name: report.kept.get(name, reason) for name in _norms(given)}
-        return given, FusionReport(kept=kept, untraced=flow.untraced)
 
-    merged = dataflow.shared_copy(folded)
-    sums = _merge_sums(merged, after, values)
+def _fold_and_merge(
+    network: nn.Module, modes: dict[str, bool], values: bool
+) -> tuple[nn.Module, FusionReport]:
+    """Fold pairs and merge sums in turn, until neither finds more."""
+    report = FusionReport()
+    exact: dict[str, Affine] = {}  # kernels in float64, by the names of their layers
+    flow = dataflow.trace(network, linear.is_step)
+    flags = _flags(network, flow)
+    if flags:
+        flow = dataflow.trace(network, linear.is_step, flags)
+    while True:
+        report.untraced.clear()
+        report.untraced.update(flow.untraced)
+        for name, module in network.named_modules():
+            if is_normalization(module) and modes.get(name):
+                flow.reached[name] = "it is in training mode: call .eval()"
+        folded = dataflow.shared_copy(network)
+        step = FusionReport()
+        kernels = dict(exact)
+        Folding(folded, flow, step, kernels, of_values=values).run()
+        after = dataflow.trace(folded, linear.is_step, flags) if step.fused else flow
+        if not dataflow.equal(flow, after):
+            reason = "some forward depends on what would be replaced (its class, or what it says)"
+            step = FusionReport(kept={n: step.kept.get(n, reason) for n in _norms(network)})
+            folded, after, kernels = network, flow, exact
+        report.fused.extend(step.fused)
+        report.kept.clear()
+        report.kept.update(step.kept)
+        network, exact = folded, kernels
+        report.unmerged.clear()
+        sums = _merge_all(network, after, exact, report, values, flags)
+        if sums is None:
+            break
+        network, flow = sums
+    _guard(network, flow)
+    return network, report
+
+
+def _merge_all(
+    network: nn.Module,
+    flow: dataflow.Dataflow,
+    exact: dict[str, Affine],
+    report: FusionReport,
+    values: bool,
+    flags: dataflow.Flags,
+) -> tuple[nn.Module, dataflow.Dataflow] | None:
+    """Merge sums of branches in every forward that adds; None where there are none."""
+    merged = dataflow.shared_copy(network)
+    kernels = dict(exact)
+    sums = [
+        (owner, names)
+        for owner in branches.owners(flow, network)
+        for names in branches.merge_sums(
+            merged, owner, flow, kernels, report, of_values=values, flags=flags
+        )
+    ]
     if not sums:
-        return folded, report
+        return None
     owners = {owner for owner, _ in sums}
 
     def trace_around(network: nn.Module) -> dataflow.Dataflow:
         known = {network.get_submodule(owner) for owner in owners}
-        return dataflow.trace(network, lambda module: module in known or linear.is_step(module))
+        return dataflow.trace(
+            network, lambda module: module in known or linear.is_step(module), flags
+        )
 
-    if not dataflow.equal(trace_around(folded), trace_around(merged), apart_from=owners):
-        return folded, report
+    if not dataflow.equal(trace_around(network), trace_around(merged), apart_from=owners):
+        report.unmerged.update(dict.fromkeys(owners, "another forward depends on what it is"))
+        return None
     for _, names in sums:
         report.merged.append(names)
         for name in names[1:]:
             if report.kept.pop(name, None) is not None:
                 report.fused.append((names[0], name))
-    return merged, report
+    exact.clear()
+    exact.update(kernels)
+    return merged, dataflow.trace(merged, linear.is_step, flags)
 
 
-def _require_copyable(name: str, module: nn.Module) -> None:
-    """Refuse what holds no numbers of its own."""
-    tensors = dataflow.own_tensors(module).values()
-    if any(isinstance(t, UninitializedBuffer | UninitializedParameter) for t in tensors):
-        raise ValueError(f"{name} is not initialized: run the network once")
-    for key, value in vars(module).items():
-        computed = any(f"{key}{end}" in module._parameters for end in ("_orig", "_g", "_v"))
-        if isinstance(value, Tensor) and value.grad_fn is not None and computed:
-            raise ValueError(
-                f"{name}.{key} is computed by a hook: make it permanent first "
-                "(torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm)"
-            )
+def _flags(network: nn.Module, flow: dataflow.Dataflow) -> dict[str, list[tuple[str, Any]]]:
+    """Flags of the modules between a layer and the normalization that it feeds.
+
+    They may decide whether the one still feeds the other.
+    """
+    names: set[str] = set()
+    for name, calls in flow.calls.items():
+        if not is_normalization(network.get_submodule(name)):
+            continue
+        for call in calls:
+            for other in (*call.all_input_nodes, *dataflow.uses(call)):
+                first, second = list(flow.callers[call]), list(flow.callers.get(other, {}))
+                shared = 0
+                while shared < min(len(first), len(second)) and first[shared] == second[shared]:
+                    shared += 1
+                names |= {*first[max(0, shared - 1) :], *second[max(0, shared - 1) :]}
+    found = {name: alternatives(network.get_submodule(name)) for name in names}
+    return {name: tries for name, tries in found.items() if tries}
+
+
+def _with_one_graph(network: nn.Module) -> nn.Module:
+    """Give GraphModules that swap graphs with their mode (torchvision's) the one of eval mode."""
+    for module in list(network.modules()):
+        if isinstance(module, fx.GraphModule) and "train_graph" in vars(module):
+            plain = fx.GraphModule(module, module.graph, type(module).__name__).eval()
+            if module is network:
+                return plain
+            put(network, module, plain)
+    return network
+
+
+def _guard(network: nn.Module, flow: dataflow.Dataflow) -> None:
+    """Let the network raise on arguments that its forward was not followed for."""
+    if flow.assumed:
+        network.register_forward_pre_hook(OnlyFollowed(flow.assumed), with_kwargs=True)
 
 
 def _norms(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if is_normalization(m)]
-
-
-def _merge_sums(
-    model: nn.Module, flow: dataflow.Dataflow, values: bool
-) -> list[tuple[str, tuple[str, ...]]]:
-    """Merge sums of branches in every forward that adds; the owners and names of each."""
-    return [
-        (owner, names)
-        for owner in branches.owners(flow)
-        for names in branches.merge_sums(model, owner, flow, values=values)
-    ]

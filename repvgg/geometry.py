@@ -45,15 +45,23 @@ def read_subsampling(node: Any, dims: int) -> tuple[fx.Node, int] | None:
     return (source, step) if isinstance(step, int) and step > 0 else None
 
 
-def small_kernel(module: nn.Module | None, conv: _ConvNd) -> Affine | None:
-    """A branch of its own size, with the channels of a convolution; None where they differ."""
+def small_kernel(
+    module: nn.Module | None, conv: _ConvNd, value: Affine | None = None
+) -> Affine | None:
+    """A branch of its own size, with the channels of a convolution; None where they differ.
+
+    Args:
+        value: of a convolution, if it is known more precisely than its weights say.
+    """
     weight = conv.weight
     if isinstance(module, _ConvNd):
         shape = (module.in_channels, module.out_channels, module.groups)
         same = shape == (conv.in_channels, conv.out_channels, conv.groups) and (
             module.weight.dtype == weight.dtype and module.weight.device == weight.device
         )
-        return linear.affine(module) if same else None
+        if not same:
+            return None
+        return linear.affine(module) if value is None else value
     if conv.in_channels != conv.out_channels:
         return None
     dims = len(conv.kernel_size)

@@ -8,6 +8,7 @@ import operator
 from collections import OrderedDict
 from typing import TypeGuard
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
@@ -35,34 +36,46 @@ CONVOLUTIONS: dict[type[nn.Module], int] = {  # and their spatial dimensions
 }
 
 
-class Rows(nn.Identity):
+@fx.wrap
+def require_axes(x: Tensor, ndim: int, channels: int) -> Tensor:
+    """Give a tensor back if it has so many axes, and the channels on its second one.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if x.ndim != ndim or x.shape[1] != channels:
+        raise ValueError(
+            f"an input of shape {x.shape} reached a BatchNorm that was folded for inputs of {ndim} "
+            f"axes, the second one of {channels} channels: run the network as it was before "
+            "fuse_conv_bn on it"
+        )
+    return x
+
+
+class Rows(nn.Module):
     """Stands for a BatchNorm that was folded and took inputs of several ranks.
 
     It normalized the second axis, whatever that was. The fold holds where that is the axis of
     channels, so only such inputs are let through.
 
-    Shapes: any of `ndim` axes, unchanged.
+    Shapes: `ndim` axes, the second one of `channels`; unchanged.
 
     Raises:
-        ValueError: an input has another number of axes.
+        ValueError: an input has other axes.
     """
 
     transparent = True  # for the dataflow
 
-    def __init__(self, ndim: int) -> None:
+    def __init__(self, ndim: int, channels: int) -> None:
         super().__init__()
         self.ndim = ndim
+        self.channels = channels
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != self.ndim:
-            raise ValueError(
-                f"an input of shape {tuple(x.shape)} reached a BatchNorm that was folded for "
-                f"inputs of {self.ndim} axes: run the network as it was before fuse_conv_bn on it"
-            )
-        return x
+        return require_axes(x, self.ndim, self.channels)
 
     def extra_repr(self) -> str:
-        return f"ndim={self.ndim}"
+        return f"ndim={self.ndim}, channels={self.channels}"
 
 
 class Tail(nn.Sequential):
@@ -107,7 +120,7 @@ def replacement(module: nn.Module, found: Normalization, ndim: int) -> nn.Module
     if found.tail:
         tail = OrderedDict((name, module.get_submodule(name)) for name in found.tail)
         return Tail(tail).eval()
-    stands = nn.Identity() if found.checks else Rows(ndim)
+    stands = nn.Identity() if found.checks else Rows(ndim, len(found.scale))
     return stands.eval()
 
 
@@ -124,14 +137,24 @@ def affine(module: Linear) -> Affine:
     return bare_affine(kernel, None if module.bias is None else module.bias.detach().double())
 
 
-def write(module: Linear, value: Affine) -> None:
-    """Give a module a kernel and a bias; its other attributes, dtype and device stay."""
+def write(module: Linear, value: Affine, bias_trains: bool) -> None:
+    """Give a module a kernel and a bias. Its dtype, device and memory format stay.
+
+    Args:
+        bias_trains: whether the bias takes gradients if the module had none.
+    """
     kernel = value.kernel
     if isinstance(module, _ConvTransposeNd):
         kernel = transpose(kernel, module.groups)
-    old = module.weight
-    module.weight = nn.Parameter(kernel.to(old).contiguous(), old.requires_grad)
-    module.bias = nn.Parameter(value.bias.to(old), old.requires_grad)
+    old, bias = module.weight, module.bias
+    trains = bias_trains if bias is None else bias.requires_grad
+    module.weight = nn.Parameter(in_format_of(old, kernel), old.requires_grad)
+    module.bias = nn.Parameter(value.bias.to(old), trains)
+
+
+def in_format_of(old: Tensor, kernel: Tensor) -> Tensor:
+    """Numbers with the dtype, device and memory format (channels_last or not) of a tensor."""
+    return torch.empty_like(old, requires_grad=False).copy_(kernel)
 
 
 def fits(module: Linear, value: Affine) -> bool:

@@ -5,7 +5,9 @@ timm's BatchNormAct2d) is followed to see that it scales and shifts by channel, 
 then.
 """
 
+import contextlib
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,9 +54,9 @@ class Normalization:
     dtype: torch.dtype | None = None
 
 
-def is_normalization(module: nn.Module) -> bool:
+def is_normalization(module: nn.Module | None) -> bool:
     """Whether a module looks like a BatchNorm: it keeps running statistics, or is a subclass."""
-    if isinstance(module, _InstanceNorm):
+    if module is None or isinstance(module, _InstanceNorm):
         return False
     statistics = (getattr(module, key, None) for key in ("running_mean", "running_var"))
     return isinstance(module, _BatchNorm) or all(isinstance(s, Tensor) for s in statistics)
@@ -70,8 +72,34 @@ def is_never_updated(module: nn.Module) -> bool:
     return (count is None or int(count) == 0) and not mean.any() and bool((variance == 1).all())
 
 
+_read: dict[int, tuple[Tensor, Normalization | str]] | None = None  # by the id of their means
+
+
+@contextlib.contextmanager
+def read_once() -> Iterator[None]:
+    """Meanwhile, read a normalization only once, and copies that share its tensors not again.
+
+    Nothing may change the tensors or settings of normalizations meanwhile.
+    """
+    global _read
+    before, _read = _read, {}
+    try:
+        yield
+    finally:
+        _read = before
+
+
 def read_normalization(module: nn.Module) -> Normalization | str:
     """What a module that looks like a BatchNorm computes in eval mode, or why that is not known."""
+    mean = getattr(module, "running_mean", None)
+    if _read is None or not isinstance(mean, Tensor):
+        return _read_normalization(module)
+    if id(mean) not in _read:
+        _read[id(mean)] = mean, _read_normalization(module)
+    return _read[id(mean)][1]
+
+
+def _read_normalization(module: nn.Module) -> Normalization | str:
     if any(getattr(module, key, None) is None for key in ("running_mean", "running_var")):
         return "it has no running statistics, so its output depends on the batch"
     base = next((base for base in NORMALIZATIONS if isinstance(module, base)), None)

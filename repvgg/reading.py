@@ -15,9 +15,14 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 
 _CODE = ("__call__", "__getattr__", "__getattribute__", "forward", "_conv_forward")
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
+_PASS_ON = (
+    *(nn.Sequential, fx.GraphModule, AveragedModel),
+    *(nn.DataParallel, nn.parallel.DistributedDataParallel),
+)
 
 
 class Reading:
@@ -247,10 +252,9 @@ def _hidden_modules(module: nn.Module) -> Iterable[nn.Module]:
 
 
 def is_of_torch(module: nn.Module) -> bool:
-    """Whether a module is one of torch's own, other than a mere sequence."""
-    return type(module).__module__.startswith("torch.") and not isinstance(
-        module, nn.Sequential | fx.GraphModule
-    )
+    """Whether a module is one of torch's own, other than one that only passes on to others."""
+    passes_on = isinstance(module, _PASS_ON) or type(module).__name__ == "OptimizedModule"
+    return type(module).__module__.startswith("torch.") and not passes_on
 
 
 def has_own_code(module: nn.Module, base: type[nn.Module]) -> bool:

@@ -1,10 +1,16 @@
 """Changes of a network in place: other modules under the old names, another forward."""
 
+import hashlib
 import importlib
+import linecache
+import re
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 from torch import fx, nn
+
+Case = tuple[tuple[tuple[str, Any], ...], fx.Graph]  # values of attributes, and the graph they give
 
 
 def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -15,29 +21,85 @@ def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
-def give_forward(owner: nn.Module, graph: fx.Graph) -> None:
-    """Make a module run a graph; all else of it, its class's methods too, stays."""
-    code = graph.python_code("self")
-    names = {
-        key: (value.__name__ if isinstance(value, ModuleType) else value)
-        for key, value in code.globals.items()
-    }
-    owner.__class__ = _specialized(type(owner), code.src, names)
+def give_forward(owner: nn.Module, cases: Sequence[Case], fixed: dict[str, Any]) -> None:
+    """Make a module run graphs; all else of it, its class's methods too, stays.
+
+    Its class becomes a subclass of the same name.
+
+    Args:
+        cases: which graph to run for which values of its attributes, the usual one first.
+        fixed: attributes that must keep their values, as the graphs hold for those alone.
+    """
+    if isinstance(owner, fx.GraphModule):
+        owner.graph = cases[0][1]
+        return
+    names: dict[str, Any] = {}
+    parts = []
+    for place, (_, graph) in enumerate(cases):
+        for node in graph.nodes:
+            node.type = None  # an annotation may be text that means something elsewhere
+        code = graph.python_code("self")
+        names |= {
+            key: value.__name__ if isinstance(value, ModuleType) else value
+            for key, value in code.globals.items()
+        }
+        name = "forward" if len(cases) == 1 and not fixed else f"_forward_{place}"
+        parts.append(re.sub(r"def forward\(", f"def {name}(", code.src.strip(), count=1))
+    if len(parts) > 1 or fixed:
+        parts.append(_dispatch(cases, fixed, type(owner).__name__))
+    owner.__class__ = _specialized(type(owner), "\n\n".join(parts) + "\n", names)
+
+
+def _dispatch(cases: Sequence[Case], fixed: dict[str, Any], owner: str) -> str:
+    x = next(str(node.target) for node in cases[0][1].nodes if node.op == "placeholder")
+    lines = [f"def forward(self, {x}):"]
+    for attribute, value in fixed.items():
+        lines += [
+            f"    if self.{attribute} != {value!r}:",
+            f"        raise ValueError({_changed(owner, attribute, value)!r})",
+        ]
+    flags = dict.fromkeys(attribute for values, _ in cases for attribute, _ in values)
+    for place, (values, _) in enumerate(cases):
+        asked = " and ".join(f"self.{attribute} == {value!r}" for attribute, value in values)
+        lines += [f"    if {asked or 'True'}:", f"        return self._forward_{place}({x})"]
+    if flags:
+        message = (
+            f"{owner}: {', '.join(flags)} has a value with which its branches were not merged; "
+            "set it before fuse_conv_bn"
+        )
+        lines.append(f"    raise ValueError({message!r})")
+    return "\n".join(lines)
+
+
+def _changed(owner: str, attribute: str, value: Any) -> str:
+    return (
+        f"{owner}.{attribute} was {value!r} when its branches were merged, and cannot be changed "
+        "afterwards: set it before fuse_conv_bn"
+    )
 
 
 def _specialized(base: type[nn.Module], source: str, names: dict[str, Any]) -> type[nn.Module]:
-    """A subclass with another forward, whose instances can be pickled."""
+    """A subclass with another forward, whose instances can be pickled and scripted."""
     namespace = {
         key: importlib.import_module(value) if isinstance(value, str) else value
         for key, value in names.items()
     }
-    exec(source, namespace)
+    namespace["__name__"] = base.__module__
+    # Where torch.jit.script and tracebacks find the text.
+    place = f"<merged {base.__name__} {hashlib.sha1(source.encode()).hexdigest()[:12]}>"
+    linecache.cache[place] = (len(source), None, source.splitlines(keepends=True), place)
+    exec(compile(source, place, "exec"), namespace)
 
     def reduce(self: nn.Module, _: Any) -> tuple[Any, ...]:
         return _restore, (base, source, names), vars(self)
 
-    members = {"forward": namespace["forward"], "__reduce_ex__": reduce}
-    return type(base.__name__, (base,), members | {"__module__": base.__module__})
+    members = {
+        key: value
+        for key, value in namespace.items()
+        if key == "forward" or key.startswith("_forward_")
+    }
+    members |= {"__reduce_ex__": reduce, "__module__": base.__module__}
+    return type(base.__name__, (base,), members)
 
 
 def _restore(base: type[nn.Module], source: str, names: dict[str, Any]) -> nn.Module:

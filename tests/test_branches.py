@@ -22,12 +22,12 @@ class Sum(nn.Module):
     def __init__(self, *branches: nn.Module, identity: bool = False) -> None:
         super().__init__()
         self.branches = nn.ModuleList(branches)
-        self.identity = identity
+        self.identity = nn.Identity() if identity else None
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x):
         y = sum(branch(x) for branch in self.branches)
-        return self.relu(y + x if self.identity else y)
+        return self.relu(y if self.identity is None else y + self.identity(x))
 
 
 def conv_bn(*args, dims: int = 2, **options) -> nn.Sequential:

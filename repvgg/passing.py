@@ -1,0 +1,168 @@
+"""Steps between a layer and a BatchNorm that do nothing in eval mode, or only scale and shift.
+
+Dropout, `contiguous`, `flatten` and a constant factor do not keep a BatchNorm from being folded.
+"""
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from repvgg.kinds import is_finite_number
+
+_NOTHING = ("contiguous", "clone", "detach")
+_DROPOUTS = (
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
+    *("stochastic_depth", "drop_path"),
+)
+_CASTS = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+_ADD = (operator.add, operator.iadd, torch.add)
+_SUB = (operator.sub, operator.isub, torch.sub)
+_MUL = (operator.mul, operator.imul, torch.mul)
+_DIV = (operator.truediv, operator.itruediv, torch.div)
+
+
+class Passing(NamedTuple):
+    """y -> scale * y + shift, for each element.
+
+    Attributes:
+        ndim: axes of the result, where the step changes them; its second axis is still that of
+            the channels, or it raises.
+        dtype: the only precision in which it does not round.
+    """
+
+    scale: float = 1.0
+    shift: float = 0.0
+    ndim: int | None = None
+    dtype: torch.dtype | None = None
+
+
+def source_of(node: fx.Node) -> fx.Node | None:
+    """The value that a step of one input works on; its sizes do not count."""
+    source = node.args[0] if node.args else None
+    if isinstance(source, fx.Node):
+        return source
+    second = node.args[1] if len(node.args) > 1 else None
+    return second if isinstance(second, fx.Node) else None
+
+
+def read_passing(
+    node: fx.Node, channels: int, get_module: Callable[[fx.Node], nn.Module | None]
+) -> Passing | None:
+    """What a step does with a value of so many channels; None where that is more, or not known."""
+    source = source_of(node)
+    if source is None:
+        return None
+    if node.op == "call_module":
+        module = get_module(node)
+        plain = type(module) is nn.Flatten and len(node.args) == 1 and not node.kwargs
+        return _flatten(module.start_dim, module.end_dim) if plain else None  # type: ignore
+    name = str(getattr(node.target, "__name__", node.target))
+    if node.op == "call_method":
+        return _read_method(node, name, source, channels)
+    if node.op != "call_function":
+        return None
+    if name == "either":  # every way gives this value
+        return None
+    if name in _DROPOUTS:
+        return Passing() if _is_off(node) else None
+    if name == "flatten" and node.target is torch.flatten:
+        return _flatten(*_two(node.args[1:], node.kwargs))
+    return _read_arithmetic(node)
+
+
+def _read_method(node: fx.Node, name: str, source: fx.Node, channels: int) -> Passing | None:
+    rest = node.args[1:]
+    if name in _NOTHING and not rest and not node.kwargs:
+        return Passing()
+    if name in _CASTS and not rest and not node.kwargs:
+        return Passing(dtype=_CASTS[name])
+    if name == "to" and len(rest) == 1 and isinstance(rest[0], torch.dtype) and not node.kwargs:
+        return Passing(dtype=rest[0])
+    if name == "flatten":
+        return _flatten(*_two(rest, node.kwargs))
+    if name in ("view", "reshape") and not node.kwargs:
+        sizes: Any = rest[0] if len(rest) == 1 and isinstance(rest[0], tuple | list) else rest
+        if len(sizes) < 2 or not _is_size(sizes[0], source, 0):
+            return None
+        if len(sizes) == 2 and (sizes[1] == -1 or sizes[1] == channels):
+            return Passing(ndim=2)
+        if _is_size(sizes[1], source, 1) or sizes[1] == channels:
+            return Passing(ndim=len(sizes))
+    if name in ("mul", "mul_", "div", "div_", "add", "add_", "sub", "sub_") and len(rest) == 1:
+        if node.kwargs or not is_finite_number(rest[0]):
+            return None
+        return _affine(name.rstrip("_"), float(rest[0]))  # type: ignore[arg-type]
+    return None
+
+
+def _read_arithmetic(node: fx.Node) -> Passing | None:
+    if node.target is operator.neg:
+        return Passing(scale=-1.0)
+    if node.kwargs or len(node.args) != 2:
+        return None
+    first, second = node.args
+    names = {"add": _ADD, "sub": _SUB, "mul": _MUL, "div": _DIV}
+    name = next((key for key, targets in names.items() if node.target in targets), None)
+    if name is None:
+        return None
+    if first is second:
+        return Passing(scale=2.0) if name == "add" else None
+    if isinstance(first, fx.Node) and is_finite_number(second):
+        return _affine(name, float(second))  # type: ignore[arg-type]
+    if isinstance(second, fx.Node) and is_finite_number(first):
+        if name == "sub":
+            return Passing(scale=-1.0, shift=float(first))  # type: ignore[arg-type]
+        return None if name == "div" else _affine(name, float(first))  # type: ignore[arg-type]
+    return None
+
+
+def _affine(name: str, number: float) -> Passing | None:
+    if name in ("mul", "div"):
+        if number == 0:
+            return None
+        return Passing(scale=number if name == "mul" else 1 / number)
+    return Passing(shift=number if name == "add" else -number)
+
+
+def _flatten(start: Any, end: Any) -> Passing | None:
+    if end != -1 or start not in (1, 2):
+        return None
+    return Passing(ndim=start + 1)
+
+
+def _two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    given = dict(zip(("start_dim", "end_dim"), args, strict=False)) | kwargs
+    return given.get("start_dim", 0), given.get("end_dim", -1)
+
+
+def _is_off(node: fx.Node) -> bool:
+    """Whether a function that drops is told that nothing trains."""
+    try:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore
+        bound.apply_defaults()
+    except (TypeError, ValueError):
+        return False
+    return bound.arguments.get("training", True) is False
+
+
+def _is_size(value: Any, source: fx.Node, axis: int) -> bool:
+    """Whether a value is the size of one axis of a tensor."""
+    if not isinstance(value, fx.Node):
+        return False
+    if value.op == "call_method" and value.target == "size":
+        return value.args[0] is source and len(value.args) == 2 and value.args[1] is axis
+    if value.target is not operator.getitem or value.args[1] != axis:
+        return False
+    shape = value.args[0]
+    if not isinstance(shape, fx.Node) or not shape.args or shape.args[0] is not source:
+        return False
+    return (shape.target is getattr and shape.args[1] == "shape") or shape.target == "size"

@@ -49,7 +49,9 @@ def equalize(model: RepVGG) -> RepVGG:
     blocks = [module for module in model.modules() if isinstance(module, RepVGGBlock)]
     if any(block.reparam is None for block in blocks):
         raise ValueError("equalizing needs the deployed form: call repvgg.switch_to_deploy(model)")
-    chain: list[Any] = [*(block.reparam for block in blocks), model.linear]
+    chain: list[Any] = [block.reparam for block in blocks]
+    if isinstance(model.linear, nn.Linear):  # else it has no classifier, and its features stay
+        chain.append(model.linear)
     for _ in range(EQUALIZING_ROUNDS):
         scales = [_equalize(*pair) for pair in itertools.pairwise(chain)]
         if all((scale == 1).all() for scale in scales):

@@ -33,7 +33,8 @@ class RepVGG(nn.Module):
             the resolution by 32; small images want ones in front.
         groups: of the 3x3 and 1x1 convolutions of every second block after the stem, the second
             first (section 3.4); the other blocks have 1.
-        num_classes: K.
+        num_classes: K; 0 is a network without a classifier, which returns the pooled features
+            (N, widths[3]).
         in_channels: channels of the images.
         dropout: probability in front of the linear layer; 0 is off.
         branch_drop: of every block: see `RepVGGBlock`; 0 is off.
@@ -73,7 +74,7 @@ class RepVGG(nn.Module):
         depths = check_integers("model.depths", depths, length=4, example="[2,4,14,1]")
         widths = check_integers("model.widths", widths, length=4, example="[48,96,192,1280]")
         strides = check_integers("model.strides", strides, length=5, example="[2,2,2,2,2]")
-        check_integer("model.num_classes", num_classes, minimum=1, example=10)
+        check_integer("model.num_classes", num_classes, minimum=0, example=10)
         check_integer("model.in_channels", in_channels, minimum=1, example=3)
         check_integer("model.groups", groups, minimum=1, example=2)
         check_number("model.dropout", dropout, below=1, example=0.2)
@@ -84,6 +85,9 @@ class RepVGG(nn.Module):
         check_integer("model.se_after_relu", se_after_relu, minimum=0, example=4)
         if not isinstance(auxiliary_heads, bool):
             raise refusal("model.auxiliary_heads", auxiliary_heads, "must be true or false", "true")
+        if auxiliary_heads and num_classes == 0:
+            allowed = "these heads are classifiers, of which model.num_classes=0 has none"
+            raise refusal("model.auxiliary_heads", auxiliary_heads, allowed, "false")
         if auxiliary_heads and depths[2] < 2:
             raise refusal(
                 "model.depths", depths, "auxiliary heads halve stage 3, so it needs 2", "[1,1,2,1]"
@@ -130,7 +134,7 @@ class RepVGG(nn.Module):
                 "model.drop_path", drop_path, "this network has no block with an identity branch", 0
             )
         self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(width, num_classes)
+        self.linear = nn.Linear(width, num_classes) if num_classes else nn.Identity()
 
         # After which block each auxiliary classifier reads the features.
         self._taps: dict[int, str] = {}

@@ -61,7 +61,9 @@ def create_model(name: str, **overrides: Any) -> RepVGG:
     Args:
         name: one of `list_models()`.
         overrides: any argument of `RepVGG`, in place of the variant's: num_classes, in_channels,
-            dropout, strides, widths, depths, groups, bn_eps, ...
+            dropout, strides, widths, depths, groups, bn_eps, ... With num_classes=0 it has no
+            classifier, as in timm, and returns pooled features; RepVGGplus then needs
+            auxiliary_heads=False too.
 
     Raises:
         ValueError: the name or an override is unknown, or a value is outside its range.

@@ -107,7 +107,11 @@ def test_every_second_block_of_a_grouped_variant_is_grouped():
         ("repvgg_a9", {}, "unknown model 'repvgg_a9': did you mean repvgg_a"),
         ("resnet", {}, "allowed are repvgg_tiny, repvgg_a0"),
         ("repvgg_a0", {"classes": 3}, "unknown override 'classes': did you mean num_classes"),
-        ("repvgg_a0", {"num_classes": 0}, "model.num_classes=0: must be an integer of at least 1"),
+        (
+            "repvgg_a0",
+            {"num_classes": -1},
+            "model.num_classes=-1: must be an integer of at",
+        ),
         ("repvgg_a0", {"num_classes": True}, "model.num_classes=True"),
         ("repvgg_a0", {"dropout": 1.0}, "model.dropout=1.0: must be a number of at least 0 and"),
         ("repvgg_a0", {"dropout": "x"}, "model.dropout='x'"),
@@ -183,3 +187,11 @@ def test_bad_configs_are_refused_with_what_to_type(config, message):
 def test_an_unknown_library_is_refused():
     with pytest.raises(ValueError, match=r"model.library='keras': must be one of repvgg, torch"):
         build_model(library="keras", name="resnet18")
+
+
+def test_without_classes_a_network_gives_pooled_features():
+    network = repvgg.create_model("repvgg_tiny", num_classes=0).eval()
+    images = torch.rand(2, 3, 32, 32)
+
+    assert isinstance(network.linear, nn.Identity)
+    assert torch.equal(network(images), network.forward_features(images).mean((2, 3)))

@@ -1,23 +1,32 @@
-"""Files of tensors, by torch or safetensors, opened without running what they say."""
+"""Files of tensors, by torch, safetensors or numpy, opened without running what they say.
 
-import argparse
+What else stands in a file of torch (paths, times, configs, whole objects) is an inert stand-in: see
+`repvgg.standins`.
+"""
+
 import pickle
-import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+
+from repvgg import standins
+from repvgg.standins import StandIn
 
 SAFETENSORS = b"{"  # ninth byte of a file of that format
 METADATA = "__metadata__"  # where such a file says more
+STORE = "store its weights alone: torch.save(model.state_dict(), FILE)"
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a file of torch or safetensors holds; nothing that it says is run.
+    """What a file of torch, safetensors or numpy (.npz) holds; nothing that it says is run.
 
     Raises:
-        ValueError: the file is missing, truncated, of another kind or needs code to load.
+        ValueError: the file is missing, truncated, of another kind, needs code to load or names
+            what could run some.
     """
     if not path.exists():
         raise ValueError(f"'{path}' does not exist; give the path of a best.ckpt or last.ckpt")
@@ -34,30 +43,12 @@ def read(path: Path) -> dict[str, Any]:
                 return {**tensors, METADATA: file.metadata() or {}}
         except SafetensorError as error:
             raise ValueError(f"'{path}' cannot be read: {error}") from error
-    try:
-        with (
-            warnings.catch_warnings(),
-            # Plain data, in the training files of timm and others.
-            torch.serialization.safe_globals([argparse.Namespace]),
-        ):
-            warnings.simplefilter("ignore")  # of torch's reader, on files that are not its own
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if named is None and _is_text(path):
-            raise _unreadable(path, error) from error
-        if named is None:
-            raise ValueError(
-                f"'{path}' is no checkpoint of plain tensors: it is not a torch file, or loading "
-                "it could run code of the file, which is refused"
-            ) from error
+    content = _read_arrays(path) if _is_archive_of_arrays(path) else _read_torch(path)
+    if isinstance(content, StandIn):
         raise ValueError(
-            f"'{path}' holds more than plain tensors, a {named[1]}, whose loading could run code "
-            "of the file, which is refused; where it is trusted, store its weights alone: "
-            "torch.save(model.state_dict(), FILE)"
-        ) from error
-    except Exception as error:  # torch's reader fails in many ways on what is not a torch file
-        raise _unreadable(path, error) from error
+            f"'{path}' holds a {content.name}, whose loading could run code of the file, which is "
+            f"not done; where it is trusted, {STORE}"
+        )
     if isinstance(content, list | tuple):
         content = {str(number): part for number, part in enumerate(content)}
     if not isinstance(content, dict):
@@ -65,10 +56,70 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
+def _read_torch(path: Path) -> Any:
+    """By torch's own reader of plain tensors; what that rejects, with stand-ins."""
+    with path.open("rb") as file:
+        for plain in (True, False):
+            file.seek(0)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of torch's reader, on what is not its own
+                    return torch.load(
+                        file,
+                        map_location="cpu",
+                        weights_only=plain,
+                        pickle_module=None if plain else standins,
+                    )
+            except standins.HostileError as error:
+                raise ValueError(
+                    f"'{path}' names {error}, which could run code and has no place in a "
+                    f"checkpoint, so it is not opened; where it is trusted, {STORE}"
+                ) from error
+            except standins.DamagedError as error:
+                raise ValueError(f"'{path}' cannot be read: {error}") from error
+            except pickle.UnpicklingError as error:
+                if not plain:
+                    raise _unreadable(path, error) from error
+            except Exception as error:  # in many ways, on what is not a torch file
+                raise _unreadable(path, error) from error
+    raise AssertionError  # the second reader returns or raises
+
+
+def _read_arrays(path: Path) -> dict[str, Any]:
+    """An archive of numpy's; an array of objects is a stand-in."""
+    content: dict[str, Any] = {}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            for key in archive.files:
+                try:
+                    content[key] = archive[key]
+                except ValueError as error:
+                    if "Object arrays" not in str(error):
+                        raise
+                    content[key] = StandIn("numpy.ndarray")
+    except Exception as error:  # in many ways, on what is damaged
+        raise ValueError(f"'{path}' cannot be read: its arrays are damaged ({error})") from error
+    return content
+
+
+def _is_archive_of_arrays(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError):
+        return False
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
 def _unreadable(path: Path, error: Exception) -> ValueError:
     head = _head(path)
     if not head:
         said = "it is empty"
+    elif "pickle_module" in str(error):
+        said = (
+            "it holds more than plain tensors, and TORCH_FORCE_WEIGHTS_ONLY_LOAD is set: unset it, "
+            f"or {STORE}"
+        )
     elif "TorchScript" in str(error):
         said = "it is a program of TorchScript; store the weights alone, of its state_dict()"
     elif head.startswith(b"PK"):

@@ -5,8 +5,10 @@ image size, mean and std, interpolation) and a probe: a few validation images wi
 trained network gave them. It holds plain types and tensors alone, so it loads with
 `torch.load(weights_only=True)`, in a process without Lightning, and runs no code of the file.
 
-Files of others hold weights alone, in layouts of their own (`repvgg.layouts`). They are opened too;
-what they do not say is then assumed to be as for ImageNet, and their probe is of noise.
+Third-party files hold weights alone, in layouts of their own (`repvgg.layouts`). They are opened
+too; what they do not say is then assumed to be as for ImageNet, and their probe is of noise. One
+without a classifier, such as the backbone of a detector, gives no logits: `open_network` opens it,
+`load` does not.
 """
 
 import os
@@ -158,19 +160,19 @@ def load(
     bn_eps: float | None = None,
     strides: Sequence[int] | None = None,
 ) -> Checkpoint:
-    """Open a checkpoint, ours or a RepVGG's in any layout of the field, and rebuild its network.
+    """Open a checkpoint, ours or a RepVGG's in any known layout, and rebuild its network.
 
-    What the images of a file of others are is assumed to be as for ImageNet, unless deploy.py wrote
-    it: see `imagenet`.
+    What the images of a third-party file are is assumed to be as for ImageNet, unless deploy.py
+    wrote it: see `imagenet`.
 
     Args:
-        path: of a file of torch or safetensors.
+        path: of a file of torch, safetensors or numpy (.npz).
         weights: which network of a file that holds several, such as "state_dict_ema".
         bn_eps, strides: of a file of others: see `from_state_dict`.
 
     Raises:
-        ValueError: the file is missing, truncated, holds no RepVGG or several, needs arbitrary code
-            to load, or its weights do not fit. Each says which.
+        ValueError: the file is missing, truncated, holds no RepVGG or several, or one without a
+            classifier, needs arbitrary code to load, or its weights do not fit. Each says which.
     """
     opened = _open(Path(path), weights=weights, bn_eps=bn_eps, strides=strides)
     if isinstance(opened, Checkpoint):
@@ -190,8 +192,11 @@ def open_network(
 ) -> Network:
     """Open a checkpoint as `load` does, without assuming what its images are.
 
+    A network without a classifier is opened too: its config has num_classes=0, and it returns its
+    pooled features (N, C).
+
     Raises:
-        ValueError: as `load`.
+        ValueError: as `load`, but for the classifier.
     """
     opened = _open(Path(path), weights=weights, bn_eps=bn_eps, strides=strides)
     return Network(opened.model, opened.config, opened.data, opened.origin)
@@ -201,8 +206,9 @@ def with_noise(network: Network, data: DataContract) -> Checkpoint:
     """Say what the images of a network are, and record what it says of noise.
 
     Raises:
-        ValueError: the network has another number of classes or channels.
+        ValueError: the network has another number of classes or channels, or no classifier.
     """
+    _require_classifier(network.config)
     for said, given, held in (
         ("classes", len(data.classes), network.config["num_classes"]),
         ("channels", data.in_channels, network.config["in_channels"]),
@@ -246,6 +252,8 @@ def _open_ours(content: Mapping[str, Any], path: Path) -> Checkpoint:
                 "update the package"
             )
         config, contract, probe = entry["model"], DataContract(**entry["data"]), entry["probe"]
+        if config.get("num_classes") == 0:
+            raise ValueError(f"'{path}' has a damaged description: a network of 0 classes")
         model = build_model(**config)
         stored = {
             key.removeprefix(NETWORK_PREFIX): value
@@ -273,14 +281,17 @@ def from_state_dict(
     bn_eps: float = 1e-5,
     strides: Sequence[int] | None = None,
 ) -> RepVGG:
-    """Build the RepVGG that a state_dict in any layout of the field belongs to, and load it.
+    """Build the RepVGG that a state_dict in any known layout belongs to, and load it.
 
     Layout, variant, classes and form follow from keys and shapes; depths and widths may be others
     than a variant's. Every tensor of the network is in the state_dict, and the other way round.
+    Where all of the classifier is missing, the network has none (num_classes=0) and returns pooled
+    features; a detector's or segmenter's tensors beside it are then left alone.
 
     Args:
-        state_dict: of the authors' RepVGG or RepVGGplus, timm, mmpretrain, QARepVGG, or ours, in
-            the form that trains or deployed; in wrappers, and behind a prefix, if need be.
+        state_dict: of the authors' RepVGG, RepVGGplus or PSPNet, timm, mmpretrain, QARepVGG, or
+            ours, in the form that trains or deployed, as tensors or arrays of numpy; in wrappers,
+            and behind a prefix, if need be.
         weights: which network, where there are several: its wrappers and prefix.
         bn_eps: of its BatchNorms: no state_dict tells. Some programs train with 1e-3.
         strides: of the stem and of the first block of each stage, likewise; None is the paper's
@@ -302,10 +313,10 @@ def from_state_dict(
 def initialize(network: nn.Module, start: Network, images: Tensor) -> list[str]:
     """Give a network in its training form the weights of a checkpoint in either form, in place.
 
-    The classifier stays as it is where the number of classes differs, and so do auxiliary
-    classifiers that the checkpoint has not. Where strides differ so that a block has an identity
-    branch here and had none, the branch adds nothing at first. A deployed checkpoint tells neither
-    strides nor the kind of block: it becomes what `network` is.
+    The classifier stays as it is where the number of classes differs or the checkpoint has none,
+    and so do auxiliary classifiers that the checkpoint has not. Where strides differ so that a
+    block has an identity branch here and had none, the branch adds nothing at first. A deployed
+    checkpoint tells neither strides nor the kind of block: it becomes what `network` is.
 
     Args:
         images: (N, C, H, W), as `network` takes them, on which the statistics of a network that was
@@ -368,8 +379,9 @@ def imagenet(config: Mapping[str, Any]) -> DataContract:
         config: of the network. 1000 classes have ImageNet's names, others have numbers.
 
     Raises:
-        ValueError: the network does not take images of three channels.
+        ValueError: the network does not take images of three channels, or has no classifier.
     """
+    _require_classifier(config)
     if config["in_channels"] != 3:
         raise ValueError(
             f"it takes images of {config['in_channels']} channels, so it was not trained on "
@@ -387,6 +399,15 @@ def imagenet(config: Mapping[str, Any]) -> DataContract:
         interpolation="bilinear",
         resize_size=320 if large else 256,
     )
+
+
+def _require_classifier(config: Mapping[str, Any]) -> None:
+    if config["num_classes"] == 0:
+        raise ValueError(
+            f"it holds {recognize.describe_variant(config)} without a classifier, so it gives no "
+            "logits: train one on it, python train.py init=FILE ..., or take its features with "
+            "repvgg.checkpoint.open_network(FILE).model"
+        )
 
 
 def _last(network: nn.Module) -> str:

@@ -1,7 +1,8 @@
-"""The key layouts in which the field stores RepVGG, and how their names become ours.
+"""The key layouts of third-party checkpoints of RepVGG, and how their names become ours.
 
-Five beside ours are known: the authors' (RepVGG, arXiv:2101.03697), that of their RepVGGplus,
-timm's, mmpretrain's and QARepVGG's (arXiv:2212.01593).
+Seven beside ours are known: the authors' (RepVGG, arXiv:2101.03697), those of their RepVGGplus and
+of their PSPNet example, timm's, that of timm's features_only, mmpretrain's and QARepVGG's
+(arXiv:2212.01593).
 """
 
 import re
@@ -38,6 +39,11 @@ class Layout(NamedTuple):
             rf"(?P<prefix>(?:.*\.)?)(?:{re.escape(self.stem)}|{block})"
             rf"\.(?P<part>{parts})\.(?P<leaf>.+)"
         )
+
+    def owns(self, key: str) -> bool:
+        """Whether a key, without prefix, stands where this layout has blocks, known or not."""
+        before = re.escape(self.block.partition("{")[0])
+        return re.match(rf"{re.escape(self.stem)}\.|{before}\d", key) is not None
 
     def to_ours(self, keys: list[str]) -> dict[str, str]:
         """Those keys, without prefix, that this layout knows, and our names of them."""
@@ -96,7 +102,16 @@ _AUTHORS = {
     "post_se.down": "se_after_relu.squeeze",
     "post_se.up": "se_after_relu.excite",
 }
+_TIMM = {
+    "conv_kxk": "branch_3x3",
+    "conv_1x1": "branch_1x1",
+    "identity": "branch_identity",
+    "reparam_conv": "reparam",
+    "attn.fc1": "se_before_relu.squeeze",
+    "attn.fc2": "se_before_relu.excite",
+}
 _NUMBERS = ("1", "2", "3", "4")
+_FROM_ZERO = ("0", "1", "2", "3")
 OURS = Layout(
     "our",
     "stem",
@@ -149,16 +164,11 @@ LAYOUTS = (
         "stem",
         "stages.{stage}.{number}",
         ("0", "1", "2", "3"),
-        {
-            "conv_kxk": "branch_3x3",
-            "conv_1x1": "branch_1x1",
-            "identity": "branch_identity",
-            "reparam_conv": "reparam",
-            "attn.fc1": "se_before_relu.squeeze",
-            "attn.fc2": "se_before_relu.excite",
-        },
+        _TIMM,
         {"head.fc": "linear"},
     ),
+    Layout("timm's features_only", "stem", "stages_{stage}.{number}", _FROM_ZERO, _TIMM, {}),
+    Layout("the PSPNet example's", "layer0", "layer{stage}.{number}", _NUMBERS, _AUTHORS, {}),
     Layout(
         "mmpretrain's",
         "backbone.stem",

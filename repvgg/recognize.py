@@ -4,15 +4,19 @@ All of it follows from keys and shapes. Keys may stand in any wrapper and behind
 are those that most of the tensors speak for, so that one which does not fit is told by its name.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from repvgg.files import STORE
 from repvgg.layouts import LAYOUTS, Layout, split_key
 from repvgg.model import MAX_STEM_WIDTH, RepVGG
+from repvgg.standins import StandIn
 from repvgg.zoo import create_model, identify
 
 COUNTER = "num_batches_tracked"  # files from before it existed lack it; no prediction reads it
@@ -38,8 +42,11 @@ class Found(NamedTuple):
         layout: how they are named.
         weights: its tensors, by our names.
         keys: our names -> the keys behind the wrappers.
-        unknown: keys behind the prefix that the layout does not know.
+        unknown: keys behind the prefix that the layout does not know; without a classifier, those
+            among the blocks alone.
         outside: keys of the same wrapper that are not of this network.
+        matrices: those of `outside` behind the prefix that have two axes, and the length of the
+            second: the features that they read, if one is a classifier by another name.
     """
 
     entry: str
@@ -49,6 +56,11 @@ class Found(NamedTuple):
     keys: dict[str, str]
     unknown: list[str]
     outside: list[str]
+    matrices: dict[str, int]
+
+    @property
+    def headless(self) -> bool:
+        return not _has_head(self.keys)
 
     @property
     def deployed(self) -> bool:
@@ -93,6 +105,11 @@ def is_deployed(keys: Iterable[str]) -> bool:
     return any(".reparam." in key for key in keys)
 
 
+def _has_head(keys: Iterable[str]) -> bool:
+    """Whether there is any tensor of a classifier among those, by our names."""
+    return any(key.startswith(("linear.", "auxiliary.")) for key in keys)
+
+
 def find(content: Mapping[Any, Any] | Sequence[Any]) -> list[Found]:
     """Find every RepVGG in what a file held.
 
@@ -114,7 +131,10 @@ def find(content: Mapping[Any, Any] | Sequence[Any]) -> list[Found]:
             nested = tuple(p for p in networks if p.startswith(prefix) and p != prefix)
             inside = [key for key in tensors if key.startswith(prefix)]
             inside = [key for key in inside if not key.startswith(nested)]
+            if not _has_head(keys):  # what stands beside the blocks is of a detector or the like
+                inside = [key for key in inside if layout.owns(key.removeprefix(prefix))]
             known, own = set(keys.values()), set(inside)
+            outside = [key for key in tensors if key not in own]
             found.append(
                 Found(
                     entry,
@@ -123,7 +143,12 @@ def find(content: Mapping[Any, Any] | Sequence[Any]) -> list[Found]:
                     {ours: tensors[key] for ours, key in keys.items()},
                     keys,
                     [key for key in inside if key not in known],
-                    [key for key in tensors if key not in own],
+                    outside,
+                    {
+                        key: tensors[key].shape[1]
+                        for key in outside
+                        if key.startswith(prefix) and tensors[key].ndim == 2
+                    },
                 )
             )
     return found
@@ -143,12 +168,16 @@ def choose(content: Mapping[Any, Any] | Sequence[Any], weights: str | None = Non
     places = [place(one) for one in found]
     if not found:
         keys = [key for _, tensors in _containers(content) for key in tensors]
-        raise ValueError(
+        said = (
             f"there is no RepVGG in it, in any known layout; of its {len(keys)} tensors the first "
             f"are {_some(keys)}"
             if keys
             else f"there are no tensors in it; its first keys: {_first(content)}"
         )
+        closed = [f"{at} (a {one.name})" for at, one in _walk(content) if isinstance(one, StandIn)]
+        if closed:
+            said += f"; not opened, as it needs code: {_some(closed)}; if that is it, {STORE}"
+        raise ValueError(said)
     if weights is not None and weights not in places:
         raise ValueError(f"weights={weights}: there is no RepVGG; allowed: {', '.join(places)}")
     twice = [at for at in dict.fromkeys(places) if places.count(at) > 1 and weights in (None, at)]
@@ -192,6 +221,13 @@ def plan(
             f"{_told(found)} has a stem of {stem} channels, where a RepVGG of widths {widths} has "
             f"min({MAX_STEM_WIDTH}, {widths[0]})"
         )
+    heads = [key for key, features in found.matrices.items() if features == widths[3]]
+    if found.headless and heads:
+        raise ValueError(
+            f"{_told(found)} has no {' or '.join(found.layout.heads) or 'classifier'}, but beside "
+            f"it {_some(heads)} reads as many features as it gives, {widths[3]}: if that is its "
+            "classifier, rename it; if not, leave it out"
+        )
     shape: dict[str, Any] = {"depths": depths, "widths": widths}
     if (groups := _groups(blocks, depths, widths)) > 1:
         shape["groups"] = groups
@@ -209,14 +245,22 @@ def plan(
 
 
 def sizes(found: Found) -> dict[str, int]:
-    """The number of classes and of channels of the images, as arguments of `create_model`."""
-    classifier = [found.weights.get(f"linear.{leaf}") for leaf in ("weight", "bias")]
+    """The number of classes and of channels of the images, as arguments of `create_model`.
+
+    0 classes is a network without a classifier.
+    """
+    classifier, auxiliary = (
+        [
+            len(part)
+            for key, part in found.weights.items()
+            if re.fullmatch(rf"{head}linear\.(weight|bias)", key) and part.ndim and len(part)
+        ]
+        for head in ("", r"auxiliary\.\w+\.")
+    )
     stem = _blocks(found).get((), {})
+    count = _most_common(classifier or auxiliary, otherwise=1000)
     return {
-        "num_classes": _most_common(
-            (len(part) for part in classifier if part is not None and part.ndim and len(part)),
-            otherwise=1000,
-        ),
+        "num_classes": 0 if found.headless else count,
         "in_channels": _most_common(kernel.shape[1] for kernel in _kernels(stem)),
     }
 
@@ -283,6 +327,11 @@ def describe_variant(config: Mapping[str, Any]) -> str:
     return f"a RepVGG of depths {config['depths']} and widths {config['widths']}{groups}"
 
 
+def describe_classes(config: Mapping[str, Any]) -> str:
+    count = config["num_classes"]
+    return f"{count} classes" if count else "without a classifier"
+
+
 def place(found: Found) -> str:
     """Where in the file it stands, as it is chosen."""
     return ".".join(part for part in (found.entry, found.prefix.rstrip(".")) if part) or "top"
@@ -292,7 +341,7 @@ def describe(found: Found, config: Mapping[str, Any]) -> str:
     """What was found, for the reader."""
     said = (
         f"{describe_variant(config)} in {found.layout.name} layout, {found.form} form, "
-        f"{config['num_classes']} classes, at '{place(found)}'"
+        f"{describe_classes(config)}, at '{place(found)}'"
     )
     if found.outside:
         count, keys = len(found.outside), _some(found.outside)
@@ -312,27 +361,52 @@ def _first(content: Mapping[Any, Any] | Sequence[Any]) -> str:
     return ", ".join(map(str, list(content)[:MOST_TOLD])) or "none"
 
 
-def _containers(
-    content: Any, entry: str = "", seen: set[int] | None = None
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def _containers(content: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Every dictionary that holds tensors by name, however deep, and where it stands."""
-    seen = set() if seen is None else seen
-    if id(content) in seen:  # under another name, or it holds itself
-        return
-    seen.add(id(content))
-    if isinstance(content, Mapping):
-        items = [*content.items()]
-        tensors = {
-            key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)
-        }
-        if tensors:
-            yield entry, tensors
-    elif isinstance(content, list | tuple):
-        items = [*enumerate(content)]
-    else:
-        return
-    for key, value in items:
-        yield from _containers(value, f"{entry}.{key}" if entry else str(key), seen)
+    for entry, mapping in _walk(content):
+        if isinstance(mapping, Mapping):
+            named = {key: value for key, value in mapping.items() if isinstance(key, str)}
+            tensors = {key: _as_tensor(value) for key, value in named.items()}
+            if kept := {key: tensor for key, tensor in tensors.items() if tensor is not None}:
+                yield entry, kept
+
+
+def _walk(content: Any) -> Iterator[tuple[str, Any]]:
+    """Every wrapper and every stand-in, and where it stands; once, in the order of the file."""
+    seen: set[int] = set()
+    left = [("", content)]
+    while left:
+        entry, part = left.pop()
+        if id(part) in seen:  # under another name, or it holds itself
+            continue
+        seen.add(id(part))
+        yield entry, part
+        if isinstance(part, Mapping):
+            items = [*part.items()]
+        elif isinstance(part, list | tuple):
+            items = [*enumerate(part)]
+        else:
+            continue
+        left += [
+            (f"{entry}.{key}" if entry else str(key), value)
+            for key, value in reversed(items)
+            if isinstance(value, Mapping | list | tuple | StandIn)
+        ]
+
+
+def _as_tensor(value: Any) -> Tensor | None:
+    """A tensor, or numbers of numpy as one; None for anything else."""
+    if isinstance(value, Tensor):
+        return value
+    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+        return None
+    if value.dtype.kind not in "biufc":
+        return None
+    wide = {"f": "f8", "c": "c16"}.get(value.dtype.kind)  # the widest that torch has
+    dtype = value.dtype.newbyteorder("=")
+    if wide and dtype.itemsize > np.dtype(wide).itemsize:
+        dtype = np.dtype(wide)
+    return torch.from_numpy(np.array(value, dtype, order="C"))
 
 
 def _prefixes(tensors: Mapping[str, Tensor]) -> dict[str, None]:

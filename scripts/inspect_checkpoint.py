@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from repvgg import checkpoint, cli, recognize
 from repvgg.arguments import check_integers
 from repvgg.artifact import Description
 from repvgg.files import read
+from repvgg.standins import StandIn
 
 DEFAULTS: dict[str, Any] = {"path": None, "strides": cli.Unset(list, "[2,2,2,2,2]")}
 MOST = 6  # lines of a list
@@ -55,6 +57,15 @@ def try_to_load(path: Path, weights: str | None, strides: Sequence[int] | None) 
     try:
         opened = checkpoint.open_network(path, weights=weights, strides=strides)
         channels = opened.config["in_channels"]
+        if opened.config["num_classes"] == 0:
+            file = shlex.quote(str(path))
+            if keys:
+                print(f"\nwould load: repvgg.checkpoint.open_network({str(path)!r}, ...) as typed")
+            else:
+                print(
+                    f"\nwould load: python train.py init={file} ... (deploy.py needs a classifier)"
+                )
+            return ""
         if channels != 3 and opened.data is None:
             keys += [f"{key}=[{','.join(['0.5'] * channels)}]" for key in ("mean", "std")]
         else:
@@ -88,7 +99,9 @@ def examine(
     except ValueError as error:
         print(f"  {error}")
         return
-    print(f"  looks like {recognize.describe_variant(config)}, {config['num_classes']} classes")
+    print(
+        f"  looks like {recognize.describe_variant(config)}, {recognize.describe_classes(config)}"
+    )
     for kind, keys in zip(recognize.MISFITS, misfit, strict=True):
         if keys:
             print(f"  {kind}: {shorten(keys)}")
@@ -101,7 +114,9 @@ def examine(
 
 
 def name(key: Any, value: Any) -> str:
-    if isinstance(value, Tensor):
+    if isinstance(value, StandIn):
+        return f"{key} ({value.name}, not opened)"
+    if isinstance(value, Tensor | np.ndarray):
         return f"{key} {tuple(value.shape)}"
     inside = f" of {len(value)}" if isinstance(value, Mapping | list | tuple) else ""
     return f"{key} ({type(value).__name__}{inside})"

@@ -283,8 +283,11 @@ def spoil(weights: dict, how: str) -> dict:
         return {key: value for key, value in weights.items() if not key.startswith("stage2.")}
     elif how == "no stem":
         return {key: value for key, value in weights.items() if not key.startswith("stage0.")}
-    elif how == "no classifier":
-        del weights["linear.weight"], weights["linear.bias"]
+    elif how == "half a classifier":
+        del weights["linear.bias"]
+    elif how == "another classifier":
+        weights["fc.weight"] = weights.pop("linear.weight")
+        del weights["linear.bias"]
     elif how == "a wrong shape":
         weights["stage3.2.rbr_dense.conv.weight"] = torch.zeros(32, 31, 3, 3)
     elif how == "one too many":
@@ -325,7 +328,8 @@ def spoil(weights: dict, how: str) -> dict:
         ("a missing block", r"14 missing: stage3\.2\.rbr_dense\.conv\.weight, .*, \.\.\.$"),
         ("a missing stage", r"training form, has no stage 2: it is not a whole RepVGG"),
         ("no stem", r"has no stem: it is not a whole RepVGG"),
-        ("no classifier", r"2 missing: linear\.weight, linear\.bias"),
+        ("half a classifier", r"1 missing: linear\.bias$"),
+        ("another classifier", r"has no linear, but beside it fc\.weight reads .* 64: if that is"),
         (
             "a wrong shape",
             r"1 of another shape: stage3\.2\.rbr_dense\.conv\.weight \(32, 31, 3, 3\)",

@@ -372,6 +372,23 @@ def test_the_doctor_tells_what_is_there_and_that_it_would_load(run, tmp_path):
     assert "would load: python deploy.py ckpt=whole.pth" in whole
 
 
+def test_a_backbone_is_for_training_and_an_import_says_so(run, tmp_path, capfd):
+    weights = weights_of(foreign.authors, in_channels=3, num_classes=0)
+    torch.save({"model": weights, "out": tmp_path}, tmp_path / "backbone.pth")
+
+    printed = run(inspect_checkpoint, "path=backbone.pth")
+    with pytest.raises(SystemExit):
+        run(import_checkpoint, "path=backbone.pth")
+
+    assert "out (pathlib.PosixPath, not opened)" in printed
+    assert "looks like repvgg_tiny, without a classifier" in printed
+    assert "would load: python train.py init=backbone.pth" in printed
+    assert re.fullmatch(
+        r"import_checkpoint.py: it holds repvgg_tiny without a classifier.*\n",
+        capfd.readouterr().err,
+    )
+
+
 def test_the_doctor_names_what_keeps_a_file_from_loading(run, tmp_path, capfd):
     weights = weights_of(foreign.authors)
     del weights["stage2.1.rbr_1x1.bn.bias"]

@@ -14,17 +14,31 @@ that the deployed kernels survive 8-bit quantization: `QARepVGGBlock`.
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from repvgg.arguments import check_number
-from repvgg.reparam import Affine, bare_affine, fold_bn, identity_kernel, merge, pad_kernel
+from repvgg.copying import (
+    computes_weights,
+    copied,
+    has_computed_weights,
+    plain_weights,
+    present_value,
+)
+from repvgg.geometry import Geometry, embedding
+from repvgg.linear import Rows, is_linear
+from repvgg.normalizations import is_normalization, read_normalization
+from repvgg.reading import has_own_code
+from repvgg.reparam import Affine, bare_affine, bn_affine, identity_kernel, merge, scale_output
 
 KERNEL_SIZE = 3
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class SqueezeExcite(nn.Module):
@@ -68,7 +82,7 @@ class DropRows(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        ones = x.new_ones((len(x),) + (1,) * (x.ndim - 1))
+        ones = x.new_ones([x.shape[0]] + [1] * (x.ndim - 1))
         return x * F.dropout(ones, self.p)
 
     def extra_repr(self) -> str:
@@ -87,11 +101,13 @@ class Branch(nn.Module):
         y = self.conv(x)
         return y if self.bn is None else self.bn(y)
 
-    def affine(self) -> Affine:
-        """The one convolution that equals the branch in eval mode; in float64."""
-        kernel = self.conv.weight.double()
-        bias = None if self.conv.bias is None else self.conv.bias.double()
-        return bare_affine(kernel, bias) if self.bn is None else fold_bn(kernel, bias, self.bn)
+
+class Linear(NamedTuple):
+    """A branch in eval mode: one convolution, in float64, and how it moves over its input."""
+
+    affine: Affine
+    geometry: Geometry
+    groups: int
 
 
 class RepVGGBlock(nn.Module):
@@ -118,7 +134,13 @@ class RepVGGBlock(nn.Module):
             (RepVGG-D2se); 0 is none.
         se_after_relu: reduction of one behind the ReLU (RepVGGplus); 0 is none.
 
+    The fold reads what the layers are at that time, so they may be replaced or changed: other
+    channels, strides, dilations, padding modes, a SyncBatchNorm or a frozen one, pruned weights.
+
     Attributes:
+        stride: of the subsampling in front of the 1x1 branch.
+        in_channels, out_channels, groups, dilation, padding_mode, bn_eps: what the 3x3 branch or
+            the deployed convolution says; they cannot be set.
         recompute: set it to keep only the block's input for the backward pass and to compute the
             rest again there (Chen et al., 2016, arXiv:1604.06174): less memory, a third more time,
             the same numbers. BatchNorm's running statistics advance once.
@@ -149,19 +171,24 @@ class RepVGGBlock(nn.Module):
         check_number("branch_drop", branch_drop, below=1, example=0.1)
         check_number("drop_path", drop_path, below=1, example=0.1)
         self.recompute = False
-        self.in_channels = in_channels
-        self.out_channels = out_channels
         self.stride = stride
-        self.groups = groups
-        self.dilation = dilation
-        self.padding_mode = padding_mode
-        self.bn_eps = bn_eps
+        self._bn_eps = bn_eps  # once there is no BatchNorm that says it
 
         def normalization() -> nn.BatchNorm2d | None:
             return nn.BatchNorm2d(out_channels, eps=bn_eps) if bn else None
 
         self.branch_3x3: Branch | None = Branch(
-            nn.Conv2d(in_channels, out_channels, bias=bias, stride=stride, **self._shape()),
+            nn.Conv2d(
+                in_channels,
+                out_channels,
+                KERNEL_SIZE,
+                stride=stride,
+                padding=dilation,
+                dilation=dilation,
+                groups=groups,
+                bias=bias,
+                padding_mode=padding_mode,  # type: ignore[arg-type]
+            ),
             normalization(),
         )
         # The stride of this branch is taken by subsampling its input in `forward`.
@@ -189,26 +216,29 @@ class RepVGGBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(
-                self._forward,
-                x,
-                use_reentrant=False,
-                context_fn=lambda: (contextlib.nullcontext(), _without_statistics(self)),
+        if not torch.jit.is_scripting():
+            # A graph that somebody records holds the plain forward.
+            recorded = (
+                isinstance(x, fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()
             )
+            if self.recompute and self.training and torch.is_grad_enabled() and not recorded:
+                return self._recomputed(x)
         return self._forward(x)
 
     def equivalent_kernel_bias(self) -> Affine:
-        """Compute the one 3x3 convolution that equals the sum of the branches in eval mode.
+        """Compute the one convolution that equals the sum of the branches in eval mode.
 
         Summed in float64 and cast once to the dtype of the block's parameters; gradients flow to
         the parameters of every branch (RepVGG, section 3.3).
 
         Returns:
-            kernel (O, C / groups, 3, 3) and bias (O,).
+            kernel (O, C / groups, 3, 3) and bias (O,). A 3x3 branch that was given another size
+            has that.
 
         Raises:
-            ValueError: a BatchNorm of the block has no running statistics.
+            ValueError: a branch is not linear in eval mode, or cannot be read: its normalization
+                has no running statistics or is no BatchNorm, a layer has hooks or code of its own,
+                or its stride, padding or channels do not fit those of the 3x3 branch.
         """
         if self.reparam is not None:
             return bare_affine(self.reparam.weight, self.reparam.bias)
@@ -217,67 +247,134 @@ class RepVGGBlock(nn.Module):
         kernel, bias = self._merged()
         return Affine(kernel.to(dtype), bias.to(dtype))
 
-    @torch.no_grad()
     def switch_to_deploy(self) -> None:
         """Replace the branches by their one convolution, in place, and go to eval mode.
 
-        The block computes what it computed in eval mode. Calling it again changes nothing. An
-        optimizer, EMA or DDP wrapper that holds the old parameters keeps them: to go on training,
-        switch a copy (`repvgg.switch_to_deploy`).
+        The block computes what it computed in eval mode. Calling it again changes nothing. The
+        convolution has the stride, padding, dtype, device, memory format and `requires_grad` of
+        the 3x3 branch. An optimizer, EMA or DDP wrapper that holds the old parameters keeps them:
+        to go on training, switch a copy (`repvgg.switch_to_deploy`).
 
         Raises:
-            ValueError: a BatchNorm of the block has no running statistics; nothing was changed.
+            ValueError: as `equivalent_kernel_bias`; nothing was changed.
         """
         if self.reparam is None:
-            kernel, bias = self.equivalent_kernel_bias()
-            # On the meta device: its numbers are replaced, and no random state is consumed.
-            reparam = nn.Conv2d(
-                self.in_channels,
-                self.out_channels,
-                stride=self.stride,
-                device="meta",
-                **self._shape(),
-            )
-            reparam.weight = nn.Parameter(kernel)
-            reparam.bias = nn.Parameter(bias)
+            with torch.inference_mode(False), torch.no_grad():
+                reparam = self._convolution()
+            eps = self.bn_eps
             self.reparam = reparam
+            self.stride = reparam.stride[0]  # of both dimensions, as that of the 1x1 branch fits
+            self._bn_eps = eps
             self.branch_3x3 = self.branch_1x1 = self.branch_identity = None
             self.branch_drop = self.drop_path = nn.Identity()
         self.eval()
+
+    @property
+    def in_channels(self) -> int:
+        conv = self._main()
+        return conv.weight.shape[1] * conv.groups
+
+    @property
+    def out_channels(self) -> int:
+        return self._main().weight.shape[0]
+
+    @property
+    def groups(self) -> int:
+        return self._main().groups
+
+    @property
+    def dilation(self) -> int:
+        return _pair(self._main().dilation)[0]
+
+    @property
+    def padding_mode(self) -> str:
+        return self._main().padding_mode
+
+    @property
+    def bn_eps(self) -> float:
+        norm = self._main_norm()
+        return getattr(norm, "eps", self._bn_eps)
+
+    # Not compiled by torch.jit.script, which compiles properties otherwise.
+    __jit_unused_properties__ = (
+        "in_channels",
+        "out_channels",
+        "groups",
+        "dilation",
+        "padding_mode",
+        "bn_eps",
+    )
 
     def extra_repr(self) -> str:
         form = "training form" if self.reparam is None else "deployed"
         return f"{self.in_channels}, {self.out_channels}, stride={self.stride}, {form}"
 
-    def _shape(self) -> dict:
-        """What the 3x3 branch and the deployed convolution have in common besides the stride."""
-        return {
-            "kernel_size": KERNEL_SIZE,
-            "padding": self.dilation,
-            "dilation": self.dilation,
-            "groups": self.groups,
-            "padding_mode": self.padding_mode,
-        }
+    def _main(self) -> nn.Conv2d:
+        """The convolution that says what the block's shapes are."""
+        if self.reparam is not None:
+            return self.reparam
+        assert self.branch_3x3 is not None
+        return self.branch_3x3.conv
+
+    def _main_norm(self) -> nn.Module | None:
+        return None if self.branch_3x3 is None else self.branch_3x3.bn
+
+    def _convolution(self) -> nn.Conv2d:
+        """The deployed convolution."""
+        assert self.branch_3x3 is not None
+        conv, bn = self.branch_3x3.conv, self._main_norm()
+        kernel, bias = self.equivalent_kernel_bias()
+        format = torch.contiguous_format
+        if not conv.weight.is_contiguous() and conv.weight.is_contiguous(
+            memory_format=torch.channels_last
+        ):
+            format = torch.channels_last
+        with torch.enable_grad():
+            weight = present_value(conv, "weight")
+            assert weight is not None
+            trains = weight.requires_grad
+        found = [getattr(part, "bias", None) for part in (conv, bn)]
+        shifts = [shift for shift in found if isinstance(shift, nn.Parameter)]
+        reparam = convolution_like(conv, kernel.contiguous(memory_format=format))
+        reparam.weight.requires_grad_(trains)
+        reparam.bias = nn.Parameter(
+            bias, any(shift.requires_grad for shift in shifts) if shifts else trains
+        )
+        return reparam
 
     def _merged(self) -> Affine:
         """The sum of the branches in eval mode; in float64."""
         assert self.branch_3x3 is not None
         assert self.branch_1x1 is not None
-        dense = self.branch_3x3.affine()
-        point = self.branch_1x1.affine()
-        branches = [dense, Affine(pad_kernel(point.kernel, KERNEL_SIZE), point.bias)]
+        for name in ("branch_drop", "drop_path"):
+            _check_drop(name, getattr(self, name))
+        dense = _read_branch("branch_3x3", self.branch_3x3)
+        point = _read_branch("branch_1x1", self.branch_1x1)
+        stride = tuple(self.stride * step for step in point.geometry.stride)
+        point = point._replace(geometry=point.geometry._replace(stride=stride))
+        branches = [dense.affine, _embed("branch_1x1", point, dense)]
         if self.branch_identity is not None:
-            eye = identity_kernel(self.in_channels, self.groups, device=dense.kernel.device)
-            bn = self.branch_identity
-            same = fold_bn(eye, None, bn) if isinstance(bn, nn.BatchNorm2d) else bare_affine(eye)
-            branches.append(Affine(pad_kernel(same.kernel, KERNEL_SIZE), same.bias))
+            same = _read_identity("branch_identity", self.branch_identity, dense)
+            branches.append(_embed("branch_identity", same, dense))
         return merge(*branches)
 
     def _forward(self, x: Tensor) -> Tensor:
-        y = self._sum_of_branches(x) if self.reparam is None else self._deployed(x)
+        y = self._sum_of_branches(x) if self.reparam is None else self.reparam(x)
         return self.se_after_relu(self.relu(self.se_before_relu(y)))
 
+    @torch.jit.unused
+    def _recomputed(self, x: Tensor) -> Tensor:
+        return checkpoint(
+            self._forward,
+            x,
+            use_reentrant=False,
+            context_fn=lambda: (contextlib.nullcontext(), _without_statistics(self)),
+        )
+
     def _sum_of_branches(self, x: Tensor) -> Tensor:
+        return self._sum(x)
+
+    def _sum(self, x: Tensor) -> Tensor:
         assert self.branch_3x3 is not None
         assert self.branch_1x1 is not None
         # A 1x1 convolution of stride s in channels_last corrupts the heap in its weight gradient
@@ -287,16 +384,6 @@ class RepVGGBlock(nn.Module):
         if self.branch_identity is None:
             return y
         return self.drop_path(y) + self.branch_drop(self.branch_identity(x))
-
-    def _deployed(self, x: Tensor) -> Tensor:
-        if self.training:
-            raise RuntimeError(
-                "this RepVGGBlock was switched to its deployed form, which is not for training: "
-                "call .eval() to run it, or train the multi-branch network and switch a copy "
-                "with repvgg.switch_to_deploy(model)"
-            )
-        assert self.reparam is not None
-        return self.reparam(x)
 
 
 class QARepVGGBlock(RepVGGBlock):
@@ -351,13 +438,213 @@ class QARepVGGBlock(RepVGGBlock):
         super().switch_to_deploy()
         self.post_bn = None
 
+    def _main_norm(self) -> nn.Module | None:
+        return self.post_bn
+
     def _merged(self) -> Affine:
-        assert self.post_bn is not None
-        return fold_bn(*super()._merged(), self.post_bn)
+        return _normalize("post_bn", super()._merged(), self.post_bn)
 
     def _sum_of_branches(self, x: Tensor) -> Tensor:
-        assert self.post_bn is not None
-        return self.post_bn(super()._sum_of_branches(x))
+        y = self._sum(x)
+        return y if self.post_bn is None else self.post_bn(y)
+
+
+def convolution_like(conv: nn.Conv2d, kernel: Tensor) -> nn.Conv2d:
+    """Make a convolution with a bias that moves over its input as another one does.
+
+    Args:
+        conv: its stride, padding, dilation, padding mode and groups are taken as they are now.
+        kernel: (O, I / groups, kH, kW), the new weight.
+    """
+    out, width, height, length = kernel.shape
+    # On the meta device: its numbers are replaced, and no random state is consumed.
+    new = nn.Conv2d(width * conv.groups, out, (height, length), groups=conv.groups, device="meta")
+    give_geometry(new, conv)
+    new.weight = nn.Parameter(kernel)
+    new.bias = nn.Parameter(kernel.new_zeros(out))
+    return new
+
+
+def give_geometry(conv: nn.Conv2d, like: nn.Conv2d) -> None:
+    """Let a convolution move over its input as another one does."""
+    conv.stride, conv.dilation = _pair(like.stride), _pair(like.dilation)
+    conv.padding = like.padding if isinstance(like.padding, str) else _pair(like.padding)
+    conv.padding_mode = like.padding_mode
+    conv._reversed_padding_repeated_twice = list(like._reversed_padding_repeated_twice)
+
+
+def conv_geometry(conv: nn.Conv2d) -> Geometry:
+    """How a convolution moves over its input, by what its forward reads."""
+    size = tuple(conv.weight.shape[2:])
+    stride, dilation = _pair(conv.stride), _pair(conv.dilation)
+    if conv.padding_mode != "zeros":
+        width_low, width_high, height_low, height_high = conv._reversed_padding_repeated_twice
+        before, after = (height_low, width_low), (height_high, width_high)
+    elif conv.padding == "same":
+        total = [d * (k - 1) for k, d in zip(size, dilation, strict=True)]
+        before = (total[0] // 2, total[1] // 2)
+        after = (total[0] - before[0], total[1] - before[1])
+    else:
+        before = after = (0, 0) if conv.padding == "valid" else _pair(conv.padding)
+    return Geometry(size, stride, dilation, before, after, conv.padding_mode)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    """torch takes one number for both dimensions where a layer's attribute was set to one."""
+    numbers = tuple(int(v) for v in value) if isinstance(value, tuple | list) else (int(value),) * 2
+    return numbers * 2 if len(numbers) == 1 else numbers  # type: ignore[return-value]
+
+
+def _check_hooks(name: str, module: nn.Module) -> None:
+    hooks = [
+        hook
+        for key in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        )
+        for hook in getattr(module, key).values()
+        if not computes_weights(hook)
+    ]
+    if hooks:
+        raise ValueError(
+            f"{name} has a hook, {getattr(hooks[0], '__qualname__', type(hooks[0]).__name__)}, "
+            "which would be lost: remove it before the block is folded"
+        )
+
+
+def _check_drop(name: str, module: nn.Module) -> None:
+    """Only what does nothing in eval mode may stand there."""
+    if type(module) not in (DropRows, nn.Identity) and (
+        not isinstance(module, _DropoutNd) or has_own_code(module, _torch_base(module))
+    ):
+        raise ValueError(
+            f"{name} is of {type(module).__name__}, of which it is not known that it does nothing "
+            "in eval mode: replace it by torch.nn.Identity() before the block is folded"
+        )
+    _check_hooks(name, module)
+
+
+def _torch_base(module: nn.Module) -> type[nn.Module]:
+    return next(base for base in type(module).__mro__ if base.__module__.startswith("torch.nn."))
+
+
+def _read_branch(name: str, branch: nn.Module) -> Linear:
+    if type(branch) is not Branch or "forward" in vars(branch):
+        raise ValueError(
+            f"{name} is of {type(branch).__name__} with code of its own, which cannot be folded: "
+            "it must be a convolution and a BatchNorm, repvgg.block.Branch"
+        )
+    _check_hooks(name, branch)
+    conv = branch.conv
+    kind = type(conv).__name__
+    plain = (
+        isinstance(conv, nn.Conv2d)
+        and (is_linear(conv) or has_computed_weights(conv))
+        and type(conv).forward is nn.Conv2d.forward
+        and type(conv)._conv_forward is nn.Conv2d._conv_forward
+        and not {"forward", "_conv_forward"} & vars(conv).keys()
+    )
+    if not plain:
+        what = "has code of its own" if isinstance(conv, nn.Conv2d) else "is no torch.nn.Conv2d"
+        raise ValueError(f"{name}.conv, a {kind}, {what}, so it cannot be folded")
+    _check_hooks(f"{name}.conv", conv)
+    weight, bias = present_value(conv, "weight"), present_value(conv, "bias")
+    assert weight is not None
+    if not weight.is_floating_point() or weight.ndim != 4:
+        raise ValueError(
+            f"{name}.conv has a weight of {weight.dtype} and shape {tuple(weight.shape)}; only "
+            "four dimensions of floating-point numbers can be folded"
+        )
+    wide = bare_affine(weight.double(), None if bias is None else bias.double())
+    affine = _normalize(f"{name}.bn", wide, branch.bn, weight.dtype)
+    return Linear(affine, conv_geometry(conv), conv.groups)
+
+
+def _read_identity(name: str, module: nn.Module, dense: Linear) -> Linear:
+    kernel = dense.affine.kernel
+    out, width = kernel.shape[0], kernel.shape[1] * dense.groups
+    if out != width:
+        raise ValueError(
+            f"{name} adds the block's input of {width} channels to the {out} that branch_3x3 "
+            "gives: replace it by None, or give branch_3x3.conv as many output channels"
+        )
+    eye = bare_affine(identity_kernel(width, dense.groups, device=kernel.device))
+    one, zero = (1, 1), (0, 0)
+    geometry = Geometry(one, one, one, zero, zero, "zeros")
+    return Linear(_normalize(name, eye, module), geometry, dense.groups)
+
+
+def _normalize(
+    name: str, value: Affine, module: nn.Module | None, dtype: torch.dtype | None = None
+) -> Affine:
+    """The affine map behind which a normalization stands; in float64."""
+    if module is None:
+        return value
+    kind = type(module).__name__
+    _check_hooks(name, module)
+    if type(module) in (nn.Identity, Rows):
+        return value
+    if not is_normalization(module):
+        raise ValueError(
+            f"{name} is of {kind}, which cannot be folded: only a BatchNorm, synchronized and "
+            "frozen ones too, is linear in eval mode"
+        )
+    if has_computed_weights(module):
+        module = copied(module)
+        plain_weights(module)
+    found = read_normalization(module)
+    if isinstance(found, str):
+        raise ValueError(f"{name}, a {kind}, cannot be folded: {found}")
+    if found.tail or found.dims not in (2, None):
+        tail = ", ".join(found.tail)
+        what = f"does more than normalize ({tail})" if tail else "is not for images"
+        raise ValueError(f"{name}, a {kind}, {what}, so it cannot be folded")
+    if found.dtype is not None and dtype is not None and found.dtype != dtype:
+        raise ValueError(
+            f"{name}, a {kind}, is of {found.dtype} and the convolution of {dtype}: call .to() on "
+            "the block before it is folded"
+        )
+    channels, given = len(found.scale), value.kernel.shape[0]
+    if channels != given:
+        raise ValueError(f"{name} normalizes {channels} channels and is given {given}")
+    scale, shift = found.scale, found.shift
+    if isinstance(module, _BatchNorm) and not has_own_code(module, _torch_base(module)):
+        scale, shift = bn_affine(module)  # gradients reach its weights
+    return scale_output(value.kernel, value.bias, scale, shift)
+
+
+def _embed(name: str, branch: Linear, dense: Linear) -> Affine:
+    """Write a branch as a convolution of the same geometry as the 3x3 one."""
+    kernel, target = branch.affine.kernel, dense.affine.kernel
+    channels = (kernel.shape[0], kernel.shape[1] * branch.groups, branch.groups)
+    wanted = (target.shape[0], target.shape[1] * dense.groups, dense.groups)
+    if channels != wanted:
+        raise ValueError(
+            f"{name} has {channels[1]} input channels, {channels[0]} output channels and "
+            f"{channels[2]} groups; branch_3x3 has {wanted[1]}, {wanted[0]} and {wanted[2]}"
+        )
+    taps = embedding(branch.geometry, dense.geometry)
+    if taps is None:
+        raise ValueError(
+            f"{name} ({_said(branch.geometry)}) does not fit into branch_3x3 "
+            f"({_said(dense.geometry)}): give both the same stride and padding mode, and "
+            "branch_3x3 a padding of its dilation"
+        )
+    padding = [amount for pair in reversed(taps) for amount in pair]
+    return Affine(F.pad(kernel, padding), branch.affine.bias)
+
+
+def _said(geometry: Geometry) -> str:
+    shown = {
+        "kernel": geometry.kernel,
+        "stride": geometry.stride,
+        "dilation": geometry.dilation,
+        "padding": geometry.before if geometry.before == geometry.after else geometry[3:5],
+    }
+    mode = "" if geometry.mode == "zeros" else f", padding mode {geometry.mode}"
+    return ", ".join(f"{key} {value}" for key, value in shown.items()) + mode
 
 
 def compile_blocks(network: nn.Module, **options: Any) -> int:
@@ -384,7 +671,7 @@ def compile_blocks(network: nn.Module, **options: Any) -> int:
 @contextlib.contextmanager
 def _without_statistics(block: nn.Module) -> Iterator[None]:
     """Let no BatchNorm of a block count the images that it sees a second time."""
-    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0  # the running statistics stay; a forward must save as many tensors

@@ -169,13 +169,37 @@ def plain_weights(model: nn.Module) -> None:
                 continue
             _remove_parametrizations(module)
             for key, hook in list(module._forward_pre_hooks.items()):
-                if isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm):
+                if computes_weights(hook):
                     _remove_hook(module, key, hook)
 
 
 def computes_weights(hook: Any) -> bool:
     """Whether a hook in front of a forward is one of those that `plain_weights` removes."""
     return isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm)
+
+
+def has_computed_weights(module: nn.Module) -> bool:
+    """Whether `plain_weights` would change a module (not what is inside it)."""
+    hooks = module._forward_pre_hooks.values()
+    return parametrize.is_parametrized(module) or any(map(computes_weights, hooks))
+
+
+def present_value(module: nn.Module, name: str) -> Tensor | None:
+    """A weight of a module as its next forward in eval mode uses it; differentiable."""
+    if parametrize.is_parametrized(module, name):
+        parts = list(module.get_submodule(f"parametrizations.{name}").modules())
+        modes = [part.training for part in parts]
+        try:
+            for part in parts:
+                part.training = False
+            return getattr(module, name)
+        finally:
+            for part, training in zip(parts, modes, strict=True):
+                part.training = training
+    for hook in module._forward_pre_hooks.values():
+        if computes_weights(hook) and _name(hook) == name:
+            return _computed(hook, module)
+    return getattr(module, name)
 
 
 def _remove_parametrizations(module: nn.Module) -> None:
@@ -196,28 +220,22 @@ def _remove_parametrizations(module: nn.Module) -> None:
             module.register_buffer(name, value)
 
 
-def _remove_hook(
-    module: nn.Module, key: int, hook: BasePruningMethod | WeightNorm | SpectralNorm
-) -> None:
+def _remove_hook(module: nn.Module, key: int, hook: Any) -> None:
+    name = _name(hook)
+    value = _computed(hook, module).detach().clone()
     ends: tuple[str, ...]
     if isinstance(hook, BasePruningMethod):
-        name = hook._tensor_name
-        value, ends = hook.apply_mask(module), ("_orig", "_mask")
+        ends = ("_orig", "_mask")
     elif isinstance(hook, WeightNorm):
-        name = hook.name
-        value, ends = hook.compute_weight(module), ("_g", "_v")
+        ends = ("_g", "_v")
     else:
-        name = hook.name
-        value = hook.compute_weight(module, do_power_iteration=False)
         ends = ("_orig", "_u", "_v")
         for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
             for other, found in list(hooks.items()):
                 owner = getattr(getattr(found, "hook", found), "fn", None)  # torch wraps some
                 if isinstance(owner, SpectralNorm) and owner.name == name:
                     del hooks[other]
-    value = value.detach().clone()
-    sources = [getattr(module, name + end) for end in ends]
-    requires_grad = any(source.requires_grad for source in sources)
+    requires_grad = any(getattr(module, name + end).requires_grad for end in ends)
     del module._forward_pre_hooks[key]
     for holder in (module._parameters, module._buffers, vars(module)):
         for end in ends:
@@ -225,3 +243,15 @@ def _remove_hook(
     vars(module).pop(name, None)
     module._buffers.pop(name, None)
     module.register_parameter(name, nn.Parameter(value, requires_grad))
+
+
+def _name(hook: Any) -> str:
+    return hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
+
+
+def _computed(hook: Any, module: nn.Module) -> Tensor:
+    if isinstance(hook, BasePruningMethod):
+        return hook.apply_mask(module)
+    if isinstance(hook, WeightNorm):
+        return hook.compute_weight(module)
+    return hook.compute_weight(module, do_power_iteration=False)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repvgg import dataflow, linear
-from repvgg.block import KERNEL_SIZE, RepVGGBlock
+from repvgg.block import KERNEL_SIZE, RepVGGBlock, conv_geometry, give_geometry
 from repvgg.copying import copied
 from repvgg.normalizations import Normalization, is_never_updated, read_normalization
 from repvgg.reparam import identity_kernel, pad_kernel
@@ -72,6 +72,10 @@ class RepVGGConv(RepVGGBlock):
         assert bias is not None
         conv = copy.deepcopy(self._conv[0])
         conv.weight = kernel
+        if conv_geometry(conv) != conv_geometry(self.reparam):  # changed after the block was made
+            give_geometry(conv, self.reparam)
+        conv.in_channels, conv.out_channels = self.in_channels, self.out_channels
+        conv.kernel_size, conv.groups = self.reparam.kernel_size, self.groups
         bn, slot = self._bn
         if bn is None or slot is None:
             if conv.bias is not None:  # else no branch has one

@@ -189,11 +189,14 @@ class RepVGG(nn.Module):
         """Fold every block and drop the auxiliary classifiers, in place; go to eval mode.
 
         Raises:
-            ValueError: a BatchNorm has no running statistics.
+            ValueError: a block cannot be folded; it is named. The blocks before it are folded.
         """
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, RepVGGBlock):
-                module.switch_to_deploy()
+                try:
+                    module.switch_to_deploy()
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
         self._taps = {}
         self.auxiliary = nn.ModuleDict()
         self.eval()

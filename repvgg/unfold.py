@@ -9,17 +9,19 @@ from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from repvgg.block import QARepVGGBlock, RepVGGBlock
+from repvgg.block import QARepVGGBlock, RepVGGBlock, conv_geometry, convolution_like
 from repvgg.copying import copied, plain_weights
-from repvgg.reparam import identity_kernel, pad_kernel
-from repvgg.rewriting import put
+from repvgg.geometry import Geometry, embedding
+from repvgg.linear import is_linear
+from repvgg.reparam import bare_affine, identity_kernel
+from repvgg.tracing import has_hooks
 
 Model = TypeVar("Model", bound=nn.Module)
 BATCH = 64  # images in a forward
 
 
-@torch.no_grad()
 def switch_to_train(model: Model, images: Tensor) -> Model:
     """Copy a deployed network and give every RepVGG block of the copy its branches back.
 
@@ -35,10 +37,15 @@ def switch_to_train(model: Model, images: Tensor) -> Model:
         the copy, in training mode.
 
     Raises:
-        ValueError: the network has no RepVGG block, or one that is not deployed; there is one image
-            or none; what it computes on them is no finite number.
+        ValueError: the network has no RepVGG block, or one that is not deployed or whose
+            convolution was changed so that no 1x1 fits beside it; there is one image or none; the
+            network cannot run on them, or what it computes is no finite number.
     """
-    model = cast(Model, copied(model)).eval()
+    with torch.inference_mode(False), torch.no_grad():
+        return _switched(cast(Model, copied(model)).eval(), images)
+
+
+def _switched(model: Model, images: Tensor) -> Model:
     plain_weights(model)
     deployed = {
         name: module for name, module in model.named_modules() if isinstance(module, RepVGGBlock)
@@ -50,40 +57,70 @@ def switch_to_train(model: Model, images: Tensor) -> Model:
             raise ValueError(f"{name} is in its training form: there is nothing to switch")
     if len(images) < 2:
         raise ValueError(f"{len(images)} images: statistics need two at least")
-    parts = {block: _Unfolded(block) for block in deployed.values()}
+    parts: dict[RepVGGBlock, _Unfolded] = {}
+    for name, block in deployed.items():
+        try:
+            parts[block] = _Unfolded(block)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     hooks = [block.register_forward_pre_hook(part.watch) for block, part in parts.items()]
-    for batch in images.split(BATCH):
-        model(batch)
-    for hook in hooks:
-        hook.remove()
+    try:
+        for batch in images.split(BATCH):
+            model(batch)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot run on images of shape {tuple(images.shape)} and "
+            f"{images.dtype}: {error}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
     if not all(part.of_sum.is_finite() for part in parts.values()):
         raise ValueError("the network gives NaN or infinite values on these images")
-    for block, part in parts.items():
-        put(model, block, part.finish())
+    for part in parts.values():
+        part.finish()
     return model.train()
 
 
 class _Unfolded:
-    """A deployed block, and the one with branches that takes its place."""
+    """The branches that a deployed block is given back."""
 
-    def __init__(self, deployed: RepVGGBlock) -> None:
-        assert deployed.reparam is not None
-        self.deployed = deployed.reparam
+    def __init__(self, owner: RepVGGBlock) -> None:
+        assert owner.reparam is not None
+        self.owner = owner
+        self.deployed = conv = owner.reparam
+        geometry = conv_geometry(conv)
+        stride = geometry.stride[0]
+        taps = embedding(
+            Geometry((1, 1), (stride, stride), (1, 1), (0, 0), (0, 0), "zeros"), geometry
+        )
+        if not is_linear(conv) or has_hooks(conv):
+            raise ValueError(
+                f"its convolution, a {type(conv).__name__}, has hooks or code of its own: remove "
+                "them before it is given branches"
+            )
+        if taps is None:
+            raise ValueError(
+                f"its convolution has stride {geometry.stride} and padding {geometry.before}, so "
+                "no 1x1 branch fits beside it; give it one stride and a padding of its dilation"
+            )
+        self.taps = [amount for pair in reversed(taps) for amount in pair]
+        kind = QARepVGGBlock if isinstance(owner, QARepVGGBlock) else RepVGGBlock
         with torch.device("meta"):  # draws no numbers, which would all be replaced
-            block = type(deployed)(
-                deployed.in_channels,
-                deployed.out_channels,
-                stride=deployed.stride,
-                groups=deployed.groups,
-                dilation=deployed.dilation,
-                padding_mode=deployed.padding_mode,
-                bn_eps=deployed.bn_eps,
-            ).to(self.deployed.weight.dtype)
-        self.block = block.to_empty(device=self.deployed.weight.device)
-        for name in ("relu", "se_before_relu", "se_after_relu"):
-            setattr(self.block, name, getattr(deployed, name))
+            block = kind(
+                owner.in_channels,
+                owner.out_channels,
+                stride=stride,
+                groups=owner.groups,
+                bn_eps=owner.bn_eps,
+            ).to(conv.weight.dtype)
+        self.block = block.to_empty(device=conv.weight.device)
         self.dense, self.point = self.block.branch_3x3, self.block.branch_1x1
-        self._divide(self.deployed.weight.double())
+        assert self.dense is not None
+        self.dense.conv = convolution_like(conv, torch.empty_like(conv.weight))
+        self.dense.conv.bias = None
+        self._divide(conv.weight.double())
+        self.block.requires_grad_(conv.weight.requires_grad)
         self.of_dense, self.of_point, self.of_input, self.of_sum = (_Moments() for _ in range(4))
 
     def watch(self, _: nn.Module, arguments: tuple[Tensor]) -> None:
@@ -97,28 +134,37 @@ class _Unfolded:
         self.of_input.see(x)
         self.of_sum.see(self.deployed(x))
 
-    def finish(self) -> RepVGGBlock:
-        """Give the BatchNorms what was measured; in eval mode they are then no steps at all."""
+    def finish(self) -> None:
+        """Give the block its branches, whose BatchNorms undo what was measured in eval mode."""
+        self._set_statistics()
+        self.owner.stride = self.block.stride
+        self.owner.branch_3x3, self.owner.branch_1x1 = self.dense, self.point
+        self.owner.branch_identity = self.block.branch_identity
+        self.owner.reparam = None
+        if isinstance(self.owner, QARepVGGBlock):
+            assert isinstance(self.block, QARepVGGBlock)
+            self.owner.post_bn = self.block.post_bn
+
+    def _set_statistics(self) -> None:
         assert self.dense is not None
         assert self.point is not None
-        assert self.deployed.bias is not None
-        bias = self.deployed.bias.double()
+        bias = bare_affine(self.deployed.weight, self.deployed.bias).bias.double()
         one, zero = torch.ones_like(bias), torch.zeros_like(bias)
         if isinstance(self.block, QARepVGGBlock):
             _set(self.dense.bn, self.of_dense, one, zero)
             self.of_sum.mean = self.of_sum.mean - bias
             _set(self.block.post_bn, self.of_sum, one, bias)
-            return self.block
+            return
         _set(self.dense.bn, self.of_dense, one, bias)
         _set(self.point.bn, self.of_point, one, zero)
         if self.block.branch_identity is not None:
             _set(self.block.branch_identity, self.of_input, self.share, zero)
-        return self.block
 
     def _divide(self, kernel: Tensor) -> None:
         assert self.dense is not None
         assert self.point is not None
-        centre = kernel[..., 1:2, 1:2]
+        left, _, top, _ = self.taps
+        centre = kernel[..., top : top + 1, left : left + 1]
         same = torch.zeros_like(centre)  # the identity branch, as a 1x1 convolution
         if self.block.branch_identity is not None:
             same = identity_kernel(kernel.shape[0], self.block.groups, device=kernel.device)
@@ -127,7 +173,7 @@ class _Unfolded:
         self.share = same.flatten(1).sum(1)
         point = (centre - same) / 2
         self.point.conv.weight.copy_(point)
-        self.dense.conv.weight.copy_(kernel - pad_kernel(point + same, kernel.shape[-1]))
+        self.dense.conv.weight.copy_(kernel - F.pad(point + same, self.taps))
 
 
 class _Moments:

@@ -142,13 +142,13 @@ def test_switching_consumes_no_random_numbers():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_switched_block_refuses_to_train():
-    block = build()
+@pytest.mark.parametrize("case", CASES)
+def test_a_switched_block_computes_the_same_in_training_mode(case):
+    block, x = build(case).double(), images()
     block.switch_to_deploy()
-    block.train()
+    expected = block(x)
 
-    with pytest.raises(RuntimeError, match=r"switch a copy with repvgg\.switch_to_deploy"):
-        block(images().float())
+    assert torch.equal(block.train()(x), expected)
 
 
 def test_a_block_in_training_mode_is_folded_with_its_running_statistics():

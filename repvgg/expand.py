@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from repvgg import dataflow, linear
 from repvgg.block import KERNEL_SIZE, RepVGGBlock, conv_geometry, give_geometry
 from repvgg.copying import copied
+from repvgg.model import RepVGG
 from repvgg.normalizations import Normalization, is_never_updated, read_normalization
 from repvgg.reparam import identity_kernel, pad_kernel
 from repvgg.rewriting import put
@@ -159,7 +160,8 @@ def over_parameterize(model: nn.Module, *, branch_drop: float = 0.0) -> nn.Modul
     inside = {
         part
         for module in modules.values()
-        if hasattr(module, "switch_to_deploy")
+        if isinstance(module, RepVGGBlock | RepVGG)
+        or (module is not model and callable(getattr(module, "switch_to_deploy", None)))
         for part in module.modules()
     }
     holders: dict[int, set[nn.Module]] = {}  # of weights, which may be tied

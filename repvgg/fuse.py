@@ -1,55 +1,212 @@
 """Whole networks: from the form that trains to the form that is deployed."""
 
+import math
 from collections.abc import Iterable
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from repvgg import branches, dataflow, linear, verify
+from repvgg.block import QARepVGGBlock, RepVGGBlock
 from repvgg.copying import copied, plain_weights, unwrapped
+from repvgg.expand import RepVGGConv
 from repvgg.folding import Folding, FusionReport
+from repvgg.model import RepVGG
 from repvgg.normalizations import is_normalization, read_once
 from repvgg.reparam import Affine
 from repvgg.rewriting import put
-from repvgg.tracing import OnlyFollowed, alternatives
+from repvgg.tracing import OnlyFollowed, alternatives, in_a_line
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def switch_to_deploy(model: Model) -> Model:
+SAME = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative, by the precision of a comparison
+
+
+def switch_to_deploy(model: Model, images: Tensor | None = None) -> Model:
     """Copy a network and fold every re-parameterizable block of the copy.
 
-    Every module that has a method `switch_to_deploy()` is switched, innermost first. One that was
-    made by `over_parameterize` gives its place back to the layers that it replaced. The copy
-    computes what `model` computes in eval mode; `model` itself does not change, so its optimizer
-    and EMA stay valid.
+    Every module that has a method `switch_to_deploy()` is switched, innermost first. Blocks that
+    were made by `over_parameterize` give their place back to the layers that they replaced; then
+    modules of other libraries are left alone. The copy computes what `model` computes in eval mode;
+    `model` itself does not change, so its optimizer and EMA stay valid.
+
+    The methods of other libraries, and of subclasses of the blocks here, are tested: the module is
+    compared before and after, in float64 (in float32 where it cannot run so), on random inputs.
+
+    Args:
+        images: (N, C, H, W), as the network takes them. If they are given, the whole network is
+            compared on them instead, and module by module.
 
     Returns:
-        the copy, in eval mode.
+        the copy, in eval mode, without `DistributedDataParallel` and `torch.compile` around it.
 
     Raises:
-        ValueError: the network has nothing to switch, or a BatchNorm without running statistics;
-            the block is named.
+        ValueError: the network has nothing to switch; a block cannot be folded, or its own method
+            fails, changes what it computes or cannot be tested; the block is named.
     """
-    model = cast(Model, copied(model))
+    return cast(Model, _switched(model, images, check=True))
+
+
+def _switched(model: nn.Module, images: Tensor | None, *, check: bool) -> nn.Module:
+    model = copied(model).eval()
     plain_weights(model)
-    switches = _switches(model)
-    if not switches:
+    if not _switches(model):
         raise ValueError(
             f"{type(model).__name__} has no block to switch: "
-            "no module of it has a method switch_to_deploy()"
+            "no module of it has a method switch_to_deploy(); repvgg.fuse_conv_bn folds the "
+            "BatchNorms of other networks, traced ones too"
         )
-    for name, module in reversed(switches):
+    if images is not None:
+        _compare_networks(model, images)
+        check = False
+    _switch(model, check=check)
+    return model.eval()
+
+
+def _switch(model: nn.Module, *, check: bool) -> None:
+    """Switch every block of a network in place."""
+    for name, module in reversed(_switches(model)):
+        title = name or type(model).__name__
+        if check and not _is_trusted(module):
+            _compare_blocks(title, module)
         try:
-            module.switch_to_deploy()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        if hasattr(module, "originals"):
+            with torch.inference_mode(False), torch.no_grad():
+                module.switch_to_deploy()
+        except Exception as error:
+            raise ValueError(f"{title}: {_in_words(error, module)}") from error
+        if isinstance(module, RepVGGConv):
             for old, new in module.originals():
                 put(model, old, new)
-    return model.eval()
+
+
+def _in_words(error: Exception, module: nn.Module) -> str:
+    if isinstance(error, ValueError) and _is_trusted(module):
+        return str(error)
+    return (
+        f"switch_to_deploy() of {type(module).__name__} failed ({in_a_line(error)}): "
+        "fold the network with repvgg.fuse_conv_bn instead"
+    )
+
+
+def _is_trusted(module: nn.Module) -> bool:
+    """Whether the method of a module is one of this library that nothing can have changed."""
+    if isinstance(module, RepVGG):
+        return type(module).switch_to_deploy is RepVGG.switch_to_deploy
+    known = type(module) in (RepVGGBlock, QARepVGGBlock, RepVGGConv)
+    return known and not {"forward", "switch_to_deploy"} & vars(module).keys()
+
+
+@torch.no_grad()
+def _compare_blocks(name: str, module: nn.Module) -> None:
+    """Run a module's method on a copy and compare what the copy computes on random inputs."""
+    kind = type(module).__name__
+    otherwise = (
+        "give images= to compare the whole network on, or fold it with repvgg.fuse_conv_bn instead"
+    )
+    failed: Exception | None = None
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for dtype, tolerance in SAME.items():
+            before = copied(module).to(dtype).eval()
+            given = None
+            for inputs in _random_inputs(before):
+                try:
+                    expected = verify.tensors(before(inputs))
+                except Exception as error:
+                    failed = error
+                    continue
+                given = given or []
+                given.append((inputs, [tensor.clone() for tensor in expected]))
+            if not given:
+                continue
+            try:
+                after = copied(module).to(dtype).eval()
+                cast(Any, after).switch_to_deploy()
+                after.eval()
+                outputs = [verify.tensors(after(inputs)) for inputs, _ in given]
+            except Exception as error:
+                failed = error
+                continue
+            for (_, expected), found in zip(given, outputs, strict=True):
+                same = len(expected) == len(found) > 0
+                pairs = zip(expected, found, strict=False)
+                worst = max(verify.relative_error(*p) for p in pairs) if same else math.inf
+                if not worst <= tolerance:
+                    raise ValueError(
+                        f"{name}: switch_to_deploy() of {kind} changes what it computes, by "
+                        f"{worst:.1e} of the largest value: fold the network with "
+                        "repvgg.fuse_conv_bn instead"
+                    )
+            return
+    raise ValueError(
+        f"{name}: switch_to_deploy() of {kind} could not be tested on random inputs "
+        f"({'it has no convolution' if failed is None else in_a_line(failed)}): {otherwise}"
+    )
+
+
+def _random_inputs(module: nn.Module) -> list[Tensor]:
+    """Two images each, of odd and even sizes, small and large, by the first convolution."""
+    convs = [part for part in module.modules() if isinstance(part, _ConvNd)]
+    if not convs:
+        return []
+    reach = max(
+        int(size) * int(step) if isinstance(step, int) else int(size) * max(step)
+        for conv in convs
+        for size, step in [(max(conv.weight.shape[2:]), conv.dilation)]
+    )
+    first = convs[0]
+    dims = first.weight.ndim - 2
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(2, first.in_channels, *size[:dims], generator=generator).to(first.weight)
+        for size in (
+            (reach + 8, reach + 5, reach + 6),
+            (reach + 5, reach + 12, reach + 4),
+            (67, 52, 33),
+        )
+    ]
+
+
+@torch.no_grad()
+def _compare_networks(model: nn.Module, images: Tensor) -> None:
+    """Switch a copy of a network and compare it on images."""
+    failed: Exception | None = None
+    # Where layers of its own come back, a name stands for less.
+    blocks = {name for name, module in _switches(model) if not isinstance(module, RepVGGConv)}
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for dtype, tolerance in SAME.items():
+            before = copied(model).to(dtype).eval()
+            after = copied(before)
+            try:
+                _switch(after, check=False)
+                found = verify.first_difference(
+                    before,
+                    after.eval(),
+                    images.to(dtype),
+                    tolerance=tolerance,
+                    among=blocks,
+                )
+            except Exception as error:
+                failed = failed or error
+                continue
+            if found is None:
+                return
+            name, worst = found
+            raise ValueError(
+                f"{name or type(model).__name__}: after switch_to_deploy() it differs on these "
+                f"images by {worst:.1e} of the largest value: fold the network with "
+                "repvgg.fuse_conv_bn instead"
+            )
+    assert failed is not None
+    if isinstance(failed, ValueError):
+        raise failed
+    raise ValueError(
+        f"{type(model).__name__} cannot run on images of shape {tuple(images.shape)}: "
+        f"{in_a_line(failed)}"
+    ) from failed
 
 
 def deployed_form(model: nn.Module) -> tuple[nn.Module, FusionReport]:
@@ -65,7 +222,8 @@ def deployed_form(model: nn.Module) -> tuple[nn.Module, FusionReport]:
         ValueError: as `switch_to_deploy` and `fuse_conv_bn`.
     """
     if _switches(model):
-        model = switch_to_deploy(model)
+        # On the meta device there are no numbers to compare.
+        model = _switched(model, None, check=not any(p.is_meta for p in model.parameters()))
     else:
         model = copied(model).eval()
         plain_weights(model)
@@ -75,11 +233,15 @@ def deployed_form(model: nn.Module) -> tuple[nn.Module, FusionReport]:
 
 
 def _switches(model: nn.Module) -> list[tuple[str, Any]]:
-    return [
+    found = [
         (name, module)
         for name, module in model.named_modules()
-        if hasattr(module, "switch_to_deploy")
+        if callable(getattr(module, "switch_to_deploy", None))
     ]
+    if any(isinstance(module, RepVGGConv) for _, module in found):
+        # The network gets its own layers back; what others made of theirs is not to be changed.
+        return [(n, m) for n, m in found if isinstance(m, RepVGGBlock | RepVGG)]
+    return found
 
 
 @torch.no_grad()

@@ -169,6 +169,31 @@ def compare_modules(
     }
 
 
+def first_difference(
+    reference: nn.Module,
+    candidate: nn.Module,
+    images: Tensor,
+    *,
+    tolerance: float,
+    among: Collection[str],
+) -> tuple[str, float] | None:
+    """Find the first module whose output differs from that of its namesake, in order of the run.
+
+    Args:
+        images: what both networks are called with, in their precision.
+        tolerance: the largest relative error that passes.
+        among: names of the modules that are compared, besides the network itself.
+
+    Returns:
+        its name ("" is the network) and error; None where all are equal. A network that does not
+        give as many tensors as its reference has an infinite error.
+    """
+    errors = compare_modules(reference, candidate, [images])
+    errors.setdefault("", math.inf)
+    wrong = (name for name, error in errors.items() if not error <= tolerance)
+    return next(((name, errors[name]) for name in wrong if name in among or not name), None)
+
+
 def _listen(
     network: nn.Module, inputs: Sequence[Any], listener: Callable[[str, Tensor], None]
 ) -> None:

@@ -44,7 +44,8 @@ class InHouse(nn.modules.batchnorm._BatchNorm):
 
 class Doubling(nn.BatchNorm2d):
     def forward(self, x):
-        return 2 * super().forward(x)
+        statistics = self.running_mean, self.running_var
+        return 2 * nn.functional.batch_norm(x, *statistics, self.weight, self.bias, eps=self.eps)
 
 
 class WithRelu(nn.BatchNorm2d):

@@ -216,12 +216,12 @@ class RepVGGBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
+        if self.recompute and self.training and not torch.jit.is_scripting():
             # A graph that somebody records holds the plain forward.
             recorded = (
                 isinstance(x, fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()
             )
-            if self.recompute and self.training and torch.is_grad_enabled() and not recorded:
+            if torch.is_grad_enabled() and not recorded:
                 return self._recomputed(x)
         return self._forward(x)
 

@@ -29,17 +29,12 @@ from repvgg.tracing import (
     alternatives,
     has_hooks,
     is_decorated,
-    mentions,
     plain_attributes,
 )
 
 ADDITIONS = (add, iadd, torch.add, "add", "add_")
 OUTSIDE = ("placeholder", "output")
 MAX_CASES = 8  # graphs of one forward
-QUERIES = (  # of torch, by which a forward may do other things where it is exported
-    *("is_exporting", "is_tracing", "is_in_onnx_export", "is_scripting"),
-    *("is_compiling", "is_dynamo_compiling"),
-)
 
 
 class Branch(NamedTuple):
@@ -151,8 +146,9 @@ def merge_sums(
         reason = "its forward switches gradients, inference mode or autocast"
     elif is_decorated(owner):
         reason = "its forward is decorated, and what the decorator does is in no graph"
-    elif asked := next((name for name in QUERIES if mentions(owner, name)), None):
-        reason = f"its forward asks torch for {asked}(), whose answer may change"
+    elif own.queries:
+        asked = ", ".join(sorted(own.queries))
+        reason = f"its forward asks torch for {asked}, whose answer may change"
     else:
         cases = own.cases(base, merged, values, of_values)
         if not isinstance(cases, str):
@@ -214,6 +210,7 @@ class _Own:
             if self.names[module] in flags
         }
         self.contexts = False
+        self.queries: set[str] = set()
         self.reads = _numbers(owner)
 
     def runs_alike(self) -> bool:
@@ -290,6 +287,7 @@ class _Own:
         ):
             return None  # a tensor that its forward makes
         self.contexts = self.contexts or tracer.contexts
+        self.queries |= tracer.queries
         for node in list(graph.nodes):
             module = self._module(node) if node.op == "call_module" else None
             if type(module) is nn.Identity and is_transparent(node, module):

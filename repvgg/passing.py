@@ -159,10 +159,10 @@ def _is_size(value: Any, source: fx.Node, axis: int) -> bool:
     if not isinstance(value, fx.Node):
         return False
     if value.op == "call_method" and value.target == "size":
-        return value.args[0] is source and len(value.args) == 2 and value.args[1] is axis
+        return value.args == (source, axis)
     if value.target is not operator.getitem or value.args[1] != axis:
         return False
     shape = value.args[0]
     if not isinstance(shape, fx.Node) or not shape.args or shape.args[0] is not source:
         return False
-    return (shape.target is getattr and shape.args[1] == "shape") or shape.target == "size"
+    return shape.target == "size" or (shape.target is getattr and str(shape.args[1]) == "shape")

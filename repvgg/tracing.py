@@ -38,6 +38,16 @@ _ONE_TENSOR = (  # modules of torch.nn that give one tensor
 _ASKS = {"isinstance", "issubclass", "__class__", "is_tensor", "is_torch_tensor"}
 _BUILDERS = ("zeros", "ones", "empty", "rand", "randn", "full", "tensor")  # of torch, from sizes
 _RESHAPES = ("expand", "view", "reshape", "repeat")  # of constant tensors
+_QUERIES: tuple[tuple[types.ModuleType, Callable[[], bool]], ...] = (
+    (torch.jit, torch.jit.is_scripting),
+    (torch.jit, torch.jit.is_tracing),
+    (torch.compiler, torch.compiler.is_exporting),
+    (torch.compiler, torch.compiler.is_compiling),
+    (torch.compiler, torch.compiler.is_dynamo_compiling),
+    (torch.onnx, torch.onnx.is_in_onnx_export),
+    (torch, torch.is_grad_enabled),
+)
+_is_grad_enabled = torch.is_grad_enabled  # not what stands there while a forward is followed
 _OF_MODULES = {"training", *vars(nn.Module())}
 MAX_TRIES = 8  # other values of one flag
 _SIZES = {"size", "dim", "numel", "ndimension", len, getattr}
@@ -210,9 +220,8 @@ class Tracer(fx.Tracer):
         self.refusals: list[str] = []
         self.changed: dict[nn.Module, str] = {}  # steps, and the attribute that a forward sets
         self.assumed: set[str] = set()  # arguments that are taken for tensors
-        self.contexts = (
-            False  # whether gradients or autocast are other than at the start, somewhere
-        )
+        self.contexts = False  # whether a step switches gradients or autocast
+        self.queries: set[str] = set()  # what a forward asks torch about how it runs
         self.frames: list[_Frame] = []
         self.flipping = False
         self.decided = False
@@ -246,7 +255,7 @@ class Tracer(fx.Tracer):
             vars(root)[name] = self.create_proxy("get_attr", name, (), {})
         if self.assume and code.co_argcount > 1 and code.co_flags & VAR_ARGUMENTS:
             args = [self._without_extras(value) for value in args]
-        arguments: list[fx.Node] = [value.node for value in args if _is_value(value)]
+        arguments = [value.node for value in args if isinstance(value, fx.Proxy)]
         self.inputs = {node: str(node.target) for node in arguments[:1]} if self.assume else {}
 
         def run(*given: Any) -> Any:
@@ -619,7 +628,7 @@ def with_own_containers(held: dict[str, Any]) -> dict[str, Any]:
 def _context() -> tuple[Any, ...]:
     """What a forward may switch, which no graph shows."""
     return (
-        torch.is_grad_enabled(),
+        _is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
         torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
@@ -756,6 +765,15 @@ def _patched(root: nn.Module, tracer: Tracer) -> Iterator[None]:
 
         return build
 
+    def query(function: Callable[[], bool]) -> Callable[[], bool]:
+        def asked() -> bool:
+            if not _asked_by_torch(sys._getframe(1)):
+                tracer.queries.add(f"{function.__name__}()")
+            return function()
+
+        return asked
+
+    queries = {id(function): query(function) for _, function in _QUERIES}
     originals: dict[str, Any] = {}
 
     def choose(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -779,6 +797,7 @@ def _patched(root: nn.Module, tracer: Tracer) -> Iterator[None]:
         **{"type": kind, "max": choose(max), "min": choose(min)},
     }
     patched: list[tuple[dict[str, Any], str]] = []
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
     set_attribute = nn.Module.__setattr__
 
     def noted(module: nn.Module, name: str, value: Any) -> None:
@@ -793,6 +812,13 @@ def _patched(root: nn.Module, tracer: Tracer) -> Iterator[None]:
                 if name not in names:
                     names[name] = function
                     patched.append((names, name))
+            for name, function in list(names.items()):
+                if id(function) in queries:
+                    names[name] = queries[id(function)]
+                    replaced.append((names, name, function))
+        for home, function in _QUERIES:
+            replaced.append((vars(home), function.__name__, function))
+            setattr(home, function.__name__, queries[id(function)])
         for name in _BUILDERS:
             originals[name] = getattr(torch, name)
             setattr(torch, name, builder(originals[name]))
@@ -813,6 +839,8 @@ def _patched(root: nn.Module, tracer: Tracer) -> Iterator[None]:
             torch._dynamo.config.error_on_nested_fx_trace = nested
         for names, name in patched:
             names.pop(name, None)
+        for names, name, function in replaced:
+            names[name] = function
 
 
 def _has_dynamo() -> bool:
@@ -977,15 +1005,6 @@ def _code_of(cls: type[nn.Module]) -> _Code:
             ):
                 indices |= set(last[-1:])
     return _Code(*map(frozenset, (names, texts, compared, indices)))
-
-
-def mentions(module: nn.Module, name: str) -> bool:
-    """Whether a forward, or what it calls of its class, mentions a name."""
-    return any(
-        instruction.argval == name
-        for _, instructions in _instructions(type(module))
-        for instruction in instructions
-    )
 
 
 def is_decorated(module: nn.Module) -> bool:

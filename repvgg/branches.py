@@ -6,6 +6,7 @@ arXiv:2103.13425, section 3.2), is one convolution of x. The addition is code of
 the module it stands in gets a forward that was written from the graph of its own.
 """
 
+import contextlib
 import inspect
 import itertools
 from collections.abc import Sequence
@@ -17,20 +18,23 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from repvgg import linear
+from repvgg.bytecode import is_decorated
 from repvgg.dataflow import Dataflow, Flags, describe, erase, is_transparent, shared_copy, uses
+from repvgg.flags import (
+    alternatives,
+    global_flags,
+    other_callables,
+    plain_attributes,
+    setting,
+    value_of,
+)
 from repvgg.folding import FusionReport
 from repvgg.geometry import POOLS, embedding, read_geometry, read_subsampling, small_kernel
 from repvgg.normalizations import is_normalization, read_normalization
 from repvgg.reading import is_of_torch
 from repvgg.reparam import Affine, merge
 from repvgg.rewriting import Case, give_forward, put
-from repvgg.tracing import (
-    Tracer,
-    alternatives,
-    has_hooks,
-    is_decorated,
-    plain_attributes,
-)
+from repvgg.tracing import Tracer, has_hooks
 
 ADDITIONS = (add, iadd, torch.add, "add", "add_")
 OUTSIDE = ("placeholder", "output")
@@ -146,6 +150,8 @@ def merge_sums(
         reason = "its forward switches gradients, inference mode or autocast"
     elif is_decorated(owner):
         reason = "its forward is decorated, and what the decorator does is in no graph"
+    elif switches := global_flags(owner):
+        reason = f"its forward reads {', '.join(switches)} of its Python module, which may change"
     elif own.queries:
         asked = ", ".join(sorted(own.queries))
         reason = f"its forward asks torch for {asked}, whose answer may change"
@@ -274,10 +280,12 @@ class _Own:
     def _trace(self, values: tuple[tuple[str, Any], ...], reads: Sequence[str]) -> fx.Graph | None:
         twin = shared_copy(self.owner)
         steps = {module for path, module in twin.named_modules() if path and path not in self.thin}
-        vars(twin).update(values)
         tracer = Tracer(steps, exact=True, tensors=True, reads=reads)
         try:
-            graph = tracer.trace(twin)
+            with contextlib.ExitStack() as stack:
+                for attribute, value in values:
+                    stack.enter_context(setting(twin, attribute, value))
+                graph = tracer.trace(twin)
         except Exception:
             return None
         if tracer.opaque or tracer.refusals:
@@ -305,7 +313,7 @@ class _Own:
         flags = [  # a number may not change: see `fixed`
             (attribute, value)
             for attribute, value in alternatives(self.owner)
-            if not _is_number(getattr(self.owner, attribute))
+            if not _is_number(value)
         ]
         flags.append(("training", not self.owner.training))
         plain = self.graph(())
@@ -315,7 +323,7 @@ class _Own:
         for attribute, value in flags:
             other = self.graph(((attribute, value),))
             if other is not None and describe(other.nodes, self._named(other)) != usual:
-                tries.setdefault(attribute, [getattr(self.owner, attribute)]).append(value)
+                tries.setdefault(attribute, [value_of(self.owner, attribute)]).append(value)
         found: list[Case] = []
         ways = list(itertools.product(*tries.values()))
         if len(ways) > MAX_CASES:
@@ -347,16 +355,21 @@ class _Own:
         if isinstance(self.owner, fx.GraphModule):
             return {}
         harmless = {*self.reads, *self.decided}
-        return {
+        plain = {
             name: value
             for name, value in plain_attributes(self.owner).items()
             if name not in harmless and not isinstance(value, bool)
         }
+        return plain | other_callables(self.owner)
 
 
 def _numbers(owner: nn.Module) -> list[str]:
     """Numbers that a forward reads from its module."""
-    return [name for name, value in plain_attributes(owner).items() if _is_number(value)]
+    return [
+        name
+        for name, value in plain_attributes(owner).items()
+        if _is_number(value) and name.isidentifier()
+    ]
 
 
 def _has(owner: nn.Module, path: str) -> bool:

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from repvgg.bytecode import compares_identities, compares_with_none
 from repvgg.copying import copied
+from repvgg.proxies import UntraceableError
 from repvgg.reading import is_of_torch, read
 from repvgg.tracing import (
     Tracer,
-    UntraceableError,
-    compares_identities,
-    compares_with_none,
     has_hooks,
     in_a_line,
     inside_wrapper,

@@ -298,8 +298,14 @@ class Folding:
 
     def _describe(self, nodes: Iterable[fx.Node]) -> str:
         """The steps, for the reader."""
-        shown = sorted({self.flow.called(node) or _kind(node) for node in nodes})
-        return ", ".join(shown) or "nothing"
+        shown = set()
+        for node in nodes:
+            if node.target is either:
+                ways = sorted({self.flow.called(n) or _kind(n) for n in node.all_input_nodes})
+                shown.add(f"{' or '.join(ways)} (a flag or condition decides)")
+            else:
+                shown.add(self.flow.called(node) or _kind(node))
+        return ", ".join(sorted(shown)) or "nothing"
 
 
 def _kind(node: fx.Node) -> str:
@@ -308,7 +314,7 @@ def _kind(node: fx.Node) -> str:
     if node.op == "output":
         return "the output of the network"
     if node.target is either:
-        return "another way through its forward (a flag or condition decides)"
+        return "one of several values (a flag or condition decides which)"
     name = getattr(node.target, "__name__", str(node.target))
     return f"{name}()" if node.op in ("call_function", "call_method") else name
 

@@ -13,12 +13,13 @@ from repvgg import branches, dataflow, linear, verify
 from repvgg.block import QARepVGGBlock, RepVGGBlock
 from repvgg.copying import copied, plain_weights, unwrapped
 from repvgg.expand import RepVGGConv
+from repvgg.flags import alternatives
 from repvgg.folding import Folding, FusionReport
 from repvgg.model import RepVGG
 from repvgg.normalizations import is_normalization, read_once
 from repvgg.reparam import Affine
 from repvgg.rewriting import put
-from repvgg.tracing import OnlyFollowed, alternatives, in_a_line
+from repvgg.tracing import OnlyFollowed, in_a_line
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from repvgg.flags import expression
+
 Case = tuple[tuple[tuple[str, Any], ...], fx.Graph]  # values of attributes, and the graph they give
 
 
@@ -45,6 +47,7 @@ def give_forward(owner: nn.Module, cases: Sequence[Case], fixed: dict[str, Any])
         }
         name = "forward" if len(cases) == 1 and not fixed else f"_forward_{place}"
         parts.append(re.sub(r"def forward\(", f"def {name}(", code.src.strip(), count=1))
+    names |= {f"_kept_{i}": value for i, value in enumerate(fixed.values()) if callable(value)}
     if len(parts) > 1 or fixed:
         parts.append(_dispatch(cases, fixed, type(owner).__name__))
     owner.__class__ = _specialized(type(owner), "\n\n".join(parts) + "\n", names)
@@ -53,14 +56,16 @@ def give_forward(owner: nn.Module, cases: Sequence[Case], fixed: dict[str, Any])
 def _dispatch(cases: Sequence[Case], fixed: dict[str, Any], owner: str) -> str:
     x = next(str(node.target) for node in cases[0][1].nodes if node.op == "placeholder")
     lines = [f"def forward(self, {x}):"]
-    for attribute, value in fixed.items():
+    for place, (path, value) in enumerate(fixed.items()):
+        kept = repr(value) if not callable(value) else f"_kept_{place}"
+        unequal = "is not" if callable(value) else "!="
         lines += [
-            f"    if self.{attribute} != {value!r}:",
-            f"        raise ValueError({_changed(owner, attribute, value)!r})",
+            f"    if {expression(path)} {unequal} {kept}:",
+            f"        raise ValueError({_changed(owner, path)!r})",
         ]
     flags = dict.fromkeys(attribute for values, _ in cases for attribute, _ in values)
     for place, (values, _) in enumerate(cases):
-        asked = " and ".join(f"self.{attribute} == {value!r}" for attribute, value in values)
+        asked = " and ".join(f"{expression(path)} == {value!r}" for path, value in values)
         lines += [f"    if {asked or 'True'}:", f"        return self._forward_{place}({x})"]
     if flags:
         message = (
@@ -71,10 +76,10 @@ def _dispatch(cases: Sequence[Case], fixed: dict[str, Any], owner: str) -> str:
     return "\n".join(lines)
 
 
-def _changed(owner: str, attribute: str, value: Any) -> str:
+def _changed(owner: str, path: str) -> str:
     return (
-        f"{owner}.{attribute} was {value!r} when its branches were merged, and cannot be changed "
-        "afterwards: set it before fuse_conv_bn"
+        f"{owner}.{path} was changed after its branches were merged, which hold for the value that "
+        "it had: set it before fuse_conv_bn"
     )
 
 

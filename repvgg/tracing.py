@@ -1,31 +1,29 @@
-"""Following a forward with proxies that refuse every question whose answer they do not know.
+"""Following a forward along every way that it may take.
 
-torch.fx's own proxies answer some: they are no tensors, never None, equal by identity, and `x += y`
-makes a new one. Here a question that has a few answers (is it a tensor, is its size even) is
-answered each way in turn, and any other ends the tracing of the module that asks, even where its
-code catches the error. What no proxy can notice (`type(x)`, `x is y`) is found in the byte code.
+A question that has a few answers (is it a tensor, is its size even) is answered each way in turn.
+Any other ends the tracing of the module that asks, even where its code catches the error.
 """
 
 import contextlib
 import copy
 import dis
-import functools
 import inspect
 import io
-import itertools
 import operator
-import sys
 import types
-import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from repvgg.bytecode import compares_identities, compares_with_none
+from repvgg.flags import setting
 from repvgg.kinds import kind_of
+from repvgg.patching import flat, patched
+from repvgg.proxies import UntraceableError, Value, is_value
 from repvgg.reading import is_of_torch
 
 VAR_ARGUMENTS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
@@ -36,144 +34,10 @@ _ONE_TENSOR = (  # modules of torch.nn that give one tensor
     *("pixelshuffle", "upsampling", "normalization", "instancenorm", "channelshuffle"),
 )
 _ASKS = {"isinstance", "issubclass", "__class__", "is_tensor", "is_torch_tensor"}
-_BUILDERS = ("zeros", "ones", "empty", "rand", "randn", "full", "tensor")  # of torch, from sizes
-_RESHAPES = ("expand", "view", "reshape", "repeat")  # of constant tensors
-_QUERIES: tuple[tuple[types.ModuleType, Callable[[], bool]], ...] = (
-    (torch.jit, torch.jit.is_scripting),
-    (torch.jit, torch.jit.is_tracing),
-    (torch.compiler, torch.compiler.is_exporting),
-    (torch.compiler, torch.compiler.is_compiling),
-    (torch.compiler, torch.compiler.is_dynamo_compiling),
-    (torch.onnx, torch.onnx.is_in_onnx_export),
-    (torch, torch.is_grad_enabled),
-)
+_OWN = (__name__, "repvgg.proxies", "repvgg.patching")  # whose exceptions are no network's
 _is_grad_enabled = torch.is_grad_enabled  # not what stands there while a forward is followed
-_OF_MODULES = {"training", *vars(nn.Module())}
-MAX_TRIES = 8  # other values of one flag
 _SIZES = {"size", "dim", "numel", "ndimension", len, getattr}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-class UntraceableError(ValueError):
-    """A forward asked for something that is only known when it runs."""
-
-
-class _Unknown:
-    """Nothing is known about a value, mostly not its type: who asks cannot be followed."""
-
-    node: Any
-    tracer: Any
-
-    @property
-    def __class__(self) -> type:
-        asker = sys._getframe(1)
-        return type(self) if _asked_by_torch(asker) else self.tracer.class_of(self, asker)
-
-    @__class__.setter
-    def __class__(self, value: type) -> None:
-        raise self.tracer.refuse("it changes the type of a value")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("node", "tracer", "root", "attr", "_node"):
-            raise self.tracer.refuse("it sets an attribute of a value")
-        super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or not hasattr(torch.Tensor, name):
-            raise self.tracer.refuse(f"it asks a value for '{name}', which tensors do not have")
-        return _Attribute(self, name)  # type: ignore[arg-type]
-
-    def __hash__(self) -> int:
-        if _asked_by_torch(sys._getframe(1)):
-            return object.__hash__(self)
-        raise self.tracer.refuse("it looks a value up")
-
-    def __repr__(self) -> str:
-        return _Text(object.__getattribute__(self, "tracer"))
-
-    __str__ = __repr__
-
-    def __format__(self, _: str) -> str:
-        return _Text(self.tracer)
-
-
-class _Text(str):
-    """A value in words: good for messages, not for decisions."""
-
-    tracer: "Tracer"
-
-    def __new__(cls, tracer: "Tracer") -> "_Text":
-        text = super().__new__(cls, "(a value)")
-        text.tracer = tracer
-        return text
-
-    def __eq__(self, other: object) -> bool:
-        raise self.tracer.refuse("it compares a value as text")
-
-    def __hash__(self) -> int:
-        raise self.tracer.refuse("it compares a value as text")
-
-    __ne__ = __eq__
-    __contains__ = __eq__
-
-
-def _asked_by_torch(frame: Any) -> bool:
-    """Whether a question comes from inside torch, which knows its proxies."""
-    home = frame.f_globals.get("__name__", "")
-    return home.split(".")[0] == "torch" and frame.f_code.co_name != "is_tensor"
-
-
-class _Value(_Unknown, fx.Proxy):
-    pass
-
-
-class _Attribute(_Unknown, fx.proxy.Attribute):
-    pass
-
-
-def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """torch's proxies take `x += y` for `x = x + y`, and so lose that x changes."""
-
-    def method(self: Any, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operation, (self, other), {})
-
-    return method
-
-
-def _refused(name: str) -> Callable[..., Any]:
-    def method(self: Any, *_: Any) -> Any:
-        raise self.tracer.refuse(f"it needs a value when it calls {name}")
-
-    return method
-
-
-_AUGMENTED = (
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "matmul",
-    "and",
-    "or",
-    "xor",
-)
-for _name in _AUGMENTED:
-    setattr(_Unknown, f"__i{_name}__", _in_place(getattr(operator, f"__i{_name}__")))
-for _name in ("int", "float", "complex", "contains", "setitem", "delitem"):
-    setattr(_Unknown, f"__{_name}__", _refused(f"__{_name}__"))
-
-
-def _length(self: Any) -> int:
-    """Functions of C ask for a length and go on without. Code that may catch the error is not."""
-    if sys._getframe(1).f_code.co_exceptiontable:
-        raise self.tracer.refuse("it needs a value when it calls __len__")
-    raise TypeError("the length of a value is not known")
-
-
-setattr(_Unknown, "__len__", _length)  # noqa: B010
 
 
 class Tracer(fx.Tracer):
@@ -234,7 +98,7 @@ class Tracer(fx.Tracer):
         with torch.enable_grad():
             self.start = _context()
         try:
-            with torch.enable_grad(), _Reads() as reads, _patched(root, self):
+            with torch.enable_grad(), _Reads() as reads, patched(root, self):
                 return super().trace(root, concrete_args)
         finally:
             self.read_storages = reads.storages
@@ -267,7 +131,7 @@ class Tracer(fx.Tracer):
 
     def _without_extras(self, value: Any) -> Any:
         """Follow a network without the arguments that its forward does not name."""
-        name = str(value.node.target) if _is_value(value) else ""
+        name = str(value.node.target) if is_value(value) else ""
         if not name.startswith("*"):
             return value
         self.graph.erase_node(value.node)
@@ -315,7 +179,7 @@ class Tracer(fx.Tracer):
         return m in self.opaque or m in self.steps or is_of_torch(m)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Value(node, self)
+        return Value(node, self)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         # torch's proxies of constant shape are for parameters alone.
@@ -351,7 +215,7 @@ class Tracer(fx.Tracer):
             kind = self._ask_for_tensor(value.node)
         if kind is not _Other:
             return issubclass(kind, classes)
-        others = [c for c in _flat(classes) if c is not Tensor and c is not nn.Parameter]
+        others = [c for c in flat(classes) if c is not Tensor and c is not nn.Parameter]
         question = (value.node, tuple(others))
         return bool(others) and self.decide(question, "it depends on the type of an argument")
 
@@ -420,7 +284,7 @@ class Tracer(fx.Tracer):
         try:
             result = super().call_module(m, explored, args, kwargs)
             if not self.is_leaf_module(m, ""):
-                given = [value.node for value in tree_leaves((args, kwargs)) if _is_value(value)]
+                given = [value.node for value in tree_leaves((args, kwargs)) if is_value(value)]
                 unknown = any(
                     node.op == "call_module" and self.modules[str(node.target)] in self.opaque
                     for node in given
@@ -459,13 +323,9 @@ class Tracer(fx.Tracer):
         for attribute, value in self.flags[module]:
             opaque, num_refusals = dict(self.opaque), len(self.refusals)
             state.restore()
-            held = vars(module)
-            own = attribute in held
-            old = held.get(attribute)
-            held[attribute] = value
             stack, frames = self.module_stack.copy(), len(self.frames)
             try:
-                with contextlib.redirect_stdout(io.StringIO()):
+                with setting(module, attribute, value), contextlib.redirect_stdout(io.StringIO()):
                     others = self._follow_ways(run, _State(module))
                 # What another structure would do to the caller, its code is not made for.
                 usual = {_structure(result) for result in results}
@@ -473,11 +333,6 @@ class Tracer(fx.Tracer):
             except Exception:  # this value does not run, or cannot be followed: its uses count
                 self.module_stack = stack
                 del self.frames[frames:]
-            finally:
-                if own:
-                    held[attribute] = old
-                else:
-                    held.pop(attribute, None)
             self.opaque = opaque
             del self.refusals[num_refusals:]
         self.flipping = False
@@ -560,7 +415,7 @@ class Tracer(fx.Tracer):
         flat = [tree_flatten(result) for result in results]
         joined = []
         for alternatives in zip(*(leaves for leaves, _ in flat), strict=True):
-            nodes = [leaf.node for leaf in alternatives if _is_value(leaf)]
+            nodes = [leaf.node for leaf in alternatives if is_value(leaf)]
             if len(set(nodes)) < 2:
                 joined.append(alternatives[0])
             else:
@@ -572,11 +427,6 @@ class Tracer(fx.Tracer):
 def either(first: Any, *others: Any) -> Any:
     """One of several values, by a decision of the forward that is not known. Never run."""
     return first
-
-
-def an_index(count: Any, place: int) -> int:
-    """A number below a count that is not known. Never run."""
-    return place
 
 
 class _Other:
@@ -651,16 +501,10 @@ def _meaning(node: fx.Node) -> Any:
     return (node.op, str(node.target), *arguments)
 
 
-def _flat(classes: Any) -> list[type]:
-    if isinstance(classes, tuple | list):
-        return [each for part in classes for each in _flat(part)]
-    return [each for part in typing.get_args(classes) for each in _flat(part)] or [classes]
-
-
 def _structure(result: Any) -> tuple[Any, ...]:
     """What a forward gave, but for the values in it."""
     leaves, structure = tree_flatten(result)
-    constants = (None if _is_value(leaf) else (type(leaf), _plain(leaf)) for leaf in leaves)
+    constants = (None if is_value(leaf) else (type(leaf), _plain(leaf)) for leaf in leaves)
     return (str(structure), *constants)
 
 
@@ -678,173 +522,9 @@ def is_deliberate(error: BaseException) -> bool:
     if isinstance(error, ZeroDivisionError):
         return True
     code, home = trace.tb_frame.f_code, str(trace.tb_frame.f_globals.get("__name__", ""))
-    if home.split(".")[0] == "torch" or home == __name__:
+    if home.split(".")[0] == "torch" or home in _OWN:
         return False
     return code.co_code[trace.tb_lasti] in (dis.opmap["RAISE_VARARGS"], dis.opmap["RERAISE"])
-
-
-class _IntMeta(type):
-    """Of what stands for `int`: it is `int` for all that asks."""
-
-    original: type = int
-
-    def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, cls.original)
-
-    def __subclasscheck__(cls, subclass: type) -> bool:
-        return issubclass(subclass, cls.original)
-
-    def __getattr__(cls, name: str) -> Any:
-        return getattr(cls.original, name)
-
-    def __eq__(cls, other: object) -> bool:
-        return other is cls.original or other is cls
-
-    def __hash__(cls) -> int:
-        return hash(cls.original)
-
-
-class _TypeMeta(_IntMeta):
-    """Of what stands for `type`."""
-
-    original: type = type
-
-
-def _globals_of(classes: Collection[type]) -> list[dict[str, Any]]:
-    """The names that the code of classes sees, torch's apart."""
-    found: dict[int, dict[str, Any]] = {}
-    for base in {base for cls in classes for base in cls.__mro__}:
-        for value in vars(base).values():
-            function = getattr(value, "fget", None) or getattr(value, "__func__", value)
-            for code in (function, inspect.unwrap(function) if callable(function) else function):
-                names = getattr(code, "__globals__", None)
-                if isinstance(names, dict) and names.get("__name__", "").split(".")[0] != "torch":
-                    found[id(names)] = names
-    return list(found.values())
-
-
-@contextlib.contextmanager
-def _patched(root: nn.Module, tracer: Tracer) -> Iterator[None]:
-    """Let the code of a network ask `isinstance`, `len`, `int` and `range` of values.
-
-    Python answers them without asking the value, or demands a number of it.
-    """
-
-    def is_instance(value: Any, classes: Any) -> bool:
-        classes = tuple(int if c is whole else c for c in _flat(classes))
-        return (
-            tracer.is_instance(value, classes) if _is_value(value) else isinstance(value, classes)
-        )
-
-    def length(value: Any) -> Any:
-        if not _is_value(value):
-            return len(value)
-        return tracer.create_proxy("call_function", len, (value,), {})
-
-    class whole(metaclass=_IntMeta):  # noqa: N801
-        def __new__(cls, value: Any = 0, *rest: Any) -> Any:
-            if not _is_value(value):
-                return int(value, *rest)
-            if tracer.kind(value.node) is int:
-                return value
-            return tracer.create_proxy("call_function", int, (value,), {})
-
-    def indices(*bounds: Any) -> Any:
-        if not any(map(_is_value, bounds)):
-            return range(*bounds)
-        if tracer.exact:
-            raise tracer.refuse("it counts to a value")
-        return [tracer.create_proxy("call_function", an_index, (bounds[-1], i), {}) for i in (0, 1)]
-
-    def builder(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def build(*args: Any, **kwargs: Any) -> Any:
-            if any(_is_value(leaf) for leaf in tree_leaves((args, kwargs))):
-                return tracer.create_proxy("call_function", function, args, kwargs)
-            return function(*args, **kwargs)
-
-        return build
-
-    def query(function: Callable[[], bool]) -> Callable[[], bool]:
-        def asked() -> bool:
-            if not _asked_by_torch(sys._getframe(1)):
-                tracer.queries.add(f"{function.__name__}()")
-            return function()
-
-        return asked
-
-    queries = {id(function): query(function) for _, function in _QUERIES}
-    originals: dict[str, Any] = {}
-
-    def choose(function: Callable[..., Any]) -> Callable[..., Any]:
-        """`max` or `min`, which would compare."""
-
-        def chosen(*args: Any, **kwargs: Any) -> Any:
-            if len(args) > 1 and any(map(_is_value, args)):
-                return tracer.create_proxy("call_function", function, args, kwargs)
-            return function(*args, **kwargs)
-
-        return chosen
-
-    class kind(metaclass=_TypeMeta):  # noqa: N801
-        def __new__(cls, *args: Any) -> Any:
-            if len(args) == 1 and _is_value(args[0]):
-                return tracer.exact_class(args[0])
-            return type(*args)
-
-    new: dict[str, Any] = {
-        **{"isinstance": is_instance, "len": length, "int": whole, "range": indices},
-        **{"type": kind, "max": choose(max), "min": choose(min)},
-    }
-    patched: list[tuple[dict[str, Any], str]] = []
-    replaced: list[tuple[dict[str, Any], str, Any]] = []
-    set_attribute = nn.Module.__setattr__
-
-    def noted(module: nn.Module, name: str, value: Any) -> None:
-        if module in tracer.steps and name != "training":
-            tracer.changed.setdefault(module, name)
-        set_attribute(module, name, value)
-
-    nested = torch._dynamo.config.error_on_nested_fx_trace if _has_dynamo() else None
-    try:
-        for names in _globals_of({type(part) for part in root.modules()}):
-            for name, function in new.items():
-                if name not in names:
-                    names[name] = function
-                    patched.append((names, name))
-            for name, function in list(names.items()):
-                if id(function) in queries:
-                    names[name] = queries[id(function)]
-                    replaced.append((names, name, function))
-        for home, function in _QUERIES:
-            replaced.append((vars(home), function.__name__, function))
-            setattr(home, function.__name__, queries[id(function)])
-        for name in _BUILDERS:
-            originals[name] = getattr(torch, name)
-            setattr(torch, name, builder(originals[name]))
-        for name in _RESHAPES:
-            setattr(Tensor, name, builder(getattr(Tensor, name)))
-        nn.Module.__setattr__ = noted  # type: ignore[method-assign,assignment]
-        if nested is not None:
-            torch._dynamo.config.error_on_nested_fx_trace = False
-        yield
-    finally:
-        for name, function in originals.items():
-            setattr(torch, name, function)
-        for name in _RESHAPES:
-            if name in vars(Tensor):
-                delattr(Tensor, name)
-        nn.Module.__setattr__ = set_attribute  # type: ignore[method-assign]
-        if nested is not None:
-            torch._dynamo.config.error_on_nested_fx_trace = nested
-        for names, name in patched:
-            names.pop(name, None)
-        for names, name, function in replaced:
-            names[name] = function
-
-
-def _has_dynamo() -> bool:
-    return "torch._dynamo" in sys.modules
 
 
 def inside_wrapper(module: nn.Module) -> nn.Module | None:
@@ -874,164 +554,6 @@ class _Reads(TorchDispatchMode):
 
 def storage_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _is_value(value: object) -> bool:
-    return type(value) in (_Value, _Attribute)
-
-
-def _functions_of(cls: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType]]:
-    """A forward and what it calls of its class, as they are called."""
-    todo, seen = ["forward"], set()
-    while todo:
-        name = todo.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        for base in cls.__mro__:
-            function = vars(base).get(name)
-            if base is nn.Module or not inspect.isfunction(function):
-                continue
-            yield name, function
-            codes = [inspect.unwrap(function).__code__]
-            while codes:
-                code = codes.pop()
-                todo += code.co_names
-                codes += [const for const in code.co_consts if inspect.iscode(const)]
-
-
-def _instructions(cls: type[nn.Module]) -> Iterator[tuple[str, list[dis.Instruction]]]:
-    """The byte code of a forward and of what it calls of its class, and the name of self there."""
-    for _, function in _functions_of(cls):
-        codes = [inspect.unwrap(function).__code__]
-        itself = (*codes[0].co_varnames, "")[0]
-        while codes:
-            code = codes.pop()
-            codes += [const for const in code.co_consts if inspect.iscode(const)]
-            yield itself, list(dis.get_instructions(code))
-
-
-def compares_identities(module: nn.Module) -> bool:
-    """Whether a forward asks if two variables are the same object. Proxies cannot refuse that."""
-    return _compares_identities(type(module))  # type: ignore[arg-type]
-
-
-@functools.lru_cache(maxsize=4096)
-def _compares_identities(cls: type[nn.Module]) -> bool:
-    for _, instructions in _instructions(cls):
-        for first, second in itertools.pairwise(instructions):
-            if second.opname == "IS_OP" and first.opname not in ("LOAD_CONST", "LOAD_GLOBAL"):
-                return True
-    return False
-
-
-def alternatives(module: nn.Module) -> list[tuple[str, Any]]:
-    """Flags of a module that its forward reads, and the other values that they may take.
-
-    A flag is a plain attribute: a truth value, a text that is compared with others, or what chooses
-    among modules (`self.bns[self.domain]`). `training` is none: a fused network is for eval mode.
-    """
-    cls = type(module)
-    if cls.__module__.startswith("torch."):
-        return []
-    code = _code_of(cls)  # type: ignore[arg-type]
-    keys: set[Any] = set()
-    for part in module.children():
-        if isinstance(part, nn.ModuleDict):
-            keys |= set(part)
-        elif isinstance(part, nn.ModuleList | nn.Sequential):
-            keys |= set(range(len(part)))
-    found: list[tuple[str, Any]] = []
-    for name, value in plain_attributes(module).items():
-        others: set[Any] = set()
-        if isinstance(value, bool):
-            others = {not value}
-        elif isinstance(value, str) and name in code.compared:
-            others = set(code.texts)
-        if not isinstance(value, bool) and name in code.indices:
-            others |= {key for key in keys if type(key) is type(value)}
-        found += [(name, other) for other in sorted(others) if other != value][:MAX_TRIES]
-    return found[: 2 * MAX_TRIES]
-
-
-def plain_attributes(module: nn.Module) -> dict[str, bool | int | float | str]:
-    """Attributes of a module that are texts or numbers, and that its forward names."""
-    found = {}
-    code = _code_of(type(module))  # type: ignore[arg-type]
-    for name in sorted(code.names - _OF_MODULES):
-        value = vars(module).get(name, inspect.getattr_static(type(module), name, None))
-        if type(value) in (bool, int, float, str):
-            found[name] = value
-    return found
-
-
-class _Code(NamedTuple):
-    """What the byte code of a forward says of attributes.
-
-    Attributes:
-        names: of attributes, also those that stand as texts (`getattr(self, "deploy", False)`).
-        texts: short constants.
-        compared: attributes that are compared with something.
-        indices: attributes by which something is indexed.
-    """
-
-    names: frozenset[str]
-    texts: frozenset[str]
-    compared: frozenset[str]
-    indices: frozenset[str]
-
-
-@functools.lru_cache(maxsize=4096)
-def _code_of(cls: type[nn.Module]) -> _Code:
-    names: set[str] = set()
-    texts: set[str] = set()
-    compared: set[str] = set()
-    indices: set[str] = set()
-    for _, instructions in _instructions(cls):
-        last: list[str] = []  # attributes that were loaded since the last comparison
-        for instruction in instructions:
-            operation, value = instruction.opname, instruction.argval
-            if operation in ("LOAD_ATTR", "LOAD_METHOD"):
-                names.add(str(value))
-                last.append(str(value))
-            elif operation == "LOAD_CONST" and isinstance(value, str) and len(value) <= 32:
-                names.add(value)
-                texts.add(value)
-            elif operation in ("COMPARE_OP", "CONTAINS_OP"):
-                compared |= set(last)
-                last = []
-            elif operation == "BINARY_SUBSCR" or (
-                operation == "BINARY_OP" and "[" in instruction.argrepr
-            ):
-                indices |= set(last[-1:])
-    return _Code(*map(frozenset, (names, texts, compared, indices)))
-
-
-def is_decorated(module: nn.Module) -> bool:
-    """Whether a forward, or a method that it uses, is wrapped in other code."""
-    return not isinstance(module, fx.GraphModule) and any(
-        hasattr(function, "__wrapped__")
-        or function.__code__.co_name not in (name, "<lambda>", "forward")
-        for name, function in _functions_of(type(module))
-    )
-
-
-def compares_with_none(module: nn.Module) -> bool:
-    """Whether a forward compares a variable with None: a proxy never is, a value may be."""
-    return _compares_with_none(type(module))  # type: ignore[arg-type]
-
-
-@functools.lru_cache(maxsize=4096)
-def _compares_with_none(cls: type[nn.Module]) -> bool:
-    for _, instructions in _instructions(cls):
-        for i, instruction in enumerate(instructions):
-            operand = i - 1 if instruction.opname.endswith("NONE") else i - 2
-            asks = instruction.opname == "IS_OP" or (
-                "JUMP" in instruction.opname and instruction.opname.endswith("NONE")
-            )
-            if asks and instructions[operand].opname.startswith("LOAD_FAST"):
-                return True
-    return False
 
 
 class OnlyFollowed:

@@ -1,0 +1,148 @@
+"""What the byte code of a forward says: what it calls, compares and reads.
+
+What no proxy can notice (`x is y`) is found here. Read is a forward and what it calls of its class.
+"""
+
+import dis
+import functools
+import inspect
+import itertools
+import types
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import fx, nn
+
+
+def functions_of(cls: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType]]:
+    """A forward and what it calls of its class, as they are called."""
+    todo, seen = ["forward"], set()
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for base in cls.__mro__:
+            function = vars(base).get(name)
+            if base is nn.Module or not inspect.isfunction(function):
+                continue
+            yield name, function
+            for code in _codes(inspect.unwrap(function)):
+                todo += code.co_names
+
+
+def _codes(function: types.FunctionType) -> list[types.CodeType]:
+    """The code of a function, and of those inside of it."""
+    found = [function.__code__]
+    for code in found:  # it grows
+        found += [const for const in code.co_consts if inspect.iscode(const)]
+    return found
+
+
+def instructions_of(cls: type[nn.Module]) -> Iterator[list[dis.Instruction]]:
+    """The byte code of a forward and of what it calls of its class."""
+    for _, function in functions_of(cls):
+        for code in _codes(inspect.unwrap(function)):
+            yield list(dis.get_instructions(code))
+
+
+def compares_identities(module: nn.Module) -> bool:
+    """Whether a forward asks if two variables are the same object. Proxies cannot refuse that."""
+    return _compares_identities(type(module))  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=4096)
+def _compares_identities(cls: type[nn.Module]) -> bool:
+    for instructions in instructions_of(cls):
+        for first, second in itertools.pairwise(instructions):
+            if second.opname == "IS_OP" and first.opname not in ("LOAD_CONST", "LOAD_GLOBAL"):
+                return True
+    return False
+
+
+def compares_with_none(module: nn.Module) -> bool:
+    """Whether a forward compares a variable with None: a proxy never is, a value may be."""
+    return _compares_with_none(type(module))  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=4096)
+def _compares_with_none(cls: type[nn.Module]) -> bool:
+    for instructions in instructions_of(cls):
+        for i, instruction in enumerate(instructions):
+            operand = i - 1 if instruction.opname.endswith("NONE") else i - 2
+            asks = instruction.opname == "IS_OP" or (
+                "JUMP" in instruction.opname and instruction.opname.endswith("NONE")
+            )
+            if asks and instructions[operand].opname.startswith("LOAD_FAST"):
+                return True
+    return False
+
+
+def is_decorated(module: nn.Module) -> bool:
+    """Whether a forward, or a method that it uses, is wrapped in other code."""
+    return not isinstance(module, fx.GraphModule) and any(
+        hasattr(function, "__wrapped__")
+        or function.__code__.co_name not in (name, "<lambda>", "forward")
+        for name, function in functions_of(type(module))
+    )
+
+
+class Code(NamedTuple):
+    """What the byte code of a forward says of attributes.
+
+    Attributes:
+        names: of attributes, also those that stand as texts (`getattr(self, "deploy", False)`).
+        texts: short constants.
+        numbers: small constants.
+        switches: truth values of the Python module that are read.
+        compared: attributes that are compared with something.
+        indices: attributes by which something is indexed.
+    """
+
+    names: frozenset[str]
+    texts: frozenset[str]
+    numbers: frozenset[int]
+    switches: frozenset[str]
+    compared: frozenset[str]
+    indices: frozenset[str]
+
+
+@functools.lru_cache(maxsize=4096)
+def code_of(cls: type[nn.Module]) -> Code:
+    names: set[str] = set()
+    texts: set[str] = set()
+    numbers: set[int] = set()
+    switches: set[str] = set()
+    compared: set[str] = set()
+    indices: set[str] = set()
+    for _, function in functions_of(cls):
+        for code in _codes(inspect.unwrap(function)):
+            read = {key: function.__globals__.get(key) for key in code.co_names}
+            switches |= {key for key, value in read.items() if type(value) is bool}
+    for instructions in instructions_of(cls):
+        last: list[str] = []  # attributes that were loaded since the last comparison
+        for instruction in instructions:
+            operation, value = instruction.opname, instruction.argval
+            if operation in ("LOAD_ATTR", "LOAD_METHOD"):
+                names.add(str(value))
+                last.append(str(value))
+            elif operation == "LOAD_CONST" and isinstance(value, str) and len(value) <= 32:
+                names.add(value)
+                texts.add(value)
+            elif operation in ("LOAD_CONST", "LOAD_SMALL_INT") and type(value) is int:
+                numbers |= {value} if 0 <= value <= 64 else set()
+            elif operation in ("COMPARE_OP", "CONTAINS_OP"):
+                compared |= set(last)
+                last = []
+            elif operation == "BINARY_SUBSCR" or (
+                operation == "BINARY_OP" and "[" in instruction.argrepr
+            ):
+                indices |= set(last[-1:])
+    return Code(
+        frozenset(names),
+        frozenset(texts),
+        frozenset(numbers),
+        frozenset(switches),
+        frozenset(compared),
+        frozenset(indices),
+    )

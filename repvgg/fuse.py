@@ -246,7 +246,7 @@ def _switches(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 @torch.no_grad()
-def reestimate_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def reestimate_bn(model: nn.Module, batches: Iterable[Any]) -> None:
     """Replace the running statistics of every BatchNorm by those of given images, in place.
 
     All but the BatchNorms is in eval mode meanwhile (torch's `update_bn` leaves dropout on), so the
@@ -258,15 +258,34 @@ def reestimate_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
     Args:
         batches: of images (N, C, H, W), as the network takes them; a few thousand images suffice.
+            Of a batch that is a list or tuple, as a DataLoader of images and labels gives, the
+            first item is taken, as torch's `update_bn` does. A network without BatchNorm needs
+            none.
 
     Raises:
-        ValueError: there is no batch. Whatever is raised, the statistics are then the old ones.
+        ValueError: there is no batch, or one that is no floating-point tensor of the network's
+            precision, or that the network cannot run on; every normalization is frozen. Whatever
+            is raised, the statistics are then the old ones.
     """
+    if isinstance(batches, Tensor):
+        raise ValueError(
+            f"batches is a tensor of shape {tuple(batches.shape)}: give a list of batches, [images]"
+        )
     norms = [
         module
         for module in model.modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None
     ]
+    kinds = {
+        type(module).__name__
+        for module in model.modules()
+        if is_normalization(module) and module.running_mean is not None
+    }
+    if kinds and not norms:
+        raise ValueError(
+            f"{type(model).__name__} has no BatchNorm whose statistics can be estimated: "
+            f"all of its normalizations are {', '.join(sorted(kinds))}"
+        )
     modes = {module: module.training for module in model.modules()}
     momenta = [bn.momentum for bn in norms]
     old = [[buffer.clone() for buffer in bn.buffers()] for bn in norms]
@@ -277,8 +296,18 @@ def reestimate_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
         bn.momentum = None  # a plain average
     done = False
     try:
-        for images in batches:
-            model(images)
+        for number, batch in enumerate(batches):
+            images = _images_of(batch, model, number)
+            try:
+                model(images)
+            except (RuntimeError, TypeError, ValueError) as error:
+                shape = tuple(images.shape)
+                few = "Expected more than 1 value per channel" in str(error)
+                advice = "; statistics need more than one value: give a larger batch" if few else ""
+                raise ValueError(
+                    f"{type(model).__name__} cannot run on batch {number} of shape {shape} in "
+                    f"training mode of its BatchNorms: {in_a_line(error)}{advice}"
+                ) from error
             done = True
         if not done:
             raise ValueError("there is no batch of images to estimate statistics from")
@@ -293,6 +322,32 @@ def reestimate_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
             if not done or bn.num_batches_tracked == 0:  # an auxiliary classifier's did not run
                 for buffer, before in zip(bn.buffers(), buffers, strict=True):
                     buffer.copy_(before)
+
+
+def _images_of(batch: Any, model: nn.Module, number: int) -> Tensor:
+    """The images of a batch, as `reestimate_bn` takes it."""
+    given = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    if not isinstance(given, Tensor):
+        inside = " whose first item" if given is not batch else ", which"
+        kind = type(given).__name__
+        raise ValueError(
+            f"batch {number} is a {type(batch).__name__}{inside} is no tensor of images"
+            + (f" but a {kind}" if given is not batch else "")
+            + ": give tensors (N, C, H, W), or lists or tuples that begin with one"
+        )
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if dtypes and given.dtype not in dtypes and not torch.is_autocast_enabled(given.device.type):
+        wanted = ", ".join(sorted(str(dtype) for dtype in dtypes))
+        advice = (
+            "scale them to what the network was trained on and "
+            if given.dtype in (torch.uint8,)
+            else ""
+        )
+        raise ValueError(
+            f"batch {number} is of {given.dtype} and the network of {wanted}: {advice}"
+            f"call .to({wanted.split(', ')[0]}) on the images"
+        )
+    return given
 
 
 def fuse_conv_bn(model: nn.Module, images: Tensor | None = None) -> tuple[nn.Module, FusionReport]:

@@ -6,13 +6,14 @@ while it trains. The named variants are in `repvgg.zoo`.
 """
 
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from repvgg.arguments import check_integer, check_integers, check_number, refusal
 from repvgg.block import BLOCKS, RepVGGBlock
@@ -138,6 +139,7 @@ class RepVGG(nn.Module):
 
         # After which block each auxiliary classifier reads the features.
         self._taps: dict[int, str] = {}
+        self._has_warned = False
         self.auxiliary = nn.ModuleDict()
         if auxiliary_heads:
             self._taps = {
@@ -149,6 +151,8 @@ class RepVGG(nn.Module):
                 self.auxiliary[name] = _auxiliary_head(channels, num_classes, bn_eps)
 
     def forward(self, images: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            self._warn_of_idle_heads(images)
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -160,8 +164,10 @@ class RepVGG(nn.Module):
 
     def forward_head(self, features: Tensor) -> Tensor:
         """Pool, drop out, classify: (N, widths[3], h, w) -> (N, K). Random in training mode."""
-        # A mean over H and W exports as one node; adaptive pooling does not.
-        return self.linear(self.dropout(features.mean((2, 3))))
+        # A mean over H and W exports as one node; adaptive pooling does not. Quantized tensors in
+        # channels_last need the four dimensions.
+        pooled = features.mean((2, 3), keepdim=True).flatten(1)  # (N, widths[3])
+        return self.linear(self.dropout(pooled))
 
     def forward_auxiliary(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Run the trunk and, on the way, the auxiliary classifiers.
@@ -179,6 +185,22 @@ class RepVGG(nn.Module):
             if number in self._taps:
                 logits.append(self.auxiliary[self._taps[number]](x))
         return x, logits
+
+    @torch.jit.unused
+    def _warn_of_idle_heads(self, images: Tensor) -> None:
+        """Say once that a training forward gives the auxiliary classifiers no gradient."""
+        if not (self._taps and self.training) or self._has_warned:
+            return
+        recorded = isinstance(images, fx.Proxy) or torch.jit.is_tracing()
+        if recorded or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        if any(parameter.requires_grad for parameter in self.auxiliary.parameters()):
+            self._has_warned = True
+            warnings.warn(
+                "a plain forward in training mode gives the auxiliary classifiers no gradient: "
+                "call forward_auxiliary, or build the network with auxiliary_heads=False",
+                stacklevel=4,
+            )
 
     def blocks(self) -> Iterator[nn.Module]:
         """All blocks after the stem, in order."""

@@ -36,6 +36,7 @@ CHOICES = ("safetensors", "onnx", "pt2", "openvino", "aoti")
 EXTRAS = {"openvino"}  # formats that need a package of their name
 INT8 = "model-int8.onnx"
 DEPLOYED, TRAINED = "deployed, torch", "trained form, torch"
+OWN = "trained form, float32"  # the error that the trained network itself has
 NETWORK = "1."  # its place behind the normalization
 MAX_NOISE = 0.1  # of the control against its twin, beyond which no ratio is told
 
@@ -221,6 +222,7 @@ def deploy(path: Path, folder: Path, config: dict[str, Any]) -> str:
         "images": len(images),
         "probe": as_dict(probe),
         "verdicts": {name: as_dict(verdict) for name, verdict in found.verdicts.items()},
+        "float32_bound": found.verdicts[OWN].tolerance,
         "blocks": blocks,
         "batchnorms_left": fusion.kept,
         "accuracy_on_probe": {},
@@ -259,15 +261,21 @@ def judge_forms(
 
     from repvgg import verify
 
+    own = verify.compare(forms.reference, forms.trained, images)
+    bound = verify.float32_bound(own.error)
     verdicts = {
-        "trained form, float32": verify.compare(forms.reference, forms.trained, images),
+        OWN: replace(own, tolerance=bound),
         "folded, float64": verify.compare(forms.reference, forms.folded64, images.double()),
-        "folded, float32": verify.compare(forms.reference, forms.folded, images),
+        "folded, float32": verify.compare(forms.reference, forms.folded, images, tolerance=bound),
     }
     for name, errors in blocks.items():
-        worst = max(errors, key=errors.__getitem__)
-        tolerance = verify.TOLERANCE[getattr(torch, name)]
-        verdicts[f"worst block, {name} ({worst})"] = verify.Verdict(errors[worst], tolerance)
+        allowed = dict.fromkeys(errors, verify.TOLERANCE[getattr(torch, name)])
+        if name == "float32":
+            trained = verify.compare_blocks(forms.reference, forms.trained, images)
+            for block, error in trained.items():
+                allowed[block.removeprefix(NETWORK)] = verify.float32_bound(error)
+        worst = max(errors, key=lambda block: errors[block] / allowed[block])
+        verdicts[f"worst block, {name} ({worst})"] = verify.Verdict(errors[worst], allowed[worst])
     return verdicts
 
 
@@ -292,7 +300,9 @@ def export(
         write(target.name, FORMATS[name].save, network, target, description)
         artifact = FORMATS[name].load(target)  # from disk: what will be shipped
         require_layers(target.name, artifact, count_layers(network))
-        found.verdicts[target.name] = verify.compare(forms.reference, artifact, images)
+        found.verdicts[target.name] = verify.compare(
+            forms.reference, artifact, images, tolerance=found.verdicts[OWN].tolerance
+        )
         found.predictors[target.name] = artifact
         found.files[target.name] = {"layers": artifact.layers, "verified": "float32"}
     if config["bf16"]:

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from repvgg import verify
@@ -121,8 +122,9 @@ def check(folder: Path) -> dict[str, Verdict]:
         report = json.loads((folder / REPORT).read_text())
         recorded = Recorded(**load_file(folder / PROBE))
         images = to_float(recorded.images)
+        bound = float(report.get("float32_bound", verify.TOLERANCE[torch.float32]))
         verdicts = {
-            name: _judge_again(open_artifact(folder / name), entry, images, recorded)
+            name: _judge_again(open_artifact(folder / name), entry, images, recorded, bound)
             for name, entry in report["files"].items()
             if entry["verified"]
         }
@@ -135,12 +137,12 @@ def check(folder: Path) -> dict[str, Verdict]:
 
 
 def _judge_again(
-    artifact: Predictor, entry: dict[str, Any], images: Tensor, recorded: Recorded
+    artifact: Predictor, entry: dict[str, Any], images: Tensor, recorded: Recorded, bound: float
 ) -> Verdict:
     if entry["verified"] == "int8":
         same = verify.agreement(recorded.int8, artifact(images))
         return Verdict(1 - same, 1.0 / len(images), same)
-    return verify.compare(lambda _: recorded.scores, artifact, images)
+    return verify.compare(lambda _: recorded.scores, artifact, images, tolerance=bound)
 
 
 def digest(path: Path) -> str:
@@ -162,6 +164,14 @@ def as_markdown(report: dict[str, Any]) -> str:
         "",
         *_verdicts({"restored network and recorded logits": report["probe"], **report["verdicts"]}),
     ]
+    bound = report.get("float32_bound", 0.0)
+    if bound > verify.TOLERANCE[torch.float32]:
+        lines += [
+            "",
+            f"The trained network is ill-conditioned: float32 is allowed {bound:.1e}, "
+            f"{verify.OWN_ERRORS} times the error that it has itself in float32 (at most "
+            f"{verify.LARGEST_BOUND:.0e}), instead of {verify.TOLERANCE[torch.float32]:.0e}.",
+        ]
     if report["batchnorms_left"]:
         reasons = "; ".join(sorted(set(report["batchnorms_left"].values())))
         lines += ["", f"{len(report['batchnorms_left'])} BatchNorms are left: {reasons}."]

@@ -24,6 +24,22 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 PROBE_TOLERANCE = 1e-4
 
 
+# An ill-conditioned network has a larger error of its own in float32, which no fold can take away.
+OWN_ERRORS = 4
+LARGEST_BOUND = 1e-2
+
+
+def float32_bound(own: float) -> float:
+    """The largest error of a float32 candidate that passes: 1e-5 for a well-conditioned network.
+
+    Args:
+        own: error of the multi-branch network in float32 against its own float64 value. Four times
+            it is allowed where that is more, up to 1e-2.
+    """
+    usual = TOLERANCE[torch.float32]
+    return max(usual, min(OWN_ERRORS * own, LARGEST_BOUND)) if math.isfinite(own) else usual
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What `compare` found.

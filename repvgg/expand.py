@@ -181,7 +181,7 @@ def over_parameterize(model: nn.Module, *, branch_drop: float = 0.0) -> nn.Modul
         raise ValueError(
             f"{type(model).__name__} has no convolution to over-parameterize: none is 3x3, padded "
             "by its dilation, called on one argument where that can be followed, and without "
-            "code, hooks or tied weights; type model.over_parameterize=false"
+            "code, hooks or tied weights"
         )
     replaced: set[str] = set()
     for name, conv in found:
@@ -205,8 +205,7 @@ def over_parameterize(model: nn.Module, *, branch_drop: float = 0.0) -> nn.Modul
         if not dataflow.equal(before, after, apart_from=[name for name, _ in found]):
             raise ValueError(
                 f"{type(model).__name__} cannot be over-parameterized: some forward depends on "
-                "what its layers are, or on what they say of themselves; type "
-                "model.over_parameterize=false"
+                "what its layers are, or on what they say of themselves"
             )
     return model
 

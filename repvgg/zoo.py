@@ -182,7 +182,10 @@ def build_torchvision(
         _replace_stem(network, in_channels)
     if not over_parameterize:
         return network
-    return expand(network, branch_drop=branch_drop or 0.0)
+    try:
+        return expand(network, branch_drop=branch_drop or 0.0)
+    except ValueError as error:
+        raise ValueError(f"{error}; type model.over_parameterize=false") from error
 
 
 def _widths(multipliers: tuple[float, ...]) -> list[int]:

@@ -76,6 +76,8 @@ class Ultralytics:
         scales = config.get("scales") or {}
         scale = ULTRALYTICS_SCALE if ULTRALYTICS_SCALE in scales else next(iter(scales), "")
         config |= {"scale": scale, "yaml_file": str(self.files[name])}
+        for *_, arguments in config["backbone"]:
+            arguments[:] = [None if given == "DEFAULT" else given for given in arguments]  # weights
         last = config["head"][-1][2]
         kinds = {
             "Classify": tasks.ClassificationModel,
@@ -109,7 +111,10 @@ class Ultralytics:
 # Class of a model, and what its small configuration has besides its defaults.
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet": ("ResNetForImageClassification", {}),
-    "resnet_basic": ("ResNetModel", {"layer_type": "basic", "depths": [2, 2, 2, 2]}),
+    "resnet_basic": (
+        "ResNetModel",
+        {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]},
+    ),
     "resnet_bottleneck_first": ("ResNetModel", {"downsample_in_bottleneck": True}),
     "resnet_backbone": ("ResNetBackbone", {"out_features": ["stage2", "stage4"]}),
     "regnet_y": ("RegNetForImageClassification", {"depths": [1, 2, 3, 2]}),
@@ -142,7 +147,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mobilevitv2": ("MobileViTV2ForImageClassification", {"width_multiplier": 0.5}),
     "mobilevitv2_segmentation": ("MobileViTV2ForSemanticSegmentation", {}),
     "swiftformer": ("SwiftFormerForImageClassification", {}),
-    "cvt": ("CvtForImageClassification", {"depth": [1, 2, 2]}),
+    "cvt": ("CvtForImageClassification", {}),
     "segformer": ("SegformerForSemanticSegmentation", {}),
     "beit_segmentation": (
         "BeitForSemanticSegmentation",
@@ -152,12 +157,10 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "upernet": ("UperNetForSemanticSegmentation", {}),
-    "vitmatte": ("VitMatteForImageMatting", {}),
     "table_transformer": ("TableTransformerForObjectDetection", {"use_timm_backbone": False}),
     "detr": ("DetrForObjectDetection", {}),
     "pp_lcnet": ("PPLCNetForImageClassification", {}),
     "pp_lcnet_v3": ("PPLCNetV3Backbone", {}),
-    "uvdoc": ("UVDocModel", {}),
     "efficientloftr": ("EfficientLoFTRModel", {}),
     "patchtst": (
         "PatchTSTModel",
@@ -205,16 +208,6 @@ class Transformers:
             options |= {"backbone_config": resnet, "hidden_size": 64, "auxiliary_in_channels": 1024}
         if name == "table_transformer":
             options["backbone_config"] = self.transformers.ResNetConfig(depths=[1, 1, 1, 1])
-        if name == "vitmatte":
-            vit = self.transformers.VitDetConfig(
-                hidden_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_channels=4,
-                image_size=128,
-                out_features=["stage2"],
-            )
-            options |= {"backbone_config": vit, "hidden_size": 48}
         return kind(kind.config_class(**options))
 
     def inputs(self, name: str, network: nn.Module) -> list[dict[str, Any]]:
@@ -224,17 +217,16 @@ class Transformers:
             return [{"input_values": torch.randn(1, 4000)}]
         if name.startswith("fastspeech2"):
             return [{"input_ids": torch.randint(1, 60, (1, 12))}]
-        channels = 4 if name == "vitmatte" else 3
         config: Any = network.config
         own = getattr(config, "image_size", None) or 224
         height, width = (own, own) if isinstance(own, int) else own
         sizes = [(SMALLEST, SMALLEST), (height, width), (640, 640)]
         key = "pixel_values"
         if key not in inspect.signature(network.forward).parameters:
-            return [{"args": (image(channels, *size),)} for size in sizes]
+            return [{"args": (image(3, *size),)} for size in sizes]
         if name == "efficientloftr":
             return [{key: torch.rand(1, 2, 3, *size)} for size in sizes]
-        return [{key: image(channels, *size)} for size in sizes]
+        return [{key: image(3, *size)} for size in sizes]
 
     @staticmethod
     def version() -> str:

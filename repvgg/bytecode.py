@@ -92,57 +92,45 @@ class Code(NamedTuple):
 
     Attributes:
         names: of attributes, also those that stand as texts (`getattr(self, "deploy", False)`).
-        texts: short constants.
-        numbers: small constants.
-        switches: truth values of the Python module that are read.
-        compared: attributes that are compared with something.
+        compared: attributes that are compared with constants, and those.
         indices: attributes by which something is indexed.
+        switches: truth values of the Python module that are read.
     """
 
     names: frozenset[str]
-    texts: frozenset[str]
-    numbers: frozenset[int]
-    switches: frozenset[str]
-    compared: frozenset[str]
+    compared: dict[str, set[int | str]]
     indices: frozenset[str]
+    switches: frozenset[str]
 
 
 @functools.lru_cache(maxsize=4096)
 def code_of(cls: type[nn.Module]) -> Code:
+    """Read the byte code of a forward."""
     names: set[str] = set()
-    texts: set[str] = set()
-    numbers: set[int] = set()
-    switches: set[str] = set()
-    compared: set[str] = set()
+    compared: dict[str, set[int | str]] = {}
     indices: set[str] = set()
+    switches: set[str] = set()
     for _, function in functions_of(cls):
         for code in _codes(inspect.unwrap(function)):
             read = {key: function.__globals__.get(key) for key in code.co_names}
             switches |= {key for key, value in read.items() if type(value) is bool}
     for instructions in instructions_of(cls):
-        last: list[str] = []  # attributes that were loaded since the last comparison
-        for instruction in instructions:
+        for place, instruction in enumerate(instructions):
             operation, value = instruction.opname, instruction.argval
+            before = instructions[max(0, place - 2) : place]
+            attributes = [str(i.argval) for i in before if i.opname == "LOAD_ATTR"]
             if operation in ("LOAD_ATTR", "LOAD_METHOD"):
                 names.add(str(value))
-                last.append(str(value))
-            elif operation == "LOAD_CONST" and isinstance(value, str) and len(value) <= 32:
+            elif operation == "LOAD_CONST" and isinstance(value, str) and value.isidentifier():
                 names.add(value)
-                texts.add(value)
-            elif operation in ("LOAD_CONST", "LOAD_SMALL_INT") and type(value) is int:
-                numbers |= {value} if 0 <= value <= 64 else set()
-            elif operation in ("COMPARE_OP", "CONTAINS_OP"):
-                compared |= set(last)
-                last = []
+            elif operation in ("COMPARE_OP", "CONTAINS_OP") and attributes:
+                constants = [i.argval for i in before if i.opname.startswith("LOAD_")]
+                for constant in constants:
+                    parts = constant if isinstance(constant, tuple | frozenset) else (constant,)
+                    known = {part for part in parts if type(part) in (int, str)}
+                    compared.setdefault(attributes[-1], set()).update(known - {attributes[-1]})
             elif operation == "BINARY_SUBSCR" or (
                 operation == "BINARY_OP" and "[" in instruction.argrepr
             ):
-                indices |= set(last[-1:])
-    return Code(
-        frozenset(names),
-        frozenset(texts),
-        frozenset(numbers),
-        frozenset(switches),
-        frozenset(compared),
-        frozenset(indices),
-    )
+                indices |= set(attributes[-1:])
+    return Code(frozenset(names), compared, frozenset(indices), frozenset(switches))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from repvgg.bytecode import code_of
 
-MAX_TRIES = 8  # other values of one flag
+MAX_TRIES = 10  # other values of the flags of one module
 PLAIN = (bool, int, float, str)
 _OF_MODULES = {"training", *vars(nn.Module())}
 
@@ -72,14 +72,13 @@ def alternatives(module: nn.Module) -> list[tuple[str, Any]]:
         others: set[Any] = set()
         if isinstance(value, bool):
             others = {not value}
-        elif isinstance(value, str) and name in code.compared:
-            others = set(code.texts)
-        elif isinstance(value, int) and name in code.compared:
-            others = set(code.numbers)
+        elif isinstance(value, int | str):
+            others = set(code.compared.get(name, ()))
         if not isinstance(value, bool) and name in code.indices:
-            others |= {key for key in keys if type(key) is type(value)}
-        found += [(path, other) for other in sorted(others) if other != value][:MAX_TRIES]
-    return found[: 2 * MAX_TRIES]
+            others |= keys
+        same = [other for other in others if type(other) is type(value) and other != value]
+        found += [(path, other) for other in sorted(same)]
+    return found[:MAX_TRIES]
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from repvgg.normalizations import Normalization, is_normalization, read_normaliz
 from repvgg.passing import Passing, read_passing, source_of
 from repvgg.reparam import Affine
 from repvgg.rewriting import put
-from repvgg.tracing import either
+from repvgg.tracing import either, exclude_each_other
 
 
 @dataclass(frozen=True)
@@ -188,10 +188,11 @@ class Folding:
             users = dataflow.uses(call)
             if call.kwargs or len(call.args) != 1:
                 return "it is called with keyword arguments"
-            target = self.flow.called(users[0]) if len(users) == 1 else None
+            names = {self.flow.called(user) for user in users}
+            target = names.pop() if len(names) == 1 else None
             if target is None or not linear.is_linear(self.modules[target]):
                 return "it does not feed a convolution alone"
-            if self._is_overwritten_between(call, users[0]):
+            if any(self._is_overwritten_between(call, user) for user in users):
                 return "something in between may work in place"
             targets[target] = None
         if len(targets) > 1:
@@ -237,7 +238,9 @@ class Folding:
         node = first.next
         while node is not last:
             called = self.flow.called(node)
-            if linear.may_overwrite(node, None if called is None else self.modules[called]):
+            elsewhere = exclude_each_other(node, first) or exclude_each_other(node, last)
+            module = None if called is None else self.modules.get(called)
+            if not elsewhere and linear.may_overwrite(node, module):
                 return True
             node = node.next
         return False

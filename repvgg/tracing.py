@@ -9,6 +9,7 @@ import copy
 import dis
 import inspect
 import io
+import itertools
 import operator
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -87,6 +88,7 @@ class Tracer(fx.Tracer):
         self.contexts = False  # whether a step switches gradients or autocast
         self.queries: set[str] = set()  # what a forward asks torch about how it runs
         self.frames: list[_Frame] = []
+        self.numbers = itertools.count()
         self.flipping = False
         self.decided = False
         self.kinds: dict[fx.Node, type] = {}  # what does not depend on a decision
@@ -141,7 +143,9 @@ class Tracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _context() != self.start:
             self.contexts = True
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        node.meta["way"] = tuple((frame.call, frame.number) for frame in self.frames)
+        return node
 
     def refuse(self, reason: str) -> UntraceableError:
         """The error to raise. It counts even where the network's own code catches it."""
@@ -315,7 +319,8 @@ class Tracer(fx.Tracer):
         if self.exact:
             return [run()]
         state = _State(module)
-        results = self._follow_ways(run, state)
+        call = next(self.numbers)
+        results = self._follow_ways(run, state, call)
         if self.flipping or module not in self.flags:
             return results
         after = _State(module)
@@ -326,7 +331,7 @@ class Tracer(fx.Tracer):
             stack, frames = self.module_stack.copy(), len(self.frames)
             try:
                 with setting(module, attribute, value), contextlib.redirect_stdout(io.StringIO()):
-                    others = self._follow_ways(run, _State(module))
+                    others = self._follow_ways(run, _State(module), call)
                 # What another structure would do to the caller, its code is not made for.
                 usual = {_structure(result) for result in results}
                 results += [result for result in others if _structure(result) in usual]
@@ -339,13 +344,13 @@ class Tracer(fx.Tracer):
         after.restore()
         return results
 
-    def _follow_ways(self, run: Callable[[], Any], state: "_State") -> list[Any]:
+    def _follow_ways(self, run: Callable[[], Any], state: "_State", call: int) -> list[Any]:
         results: list[Any] = []
         script: list[bool] = []
         ended: Exception | None = None
         after: _State | None = None
         for _ in range(MAX_WAYS):
-            frame = _Frame(script)
+            frame = _Frame(script, call, next(self.numbers))
             self.frames.append(frame)
             depth = len(self.frames)
             stack, num_refusals, opaque = self.module_stack.copy(), len(self.refusals), self.opaque
@@ -424,6 +429,13 @@ class Tracer(fx.Tracer):
         return tree_unflatten(joined, flat[0][1])
 
 
+def exclude_each_other(first: fx.Node, second: fx.Node) -> bool:
+    """Whether two steps stand on different ways of one call, so that only one of them runs."""
+    ways = zip(first.meta.get("way", ()), second.meta.get("way", ()), strict=False)
+    differing = next((pair for pair in ways if pair[0] != pair[1]), None)
+    return differing is not None and differing[0][0] == differing[1][0]
+
+
 def either(first: Any, *others: Any) -> Any:
     """One of several values, by a decision of the forward that is not known. Never run."""
     return first
@@ -438,13 +450,17 @@ class _Frame:
 
     Attributes:
         script: the answers to give.
+        call: the call of the forward that it is one way of, by a number.
+        number: its own.
         taken: the answers given, and those that are given first.
         answers: to each question, so that one asked twice is answered alike.
         kinds: of values, by decisions.
     """
 
-    def __init__(self, script: list[bool]) -> None:
+    def __init__(self, script: list[bool], call: int, number: int) -> None:
         self.script = script
+        self.call = call
+        self.number = number
         self.taken: list[tuple[bool, bool]] = []
         self.answers: dict[Any, bool] = {}
         self.kinds: dict[fx.Node, type] = {}

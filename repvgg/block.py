@@ -217,11 +217,7 @@ class RepVGGBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.recompute and self.training and not torch.jit.is_scripting():
-            # A graph that somebody records holds the plain forward.
-            recorded = (
-                isinstance(x, fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()
-            )
-            if torch.is_grad_enabled() and not recorded:
+            if torch.is_grad_enabled():
                 return self._recomputed(x)
         return self._forward(x)
 
@@ -364,6 +360,9 @@ class RepVGGBlock(nn.Module):
 
     @torch.jit.unused
     def _recomputed(self, x: Tensor) -> Tensor:
+        tracing = isinstance(x, fx.Proxy) or torch.jit.is_tracing()
+        if tracing or torch.compiler.is_exporting():  # a graph holds the plain forward
+            return self._forward(x)
         return checkpoint(
             self._forward,
             x,

@@ -199,6 +199,6 @@ def may_overwrite(node: fx.Node, module: nn.Module | None) -> bool:
         return False
     home = getattr(node.target, "__module__", None) or "torch"  # torch's built-ins have none
     if home == "_operator":
-        return name[0] == "i" and hasattr(operator, name[1:])  # iadd
+        return name == "setitem" or (name[0] == "i" and hasattr(operator, name[1:]))  # iadd
     in_place = node.kwargs.get("inplace", False) is not False or "out" in node.kwargs
     return in_place or name.endswith("_") or home.split(".")[0] not in ("torch", "builtins", "math")

@@ -164,10 +164,9 @@ class RepVGG(nn.Module):
 
     def forward_head(self, features: Tensor) -> Tensor:
         """Pool, drop out, classify: (N, widths[3], h, w) -> (N, K). Random in training mode."""
-        # A mean over H and W exports as one node; adaptive pooling does not. Quantized tensors in
-        # channels_last need the four dimensions.
-        pooled = features.mean((2, 3), keepdim=True).flatten(1)  # (N, widths[3])
-        return self.linear(self.dropout(pooled))
+        if torch.jit.is_scripting():
+            return self.linear(self.dropout(features.mean((2, 3))))
+        return self.linear(self.dropout(_pool(features)))  # of (N, widths[3])
 
     def forward_auxiliary(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Run the trunk and, on the way, the auxiliary classifiers.
@@ -305,6 +304,17 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std
+
+
+def _pool(features: Tensor) -> Tensor:
+    """The mean over H and W, which exports as one node; adaptive pooling does not.
+
+    In a graph of torch.fx it keeps four dimensions first: torch's quantized tensors in
+    channels_last need them.
+    """
+    if isinstance(features, fx.Proxy):
+        return features.mean((2, 3), keepdim=True).flatten(1)
+    return features.mean((2, 3))
 
 
 def _auxiliary_head(channels: int, num_classes: int, bn_eps: float) -> nn.Sequential:

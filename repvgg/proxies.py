@@ -121,7 +121,14 @@ _AUGMENTED = (
 )
 for _name in _AUGMENTED:
     setattr(_Unknown, f"__i{_name}__", _in_place(getattr(operator, f"__i{_name}__")))
-for _name in ("int", "float", "complex", "contains", "setitem", "delitem"):
+
+
+def _set_item(self: Any, key: Any, value: Any) -> None:
+    self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+setattr(_Unknown, "__setitem__", _set_item)  # noqa: B010
+for _name in ("int", "float", "complex", "contains", "delitem"):
     setattr(_Unknown, f"__{_name}__", _refused(f"__{_name}__"))
 
 

@@ -171,6 +171,7 @@ def test_a_failed_reestimate_keeps_the_old_statistics(batches, error):
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.filterwarnings("ignore:a plain forward in training mode:UserWarning")
 def test_statistics_that_no_image_reaches_are_kept():
     model = trained(auxiliary_heads=True, drop_path=0.1)
     settle(model)

@@ -8,16 +8,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"arguments", "reparam", "losses", "rdrop", "verify", "benchmark", "runs", "memory"},
+    {"arguments", "reparam", "losses", "rdrop", "verify", "benchmark", "runs", "memory", "copying"},
     {"reading", "rewriting", "ranges", "layouts", "images", "files"},
-    {"block", "tracing", "batches"},
-    {"model", "dataflow", "folder"},
-    {"normalizations", "equalize", "artifact"},
+    {"tracing", "batches"},
+    {"dataflow", "folder"},
+    {"normalizations"},
     {"linear"},
     {"geometry"},
-    {"branches", "folding"},
+    {"block", "branches", "folding"},
+    {"model"},
+    {"equalize", "artifact", "expand", "unfold"},
     {"fuse"},
-    {"expand", "unfold"},
     {"zoo", "augment", "datamodule"},
     {"recognize"},
     {"module", "data", "callbacks", "checkpoint", "export"},

@@ -82,7 +82,8 @@ def swap_bns(block: RepVGGBlock) -> None:
 
 
 def point_in_the_corner(conv: nn.Conv2d, trained: RepVGGBlock) -> None:
-    kernel = trained.branch_1x1.affine().kernel.to(conv.weight.dtype)
+    point = trained.branch_1x1
+    kernel = fold_bn(point.conv.weight, point.conv.bias, point.bn).kernel.to(conv.weight.dtype)
     conv.weight -= pad_kernel(kernel, 3)
     conv.weight[:, :, :1, :1] += kernel
 

@@ -216,9 +216,9 @@ class RepVGGBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.recompute and self.training and not torch.jit.is_scripting():
-            if torch.is_grad_enabled():
-                return self._recomputed(x)
+        recompute = self.recompute and self.training and not torch.jit.is_scripting()
+        if recompute and torch.is_grad_enabled():
+            return self._recomputed(x)
         return self._forward(x)
 
     def equivalent_kernel_bias(self) -> Affine:

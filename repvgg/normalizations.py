@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from repvgg.dataflow import copied, uses
+from repvgg.copying import copied
+from repvgg.dataflow import uses
 from repvgg.reading import has_own_code
 from repvgg.reparam import bn_affine
 from repvgg.tracing import Tracer, has_hooks, in_a_line

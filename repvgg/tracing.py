@@ -535,8 +535,8 @@ def is_deliberate(error: BaseException) -> bool:
         return False
     while trace.tb_next is not None:
         trace = trace.tb_next
-    if isinstance(error, ZeroDivisionError):
-        return True
+    if isinstance(error, ZeroDivisionError) or "out of bounds for dimension" in str(error):
+        return True  # of numbers and tensors that are no proxies
     code, home = trace.tb_frame.f_code, str(trace.tb_frame.f_globals.get("__name__", ""))
     if home.split(".")[0] == "torch" or home in _OWN:
         return False

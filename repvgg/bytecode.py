@@ -9,7 +9,7 @@ import inspect
 import itertools
 import types
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
@@ -81,10 +81,19 @@ def _compares_with_none(cls: type[nn.Module]) -> bool:
 def is_decorated(module: nn.Module) -> bool:
     """Whether a forward, or a method that it uses, is wrapped in other code."""
     return not isinstance(module, fx.GraphModule) and any(
-        hasattr(function, "__wrapped__")
-        or function.__code__.co_name not in (name, "<lambda>", "forward")
-        for name, function in functions_of(type(module))
+        hasattr(function, "__wrapped__") or any(map(_is_function, _enclosed(function)))
+        for _, function in functions_of(type(module))
     )
+
+
+def _enclosed(function: types.FunctionType) -> list[Any]:
+    """Values from outside of a function, those of `super()` apart."""
+    variables = inspect.getclosurevars(function).nonlocals
+    return [value for name, value in variables.items() if name != "__class__"]
+
+
+def _is_function(value: object) -> bool:
+    return callable(value) and not isinstance(value, type | nn.Module)
 
 
 class Code(NamedTuple):

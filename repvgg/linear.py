@@ -43,7 +43,9 @@ def require_axes(x: Tensor, ndim: int, channels: int) -> Tensor:
     Raises:
         ValueError: it has not.
     """
-    if x.ndim != ndim or x.shape[1] != channels:
+    # torch.jit.trace warns of such tests, and records sizes as they are.
+    known = torch.jit.is_scripting() or not torch.jit.is_tracing()
+    if known and (x.ndim != ndim or x.shape[1] != channels):
         raise ValueError(
             f"an input of shape {x.shape} reached a BatchNorm that was folded for inputs of {ndim} "
             f"axes, the second one of {channels} channels: run the network as it was before "

@@ -8,15 +8,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"arguments", "reparam", "losses", "rdrop", "verify", "benchmark", "runs", "memory", "copying"},
-    {"reading", "rewriting", "ranges", "layouts", "images", "files"},
-    {"tracing", "batches"},
+    {"arguments", "reparam", "losses", "rdrop", "verify", "benchmark", "runs", "memory", "copying"}
+    | {"proxies", "bytecode", "kinds", "standins"},
+    {"reading", "ranges", "layouts", "images", "files", "flags", "patching", "passing"},
+    {"tracing", "batches", "rewriting"},
     {"dataflow", "folder"},
     {"normalizations"},
     {"linear"},
     {"geometry"},
-    {"block", "branches", "folding"},
-    {"model"},
+    {"block", "folding"},
+    {"model", "branches"},
     {"equalize", "artifact", "expand", "unfold"},
     {"fuse"},
     {"zoo", "augment", "datamodule"},
@@ -35,7 +36,7 @@ FRONTIERS = {
     "onnxruntime": {"export", "quantize"},
     "openvino": {"export"},
     "safetensors": {"export", "data", "certificate", "files"},
-    "numpy": {"quantize", "images"},
+    "numpy": {"quantize", "images", "files", "recognize", "standins"},
     "PIL": {"images", "folder", "augment"},
     "filelock": {"data"},
     "fsspec": {"folder"},

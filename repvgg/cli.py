@@ -166,8 +166,15 @@ def quote_path(argument: str) -> str:
     quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
     if not equals or key.lstrip("+") not in PATH_KEYS or value in ("", "null") or quoted:
         return argument
-    value = os.path.expanduser(value).replace("\\", "\\\\").replace("'", "\\'")
+    # A backslash means itself, but in front of a quote, of ${ or at the end.
+    value = os.path.expanduser(value)
+    value = re.sub(r"(\\*)('|\$\{|$)", _escape, value)
     return f"{key}='{value}'"
+
+
+def _escape(match: re.Match[str]) -> str:
+    slashes, special = match.groups()
+    return 2 * slashes + (f"\\{special}" if special else "")
 
 
 def explain(error: Exception, config: Path) -> str | None:

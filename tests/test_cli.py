@@ -2,6 +2,8 @@ import signal
 import sys
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from repvgg import cli
 
@@ -21,6 +23,19 @@ from repvgg import cli
 )
 def test_paths_are_quoted_for_hydra_and_nothing_else_is(argument, expected):
     assert cli.quote_path(argument) == expected
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(r"C:\new\table", r"\\host\share", "a\\", "a\\\\", r"a\'b", "it's", "a\"b'c"),
+        *("/data/${x}/b", "${", r"a\${x}", r"a\\${oc.env:HOME}", "$x", "a b=c,d(e)~"),
+    ],
+)
+def test_a_path_reaches_the_program_as_it_was_typed(path):
+    override = OverridesParser.create().parse_override(cli.quote_path(f"ckpt={path}"))
+
+    assert OmegaConf.create({"ckpt": override.value()}).ckpt == path
 
 
 def test_a_tilde_in_a_path_is_expanded(monkeypatch):

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from repvgg import checkpoint, losses, rdrop, reparam, verify
     from repvgg.block import QARepVGGBlock, RepVGGBlock
     from repvgg.expand import over_parameterize
-    from repvgg.fuse import fuse_conv_bn, reestimate_bn, switch_to_deploy
+    from repvgg.forms import reestimate_bn, switch_to_deploy
+    from repvgg.fuse import fuse_conv_bn
     from repvgg.model import RepVGG
     from repvgg.unfold import switch_to_train
     from repvgg.zoo import create_model, list_models
@@ -45,8 +46,8 @@ _HOME = {
     "fuse_conv_bn": "fuse",
     "list_models": "zoo",
     "over_parameterize": "expand",
-    "reestimate_bn": "fuse",
-    "switch_to_deploy": "fuse",
+    "reestimate_bn": "forms",
+    "switch_to_deploy": "forms",
     "switch_to_train": "unfold",
 }
 

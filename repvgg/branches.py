@@ -6,10 +6,7 @@ arXiv:2103.13425, section 3.2), is one convolution of x. The addition is code of
 the module it stands in gets a forward that was written from the graph of its own.
 """
 
-import contextlib
 import inspect
-import itertools
-from collections.abc import Sequence
 from operator import add, iadd
 from typing import Any, NamedTuple
 
@@ -19,26 +16,19 @@ from torch.nn.modules.conv import _ConvNd
 
 from repvgg import linear
 from repvgg.bytecode import is_decorated
-from repvgg.dataflow import Dataflow, Flags, describe, erase, is_transparent, shared_copy, uses
+from repvgg.dataflow import Dataflow, Flags, uses
 from repvgg.flags import (
-    alternatives,
     global_flags,
-    other_callables,
-    plain_attributes,
-    setting,
-    value_of,
 )
 from repvgg.folding import FusionReport
 from repvgg.geometry import POOLS, embedding, read_geometry, read_subsampling, small_kernel
 from repvgg.normalizations import is_normalization, read_normalization
-from repvgg.reading import is_of_torch
+from repvgg.own_forward import OwnForward, thin_children
 from repvgg.reparam import Affine, merge
-from repvgg.rewriting import Case, give_forward, put
-from repvgg.tracing import Tracer, has_hooks
+from repvgg.rewriting import give_forward, put
+from repvgg.tracing import has_hooks
 
 ADDITIONS = (add, iadd, torch.add, "add", "add_")
-OUTSIDE = ("placeholder", "output")
-MAX_CASES = 8  # graphs of one forward
 
 
 class Branch(NamedTuple):
@@ -134,8 +124,8 @@ def merge_sums(
     parameters = list(inspect.signature(owner.forward).parameters.values())
     if len(parameters) != 1 or parameters[0].kind is not parameters[0].POSITIONAL_OR_KEYWORD:
         return []
-    thin = _thin(owner)
-    own = _Own(owner, model, name, flow, flags or {}, thin)
+    thin = thin_children(owner)
+    own = OwnForward(owner, model, name, flow, flags or {}, thin)
     if not own.runs_alike():
         return []
     base = own.graph(())
@@ -146,6 +136,11 @@ def merge_sums(
     # The text of a graph does not say `+=` as it was meant.
     if not merged or any(_is_augmented(node) for node in base.nodes):
         return []
+
+    def merges_alike(graph: fx.Graph) -> bool:
+        other = _Sums(model, owner, name, graph, flow, dict(values), of_values)
+        return other.merge() == merged
+
     if own.contexts:
         reason = "its forward switches gradients, inference mode or autocast"
     elif is_decorated(owner):
@@ -156,7 +151,7 @@ def merge_sums(
         asked = ", ".join(sorted(own.queries))
         reason = f"its forward asks torch for {asked}, whose answer may change"
     else:
-        cases = own.cases(base, merged, values, of_values)
+        cases = own.cases(base, merges_alike)
         if not isinstance(cases, str):
             sums.write()
             give_forward(owner, cases, own.fixed())
@@ -164,234 +159,6 @@ def merge_sums(
         reason = cases
     report.unmerged[name] = reason
     return []
-
-
-def _thin(owner: nn.Module) -> set[nn.Module]:
-    """Children of anybody's class that only call layers in a row: they are seen through."""
-    thin: set[nn.Module] = set()
-    for module in reversed(list(owner.modules())):
-        if module is owner or is_of_torch(module) or linear.is_step(module):
-            continue
-        if type(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
-            thin.add(module)
-            continue
-        if has_hooks(module) or is_decorated(module) or alternatives(module):
-            continue
-        twin = shared_copy(module)
-        steps = {m for m in twin.modules() if m is not twin}
-        tracer = Tracer(steps, exact=True, tensors=True)
-        try:
-            graph = tracer.trace(twin)
-        except Exception:
-            continue
-        calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
-        only_calls = all(node.op == "call_module" and len(node.args) == 1 for node in calls)
-        if only_calls and not tracer.refusals and not tracer.contexts and len(calls) > 0:
-            thin.add(module)
-    return thin
-
-
-class _Own:
-    """The forward of one module by itself."""
-
-    def __init__(
-        self,
-        owner: nn.Module,
-        model: nn.Module,
-        name: str,
-        flow: Dataflow,
-        flags: Flags,
-        thin: set[nn.Module],
-    ) -> None:
-        self.owner = owner
-        self.model = model
-        self.decided: set[str] = set()
-        self.name = name
-        self.flow = flow
-        self.thin = {path for path, module in owner.named_modules() if module in thin}
-        self.names = {module: path for path, module in model.named_modules()}
-        self.flags = {
-            path: flags[self.names[module]]
-            for path, module in owner.named_modules()
-            if self.names[module] in flags
-        }
-        self.contexts = False
-        self.queries: set[str] = set()
-        self.reads = _numbers(owner)
-
-    def runs_alike(self) -> bool:
-        """Whether each of its calls runs the same steps as it does by itself, and no others."""
-        expected = [self._steps(flags) for flags in (self.flags, {})]
-        if any(steps is None for steps in expected):
-            return False
-        occurrences: dict[tuple[int, str], list[fx.Node]] = {}
-        for number, each in enumerate(self.flow.graphs):
-            for node in each.nodes:
-                if self.name in self.flow.callers[node] and node.op not in OUTSIDE:
-                    call = (number, self.flow.callers[node][self.name])
-                    occurrences.setdefault(call, []).append(node)
-        alike = all(describe(nodes, self.flow) in expected for nodes in occurrences.values())
-        return bool(occurrences) and alike
-
-    def _steps(self, flags: Flags) -> list[tuple[Any, ...]] | None:
-        twin = shared_copy(self.owner)
-        steps = {
-            twin.get_submodule(path)
-            for path, module in self.owner.named_modules()
-            if linear.is_step(module)
-        }
-        tries = {twin.get_submodule(path): values for path, values in flags.items()}
-        tracer = Tracer(steps, flags=tries, tensors=True)
-        before = _state(twin)
-        try:
-            graph = tracer.trace(twin)
-        except Exception:
-            return None  # the whole network's own dataflow has said why
-        if tracer.opaque or tracer.refusals or tracer.read_storages or _state(twin) != before:
-            return None
-        if tracer.changed:
-            return None
-        own = self._named(graph)
-        nodes = [node for node in graph.nodes if node.op not in OUTSIDE]
-        passing = [n for n in nodes if n.op == "call_module" and is_transparent(n, self._module(n))]
-        return describe(nodes, own, but=passing)
-
-    def _module(self, node: fx.Node) -> nn.Module:
-        return self.owner.get_submodule(str(node.target))
-
-    def _named(self, graph: fx.Graph) -> Dataflow:
-        own = Dataflow()
-        for node in graph.nodes:
-            if node.op == "call_module":
-                own._names[node] = self.names[self._module(node)]
-            elif node.op == "get_attr":
-                path, _, key = str(node.target).rpartition(".")
-                own._names[node] = f"{self.names[self.owner.get_submodule(path)]}.{key}"
-        return own
-
-    def graph(self, values: tuple[tuple[str, Any], ...]) -> fx.Graph | None:
-        """What it runs with such values of its attributes; children are single steps."""
-        found = self._trace(values, self.reads)
-        if found is None and self.reads:
-            self.reads = []
-            found = self._trace(values, [])
-        return found
-
-    def _trace(self, values: tuple[tuple[str, Any], ...], reads: Sequence[str]) -> fx.Graph | None:
-        twin = shared_copy(self.owner)
-        steps = {module for path, module in twin.named_modules() if path and path not in self.thin}
-        tracer = Tracer(steps, exact=True, tensors=True, reads=reads)
-        try:
-            with contextlib.ExitStack() as stack:
-                for attribute, value in values:
-                    stack.enter_context(setting(twin, attribute, value))
-                graph = tracer.trace(twin)
-        except Exception:
-            return None
-        if tracer.opaque or tracer.refusals:
-            return None
-        if any(
-            node.op == "get_attr" and not _has(self.owner, str(node.target)) for node in graph.nodes
-        ):
-            return None  # a tensor that its forward makes
-        self.contexts = self.contexts or tracer.contexts
-        self.queries |= tracer.queries
-        for node in list(graph.nodes):
-            module = self._module(node) if node.op == "call_module" else None
-            if type(module) is nn.Identity and is_transparent(node, module):
-                erase(node)
-        return graph
-
-    def cases(
-        self,
-        base: fx.Graph,
-        merged: list[tuple[str, ...]],
-        values: dict[str, Affine],
-        of_values: bool,
-    ) -> list[Case] | str:
-        """A graph for each value of the flags that its forward depends on, or why there is none."""
-        flags = [  # a number may not change: see `fixed`
-            (attribute, value)
-            for attribute, value in alternatives(self.owner)
-            if not _is_number(value)
-        ]
-        flags.append(("training", not self.owner.training))
-        plain = self.graph(())
-        assert plain is not None
-        usual = describe(plain.nodes, self._named(plain))
-        tries: dict[str, list[Any]] = {}
-        for attribute, value in flags:
-            other = self.graph(((attribute, value),))
-            if other is not None and describe(other.nodes, self._named(other)) != usual:
-                tries.setdefault(attribute, [value_of(self.owner, attribute)]).append(value)
-        found: list[Case] = []
-        ways = list(itertools.product(*tries.values()))
-        if len(ways) > MAX_CASES:
-            return f"its forward depends on {', '.join(tries)} in too many ways"
-        for way in ways:
-            setting = tuple(zip(tries, way, strict=True))
-            if not found:
-                found.append((setting, base))
-                continue
-            graph = self.graph(setting)
-            if graph is None:
-                continue  # it does not run so
-            sums = _Sums(
-                self.model, self.owner, self.name, graph, self.flow, dict(values), of_values
-            )
-            if sums.merge() != merged:
-                return (
-                    f"its forward depends on {', '.join(tries)}: with another value it adds other "
-                    "branches"
-                )
-            found.append((setting, graph))
-        if len(found) > 1 and isinstance(self.owner, fx.GraphModule):
-            return "it is a graph of torch.fx that depends on flags"
-        self.decided = set(tries)
-        return found
-
-    def fixed(self) -> dict[str, Any]:
-        """Plain attributes that its forward reads and its graphs hold as constants."""
-        if isinstance(self.owner, fx.GraphModule):
-            return {}
-        harmless = {*self.reads, *self.decided}
-        plain = {
-            name: value
-            for name, value in plain_attributes(self.owner).items()
-            if name not in harmless and not isinstance(value, bool)
-        }
-        return plain | other_callables(self.owner)
-
-
-def _numbers(owner: nn.Module) -> list[str]:
-    """Numbers that a forward reads from its module."""
-    return [
-        name
-        for name, value in plain_attributes(owner).items()
-        if _is_number(value) and name.isidentifier()
-    ]
-
-
-def _has(owner: nn.Module, path: str) -> bool:
-    inner, _, key = path.rpartition(".")
-    return hasattr(owner.get_submodule(inner), key)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _state(module: nn.Module) -> list[dict[str, Any]]:
-    """What a module and those in it hold, by identity, inside of containers too."""
-    return [
-        {key: _identity(value) for key, value in vars(part).items()} for part in module.modules()
-    ]
-
-
-def _identity(value: Any) -> Any:
-    if type(value) is dict:
-        return {key: id(item) for key, item in value.items()}
-    return [id(item) for item in value] if type(value) in (list, set) else id(value)
 
 
 class _Sums:

@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from repvgg.fuse import reestimate_bn
+from repvgg.forms import reestimate_bn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ASKED_EVERY = 8  # batches, where there are several devices: whether one of them was sent a signal

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from repvgg import recognize
 from repvgg.artifact import METADATA_KEY, Description
 from repvgg.files import METADATA, read
-from repvgg.fuse import switch_to_deploy
+from repvgg.forms import switch_to_deploy
 from repvgg.model import DataContract, Normalize, RepVGG, to_float
 from repvgg.unfold import switch_to_train
 from repvgg.zoo import build_model, imagenet_classes

@@ -26,7 +26,7 @@ from repvgg.artifact import (
     layer_counts,
     without_grad,
 )
-from repvgg.fuse import deployed_form
+from repvgg.forms import deployed_form
 from repvgg.zoo import build_model
 
 ONNX_OPSET = 18  # the lowest that torch's exporter writes

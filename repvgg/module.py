@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassCalibrationError
 
 from repvgg.arguments import check_integer, check_number, refusal
 from repvgg.block import RepVGGBlock
-from repvgg.fuse import switch_to_deploy
+from repvgg.forms import switch_to_deploy
 from repvgg.losses import cross_entropy, rdrop_loss
 from repvgg.rdrop import Noise, find_noise, predict, predict_twice, predict_views
 from repvgg.zoo import build_model

@@ -20,6 +20,9 @@ Predictor = Callable[[Tensor], Tensor]
 # candidate. A multi-branch float32 network is about 2e-6 from its own float64 value.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
+# Two networks that should compute the same, by the precision of the comparison.
+SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
+
 # A restored network must reproduce logits that were recorded in float32, perhaps elsewhere.
 PROBE_TOLERANCE = 1e-4
 

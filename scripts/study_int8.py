@@ -24,7 +24,7 @@ from repvgg.artifact import Description
 from repvgg.certificate import accuracy
 from repvgg.datamodule import ImageData
 from repvgg.export import build_onnx
-from repvgg.fuse import switch_to_deploy
+from repvgg.forms import switch_to_deploy
 from repvgg.model import to_float
 from repvgg.ranges import RANGES, Histogram, minmax
 from repvgg.zoo import create_model, list_models

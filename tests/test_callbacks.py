@@ -20,7 +20,7 @@ from repvgg.callbacks import (
 )
 from repvgg.data import digits
 from repvgg.datamodule import ImageData
-from repvgg.fuse import reestimate_bn
+from repvgg.forms import reestimate_bn
 from repvgg.module import Classifier
 
 MODEL = {

@@ -9,7 +9,7 @@ from torch import nn
 
 import repvgg
 from repvgg.expand import RepVGGConv
-from repvgg.fuse import deployed_form
+from repvgg.forms import deployed_form
 
 
 def images(*shape: int) -> torch.Tensor:

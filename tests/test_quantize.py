@@ -9,7 +9,7 @@ from torch import nn
 import repvgg
 from repvgg.artifact import Description
 from repvgg.export import build_onnx, load_onnx, load_openvino
-from repvgg.fuse import deployed_form
+from repvgg.forms import deployed_form
 from repvgg.model import DataContract
 from repvgg.quantize import layers, measure, quantize, rewrite, run
 from repvgg.ranges import RANGES, minmax

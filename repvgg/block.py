@@ -367,8 +367,12 @@ class RepVGGBlock(nn.Module):
             self._forward,
             x,
             use_reentrant=False,
-            context_fn=lambda: (contextlib.nullcontext(), _without_statistics(self)),
+            context_fn=lambda: (contextlib.nullcontext(), _without_statistics(self._norms())),
         )
+
+    @torch.jit.unused
+    def _norms(self) -> list[_BatchNorm]:
+        return [module for module in self.modules() if isinstance(module, _BatchNorm)]
 
     def _sum_of_branches(self, x: Tensor) -> Tensor:
         return self._sum(x)
@@ -668,9 +672,8 @@ def compile_blocks(network: nn.Module, **options: Any) -> int:
 
 
 @contextlib.contextmanager
-def _without_statistics(block: nn.Module) -> Iterator[None]:
+def _without_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
     """Let no BatchNorm of a block count the images that it sees a second time."""
-    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0  # the running statistics stay; a forward must save as many tensors

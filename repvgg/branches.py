@@ -125,26 +125,30 @@ def merge_sums(
     if len(parameters) != 1 or parameters[0].kind is not parameters[0].POSITIONAL_OR_KEYWORD:
         return []
     thin = thin_children(owner)
+    names = {module: path for path, module in model.named_modules()}
+    seen_through = {names[module] for module in thin}
     own = OwnForward(owner, model, name, flow, flags or {}, thin)
     if not own.runs_alike():
         return []
     base = own.graph(())
     if base is None:
         return []
-    sums = _Sums(model, owner, name, base, flow, values, of_values)
+    sums = _Sums(model, owner, name, base, flow, values, of_values, seen_through)
     merged = sums.merge()
     # The text of a graph does not say `+=` as it was meant.
     if not merged or any(_is_augmented(node) for node in base.nodes):
         return []
 
     def merges_alike(graph: fx.Graph) -> bool:
-        other = _Sums(model, owner, name, graph, flow, dict(values), of_values)
+        other = _Sums(model, owner, name, graph, flow, dict(values), of_values, seen_through)
         return other.merge() == merged
 
     if own.contexts:
         reason = "its forward switches gradients, inference mode or autocast"
     elif is_decorated(owner):
         reason = "its forward is decorated, and what the decorator does is in no graph"
+    elif own.leaves_traces:
+        reason = "its forward changes something outside of the network"
     elif switches := global_flags(owner):
         reason = f"its forward reads {', '.join(switches)} of its Python module, which may change"
     elif own.queries:
@@ -171,6 +175,7 @@ class _Sums:
         flow: Dataflow,
         values: dict[str, Affine],
         of_values: bool,
+        thin: set[str],
     ) -> None:
         self.model = model
         self.owner = owner
@@ -179,6 +184,7 @@ class _Sums:
         self.flow = flow
         self.values = values
         self.of_values = of_values
+        self.thin = thin
         self.totals: dict[str, Affine] = {}
         self.absorbed: dict[nn.Module, nn.Module] = {}  # and what stands in their place
         self.order: dict[fx.Node, int] = {}
@@ -260,12 +266,20 @@ class _Sums:
             dims = len(module.kernel_size)
             source, step = read_subsampling(source, dims) or (source, 1)
         calls = self.flow.calls.get(path, [])
-        within = bool(calls) and all(self.name in self.flow.callers[call] for call in calls)
+        within = bool(calls) and all(self._is_own(call, path) for call in calls)
         known = read_geometry(module) is not None
         known = known and linear.refusal(module, values=self.of_values) is None
         if not within or not known or self.calls[module] != 1 or path in self.flow.reached:
             return itself
         return Branch(term, source, node, module, path, step)
+
+    def _is_own(self, call: fx.Node, path: str) -> bool:
+        """Whether a call stands in the forward itself, or in children that are seen through."""
+        callers = list(self.flow.callers[call])
+        if self.name not in callers:
+            return False
+        between = set(callers[callers.index(self.name) + 1 :]) - {path}
+        return between <= self.thin
 
     def _is_check(self, node: fx.Node) -> bool:
         """Whether a step only refuses inputs of the wrong rank."""

@@ -3,10 +3,12 @@
 What no proxy can notice (`x is y`) is found here. Read is a forward and what it calls of its class.
 """
 
+import ast
 import dis
 import functools
 import inspect
 import itertools
+import linecache
 import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -46,8 +48,22 @@ def instructions_of(cls: type[nn.Module]) -> Iterator[list[dis.Instruction]]:
             yield list(dis.get_instructions(code))
 
 
+def names_argument(module: nn.Module, name: str) -> bool:
+    """Whether a forward does anything with one of its arguments."""
+    return any(
+        name
+        in (instruction.argval if isinstance(instruction.argval, tuple) else [instruction.argval])
+        for instructions in instructions_of(type(module))
+        for instruction in instructions
+        if instruction.opname.startswith(("LOAD_", "STORE_"))
+    )
+
+
 def compares_identities(module: nn.Module) -> bool:
-    """Whether a forward asks if two variables are the same object. Proxies cannot refuse that."""
+    """Whether a forward asks if two variables are the same object, or matches the parts of one.
+
+    Proxies cannot refuse that.
+    """
     return _compares_identities(type(module))  # type: ignore[arg-type]
 
 
@@ -56,6 +72,8 @@ def _compares_identities(cls: type[nn.Module]) -> bool:
     for instructions in instructions_of(cls):
         for first, second in itertools.pairwise(instructions):
             if second.opname == "IS_OP" and first.opname not in ("LOAD_CONST", "LOAD_GLOBAL"):
+                return True
+            if second.opname in ("MATCH_SEQUENCE", "MATCH_MAPPING"):
                 return True
     return False
 
@@ -96,6 +114,49 @@ def _is_function(value: object) -> bool:
     return callable(value) and not isinstance(value, type | nn.Module)
 
 
+_TESTS = ("COMPARE_OP", "CONTAINS_OP", "POP_JUMP", "JUMP_IF", "TO_BOOL")
+_REPORTS = {
+    *("print", "warn", "warning", "warning_once", "info", "debug", "error", "critical", "log"),
+    *("_assert", "_check", "check"),
+}
+
+
+def in_message(frame: types.FrameType) -> bool:
+    """Whether code makes a text for a reader: of an exception, an assertion, a log, a print."""
+    code = frame.f_code
+    line, end, column, end_column = list(code.co_positions())[frame.f_lasti // 2]
+    if None in (line, end, column, end_column):
+        return False
+    place = ((line, column), (end, end_column))
+    for node in _reports(code.co_filename):
+        if (node.lineno, node.col_offset) <= place[0] and place[1] <= (
+            node.end_lineno,
+            node.end_col_offset,
+        ):
+            return True
+    return False
+
+
+@functools.lru_cache(maxsize=256)
+def _reports(path: str) -> list[Any]:
+    """The expressions of a file whose values are for a reader."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(path)))
+    except SyntaxError:
+        return []
+    found: list[Any] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            found.append(node.exc)
+        elif isinstance(node, ast.Assert):
+            found.append(node)
+        elif isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name in _REPORTS or name.endswith(("Error", "Exception", "Warning")):
+                found.append(node)
+    return found
+
+
 class Code(NamedTuple):
     """What the byte code of a forward says of attributes.
 
@@ -104,12 +165,22 @@ class Code(NamedTuple):
         compared: attributes that are compared with constants, and those.
         indices: attributes by which something is indexed.
         switches: truth values of the Python module that are read.
+        probed: names that `getattr` or `hasattr` looks for.
+        tests: whether anything is compared or tested.
+        properties: that its class has and that are read.
+        passes_itself: whether the module is given to other code.
+        children: attributes of attributes, (first, second).
     """
 
     names: frozenset[str]
     compared: dict[str, set[int | str]]
     indices: frozenset[str]
     switches: frozenset[str]
+    probed: frozenset[str]
+    tests: bool
+    properties: frozenset[str]
+    passes_itself: bool
+    children: frozenset[tuple[str, str]]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -119,17 +190,31 @@ def code_of(cls: type[nn.Module]) -> Code:
     compared: dict[str, set[int | str]] = {}
     indices: set[str] = set()
     switches: set[str] = set()
+    probed: set[str] = set()
+    tests = passes_itself = False
+    pairs: set[tuple[str, str]] = set()
     for _, function in functions_of(cls):
         for code in _codes(inspect.unwrap(function)):
             read = {key: function.__globals__.get(key) for key in code.co_names}
             switches |= {key for key, value in read.items() if type(value) is bool}
+            itself = (*inspect.unwrap(function).__code__.co_varnames, "")[0]
+            passes_itself = passes_itself or _is_passed(itself, list(dis.get_instructions(code)))
     for instructions in instructions_of(cls):
         for place, instruction in enumerate(instructions):
             operation, value = instruction.opname, instruction.argval
             before = instructions[max(0, place - 2) : place]
             attributes = [str(i.argval) for i in before if i.opname == "LOAD_ATTR"]
+            tests = tests or operation.startswith(
+                ("COMPARE_OP", "CONTAINS_OP", "POP_JUMP", "JUMP_IF")
+            )
+            if operation == "LOAD_GLOBAL" and value in ("getattr", "hasattr"):
+                texts = [
+                    i.argval for i in instructions[place : place + 4] if i.opname == "LOAD_CONST"
+                ]
+                probed |= {text for text in texts if isinstance(text, str)}
             if operation in ("LOAD_ATTR", "LOAD_METHOD"):
                 names.add(str(value))
+                pairs |= {(attributes[-1], str(value))} if before[-1:] and attributes else set()
             elif operation == "LOAD_CONST" and isinstance(value, str) and value.isidentifier():
                 names.add(value)
             elif operation in ("COMPARE_OP", "CONTAINS_OP") and attributes:
@@ -142,4 +227,29 @@ def code_of(cls: type[nn.Module]) -> Code:
                 operation == "BINARY_OP" and "[" in instruction.argrepr
             ):
                 indices |= set(attributes[-1:])
-    return Code(frozenset(names), compared, frozenset(indices), frozenset(switches))
+    own = {name for name in names if isinstance(inspect.getattr_static(cls, name, None), property)}
+    return Code(
+        frozenset(names),
+        compared,
+        frozenset(indices),
+        frozenset(switches),
+        frozenset(probed),
+        tests,
+        frozenset(own - set(vars(nn.Module))),
+        passes_itself,
+        frozenset(pairs),
+    )
+
+
+def _is_passed(itself: str, instructions: list[dis.Instruction]) -> bool:
+    """Whether `self` is loaded for something else than one of its attributes."""
+    used = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR", "LOAD_SUPER_ATTR")
+    for place, instruction in enumerate(instructions[:-1]):
+        loads = instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
+        if not loads or instruction.argval != itself:
+            continue
+        before = {i.argval for i in instructions[max(0, place - 2) : place]}
+        asked = before & {"hasattr", "getattr", "super", "isinstance"}
+        if instructions[place + 1].opname not in used and not asked:
+            return True
+    return False

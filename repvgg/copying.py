@@ -32,6 +32,26 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def require_network(model: Any) -> None:
+    """Raise a ValueError where something else is given than an nn.Module."""
+    if not isinstance(model, nn.Module):
+        what = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise ValueError(f"given was {what}, which is no network: pass an instance of nn.Module")
+
+
+def require_images(images: Any) -> None:
+    """Raise a ValueError where something else is given than a tensor of finite numbers, or None."""
+    if images is None:
+        return
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            f"images is a {type(images).__name__}: pass a tensor as the network takes it, such as "
+            "(N, C, H, W)"
+        )
+    if images.is_floating_point() and not images.isfinite().all():
+        raise ValueError("images holds NaN or infinite values, on which nothing can be compared")
+
+
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Copy a network, with its modes, memory formats and tied weights.
 
@@ -46,6 +66,7 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     Raises:
         ValueError: a lazy module was never initialized, or the network cannot be copied.
     """
+    require_network(model)
     model = unwrapped(model)
     memo = {} if memo is None else dict(memo)
     with torch.inference_mode(False), torch.no_grad():

@@ -9,6 +9,7 @@ concluded from the order of children.
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from repvgg.bytecode import compares_identities, compares_with_none
+from repvgg.bytecode import compares_identities, compares_with_none, names_argument
 from repvgg.copying import copied
+from repvgg.flags import Values
 from repvgg.proxies import UntraceableError
 from repvgg.reading import is_of_torch, read
 from repvgg.tracing import (
@@ -31,9 +33,10 @@ from repvgg.tracing import (
     with_own_containers,
 )
 
-MAX_VARIANTS = 4  # ways to call one forward that are followed, by its optional arguments
+MAX_NODES = 1500  # in larger graphs arguments are tried one at a time, and all
+MAX_VARIANTS = 32  # ways to call one forward that are followed, by its optional arguments
 METADATA = {"shape", "ndim", "dtype", "device", "size", "dim", "numel", "is_cuda", "requires_grad"}
-Flags = Mapping[str, Sequence[tuple[str, Any]]]  # of modules: attributes, and other values to try
+Flags = Mapping[str, Sequence[Values]]  # of modules: attributes, and other values to try
 
 
 @dataclass
@@ -119,7 +122,7 @@ class _Following:
         self,
         names: dict[nn.Module, str],
         steps: set[nn.Module],
-        flags: dict[nn.Module, Sequence[tuple[str, Any]]],
+        flags: dict[nn.Module, Sequence[Values]],
         root: nn.Module,
     ) -> None:
         self.names = names
@@ -190,7 +193,10 @@ class _Following:
         except (UntraceableError, ValueError, TypeError) as error:
             return {scope: in_a_line(error)}
         followed, failure = False, "no way to call it was found"
-        for fixed, may_fail in variants:
+        large = False
+        for fixed, may_fail, others in variants:
+            if large and 1 < others < max(number for _, _, number in variants):
+                continue
             tracer = Tracer(
                 self.steps, self.names, flags=self.flags, assume=scope is self.outermost()
             )
@@ -208,6 +214,7 @@ class _Following:
             if may_fail and (tracer.opaque or tracer.refusals):
                 continue
             followed = True
+            large = large or len(graph.nodes) > MAX_NODES
             opaque |= tracer.opaque
             if tracer.opaque and compares_with_none(scope):
                 tracer.refuse("it tests for None what another could not be followed to give")
@@ -328,11 +335,11 @@ def equal(first: Dataflow, second: Dataflow, *, apart_from: Collection[str] = ()
     return untraced[0] == untraced[1] and graphs[0] == graphs[1]
 
 
-def _variants(scope: nn.Module) -> list[tuple[dict[str, Any], bool]]:
-    """Ways to call a forward, and whether each may fail.
+def _variants(scope: nn.Module) -> list[tuple[dict[str, Any], bool, int]]:
+    """Ways to call a forward, whether each may fail, and how many arguments are not as usual.
 
-    The first argument is given. Every optional one is as it is by default, and otherwise; every
-    other one may be None.
+    The first argument is given, and so are truth values. Every other optional one that its code
+    names is as it is by default, and otherwise; every other one may be None.
     """
     if "forward" in vars(scope):
         raise UntraceableError("its forward was replaced by hand")
@@ -350,23 +357,23 @@ def _variants(scope: nn.Module) -> list[tuple[dict[str, Any], bool]]:
         if place == 0 and parameter.default is None:
             continue
         if isinstance(parameter.default, bool):
-            fixed[parameter.name] = [True, False]
+            continue  # it is given, and what it decides is followed both ways
+        if parameter.default is not parameter.empty and not names_argument(scope, parameter.name):
+            fixed[parameter.name] = [parameter.default]
         elif parameter.default is not parameter.empty:
             fixed[parameter.name] = [parameter.default, fx.PH]
         elif place > 0:
             fixed[parameter.name] = [fx.PH, None]
     required = {p.name for p in parameters if p.default is p.empty}
     variants = []
-    ways: Iterable[tuple[Any, ...]] = itertools.product(*fixed.values())
-    if 2 ** len(fixed) > MAX_VARIANTS:  # as they are by default, each alone otherwise, and all
-        ways = [
-            tuple(tries[place in others] for place, tries in enumerate(fixed.values()))
-            for others in ((), *((i,) for i in range(len(fixed))), range(len(fixed)))
-        ]
-    for values in ways:
+    if math.prod(map(len, fixed.values())) > MAX_VARIANTS:
+        raise UntraceableError(f"it has {len(fixed)} arguments that may be None or otherwise")
+    for values in itertools.product(*fixed.values()):
         chosen = {k: v for k, v in zip(fixed, values, strict=True) if v is not fx.PH}
         may_fail = any(value is None and key in required for key, value in chosen.items())
-        variants.append((chosen, may_fail))
+        usual = [tries[0] for tries in fixed.values()]
+        others = sum(value is not first for value, first in zip(values, usual, strict=True))
+        variants.append((chosen, may_fail, others))
     return variants
 
 

@@ -5,7 +5,9 @@ named by a path: `export`, `cfg.export` inside an object, `opts[export]` inside 
 """
 
 import contextlib
+import copy
 import inspect
+import itertools
 import re
 import types
 from collections.abc import Iterator
@@ -15,9 +17,26 @@ from torch import Tensor, nn
 
 from repvgg.bytecode import code_of
 
-MAX_TRIES = 10  # other values of the flags of one module
+MAX_TRIES = 24  # settings of one module that are tried
+MAX_PAIRED = 5  # flags that are tried two at a time
+TRACKED = object()  # in place of a value: compare it both ways
+Values = tuple[tuple[str, Any], ...]  # paths, and what they are set to
 PLAIN = (bool, int, float, str)
 _OF_MODULES = {"training", *vars(nn.Module())}
+
+
+def held_values(module: nn.Module) -> dict[str, Any]:
+    """What else a graph of a forward holds: None, lists, and plain attributes of children."""
+    code = code_of(type(module))  # type: ignore[arg-type]
+    found: dict[str, Any] = {}
+    for name in sorted(code.names - _OF_MODULES):
+        value = getattr(module, name, inspect)
+        if value is None or (type(value) is list and _is_plain_tuple(tuple(value))):
+            found[name] = copy.copy(value)
+        elif isinstance(value, nn.Module):
+            inside = {key: vars(value).get(key) for first, key in code.children if first == name}
+            found |= {f"{name}.{k}": v for k, v in inside.items() if type(v) in PLAIN}
+    return found
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
@@ -53,7 +72,7 @@ def other_callables(module: nn.Module) -> dict[str, Any]:
 def alternatives(module: nn.Module) -> list[tuple[str, Any]]:
     """Flags of a module that its forward reads, and the other values that they may take.
 
-    A flag is a truth value, a text or number that is compared, or what chooses among modules
+    A flag is a truth value, a text that is compared, or what chooses among modules
     (`self.bns[self.domain]`). `training` is none: a fused network is for eval mode.
     """
     cls = type(module)
@@ -66,19 +85,72 @@ def alternatives(module: nn.Module) -> list[tuple[str, Any]]:
             keys |= set(part)
         elif isinstance(part, nn.ModuleList | nn.Sequential):
             keys |= set(range(len(part)))
-    found: list[tuple[str, Any]] = []
+    found: list[tuple[str, Any]] = [
+        (name, True) for name in sorted(code.probed) if not hasattr(module, name)
+    ]
     for path, value in plain_attributes(module).items():
         name = re.split(r"[.\[\]]", path.rstrip("]"))[-1]
         others: set[Any] = set()
         if isinstance(value, bool):
             others = {not value}
-        elif isinstance(value, int | str):
+        elif isinstance(value, str):
             others = set(code.compared.get(name, ()))
         if not isinstance(value, bool) and name in code.indices:
             others |= keys
         same = [other for other in others if type(other) is type(value) and other != value]
         found += [(path, other) for other in sorted(same)]
+    return found
+
+
+def settings_to_try(module: nn.Module) -> list[Values]:
+    """Values of its flags under which a forward is followed: one or two others at a time.
+
+    In one more, texts and numbers are tracked: each comparison goes both ways.
+    """
+    single = alternatives(module)
+    found: list[Values] = [(one,) for one in single]
+    if len(single) <= MAX_PAIRED:
+        found += [(one, two) for one, two in itertools.combinations(single, 2) if one[0] != two[0]]
+    values = plain_attributes(module)
+    compared = code_of(type(module)).tests  # type: ignore[arg-type]
+    known = [path for path, value in values.items() if type(value) in (int, float, str)]
+    if known and compared and not type(module).__module__.startswith("torch."):
+        found.append(tuple((path, TRACKED) for path in known))
     return found[:MAX_TRIES]
+
+
+class _Tracked:
+    """A text or number that lets its tracer answer what is asked of it."""
+
+    asked: Any
+
+    def _ask(self, question: str, other: Any, answer: Any) -> Any:
+        path, tracer = self.asked
+        if answer is NotImplemented or not tracer.frames:  # it is over
+            return answer
+        key = ("flag", path, question, repr(other))
+        return tracer.decide(key, f"it depends on {path}", first=bool(answer))
+
+
+def _asks(name: str) -> Any:
+    def method(self: Any, other: Any, *rest: Any) -> Any:
+        answer = getattr(type(self).__bases__[1], name)(self, other, *rest)
+        return self._ask(name, (other, *rest), answer)
+
+    return method
+
+
+def tracked(value: Any, path: str, tracer: Any) -> Any:
+    """A text or number whose comparisons are decisions of a tracer."""
+    base: Any = type(value)
+    names = ["__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"]
+    names += ["startswith", "endswith", "__contains__"] if base is str else []
+    members = {name: _asks(name) for name in names}
+    members["__bool__"] = lambda self: self._ask("bool", None, base.__ne__(self, base()))
+    members["__hash__"] = base.__hash__
+    found = type(base.__name__, (_Tracked, base), members)(value)
+    found.asked = (path, tracer)
+    return found
 
 
 @contextlib.contextmanager

@@ -8,11 +8,12 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from repvgg import dataflow, linear
+from repvgg.flags import plain_attributes
 from repvgg.normalizations import Normalization, is_normalization, read_normalization
 from repvgg.passing import Passing, read_passing, source_of
 from repvgg.reparam import Affine
 from repvgg.rewriting import put
-from repvgg.tracing import either, exclude_each_other
+from repvgg.tracing import either, elsewhere, exclude_each_other
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ class Folding:
             if len({feed.passing for feed in ways}) > 1:
                 return f"{source}: its outputs are scaled or reshaped in several ways"
             passing = ways[0].passing
+            if passing.ndim is not None and isinstance(module, nn.Linear):
+                return f"{source}: its output is reshaped, whatever its axes are"
             if passing.dtype not in (None, module.weight.dtype):
                 return f"{source}: its output is cast to {passing.dtype}"
             ndims.add(passing.ndim or self._ndim(module))
@@ -139,6 +142,13 @@ class Folding:
             return "it is fed by convolutions of different dimensions"
         self._take(name, found, calls, values, ndims.pop(), [(source, name) for source in feeds])
         return None
+
+    def _is_an_attribute(self, node: fx.Node) -> bool:
+        """Whether a number in a step may be an attribute of its module, which may change."""
+        numbers = [value for value in node.args if isinstance(value, int | float)]
+        home = self.modules[list(self.flow.callers[node])[-1]]
+        held = [value for value in plain_attributes(home).values() if type(value) in (int, float)]
+        return any(number == value for number in numbers for value in held)
 
     def _not_a_layer(self, nodes: list[fx.Node]) -> str:
         fed = self._describe(nodes)
@@ -165,7 +175,8 @@ class Folding:
                 return _Feed(node, behind, total)
             step = read_passing(node, channels, get_module)
             source = source_of(node)
-            if step is None or source is None or dataflow.uses(node) != [behind]:
+            may_change = step not in (None, Passing()) and self._is_an_attribute(node)
+            if step is None or source is None or may_change or dataflow.uses(node) != [behind]:
                 return _Feed(node, behind, total) if total == Passing() else None
             if None not in (step.dtype, total.dtype) and step.dtype != total.dtype:
                 return None
@@ -318,6 +329,8 @@ def _kind(node: fx.Node) -> str:
         return "the output of the network"
     if node.target is either:
         return "one of several values (a flag or condition decides which)"
+    if node.target is elsewhere:
+        return "what the forward gives when a flag is set"
     name = getattr(node.target, "__name__", str(node.target))
     return f"{name}()" if node.op in ("call_function", "call_method") else name
 

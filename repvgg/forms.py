@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from repvgg import verify
 from repvgg.block import QARepVGGBlock, RepVGGBlock
-from repvgg.copying import copied, plain_weights
+from repvgg.copying import copied, plain_weights, require_images
 from repvgg.expand import RepVGGConv
 from repvgg.folding import FusionReport
 from repvgg.fuse import fuse_any
@@ -46,6 +46,7 @@ def switch_to_deploy(model: Model, images: Tensor | None = None) -> Model:
         ValueError: the network has nothing to switch; a block cannot be folded, or its own method
             fails, changes what it computes or cannot be tested; the block is named.
     """
+    require_images(images)
     return cast(Model, _switched(model, images, check=True))
 
 

@@ -1,13 +1,11 @@
 """BatchNorms and parallel branches of any network, folded into its convolutions."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, fx, nn
 
 from repvgg import branches, dataflow, linear, verify
-from repvgg.copying import copied, plain_weights, unwrapped
-from repvgg.flags import alternatives
+from repvgg.copying import copied, plain_weights, require_images, require_network, unwrapped
+from repvgg.flags import Values, settings_to_try
 from repvgg.folding import Folding, FusionReport
 from repvgg.normalizations import is_normalization, read_once
 from repvgg.reparam import Affine
@@ -51,6 +49,8 @@ def fuse_conv_bn(model: nn.Module, images: Tensor | None = None) -> tuple[nn.Mod
             be copied, or (with `images`) the copy computes something else; the first module that
             differs is named.
     """
+    require_network(model)
+    require_images(images)
     model = unwrapped(model)
     if isinstance(model, fx.GraphModule) and _is_exported(model):
         raise ValueError(
@@ -207,7 +207,7 @@ def _merge_all(
     return merged, dataflow.trace(merged, linear.is_step, flags)
 
 
-def _flags(network: nn.Module, flow: dataflow.Dataflow) -> dict[str, list[tuple[str, Any]]]:
+def _flags(network: nn.Module, flow: dataflow.Dataflow) -> dict[str, list[Values]]:
     """Flags of the modules between a layer and the normalization that it feeds.
 
     They may decide whether the one still feeds the other.
@@ -223,7 +223,7 @@ def _flags(network: nn.Module, flow: dataflow.Dataflow) -> dict[str, list[tuple[
                 while shared < min(len(first), len(second)) and first[shared] == second[shared]:
                     shared += 1
                 names |= {*first[max(0, shared - 1) :], *second[max(0, shared - 1) :]}
-    found = {name: alternatives(network.get_submodule(name)) for name in names}
+    found = {name: settings_to_try(network.get_submodule(name)) for name in names}
     return {name: tries for name, tries in found.items() if tries}
 
 

@@ -73,7 +73,7 @@ def is_never_updated(module: nn.Module) -> bool:
     return (count is None or int(count) == 0) and not mean.any() and bool((variance == 1).all())
 
 
-_read: dict[int, tuple[Tensor, Normalization | str]] | None = None  # by the id of their means
+_read: dict[Any, tuple[list[Any], Normalization | str]] | None = None  # by their tensors
 
 
 @contextlib.contextmanager
@@ -92,12 +92,14 @@ def read_once() -> Iterator[None]:
 
 def read_normalization(module: nn.Module) -> Normalization | str:
     """What a module that looks like a BatchNorm computes in eval mode, or why that is not known."""
-    mean = getattr(module, "running_mean", None)
-    if _read is None or not isinstance(mean, Tensor):
+    parts = [getattr(module, key, None) for key in ("running_mean", "running_var")]
+    if _read is None or not all(isinstance(part, Tensor) for part in parts):
         return _read_normalization(module)
-    if id(mean) not in _read:
-        _read[id(mean)] = mean, _read_normalization(module)
-    return _read[id(mean)][1]
+    parts += [getattr(module, key, None) for key in ("weight", "bias")]
+    key = (type(module), getattr(module, "eps", None), *map(id, parts))
+    if key not in _read:
+        _read[key] = parts, _read_normalization(module)
+    return _read[key][1]
 
 
 def _read_normalization(module: nn.Module) -> Normalization | str:

@@ -8,9 +8,16 @@ from typing import Any
 from torch import fx, nn
 
 from repvgg import linear
-from repvgg.bytecode import is_decorated
+from repvgg.bytecode import code_of, is_decorated
 from repvgg.dataflow import Dataflow, Flags, describe, erase, is_transparent, shared_copy
-from repvgg.flags import alternatives, other_callables, plain_attributes, setting, value_of
+from repvgg.flags import (
+    alternatives,
+    held_values,
+    other_callables,
+    plain_attributes,
+    setting,
+    value_of,
+)
 from repvgg.reading import is_of_torch
 from repvgg.rewriting import Case
 from repvgg.tracing import Tracer, has_hooks
@@ -70,6 +77,7 @@ class OwnForward:
         }
         self.contexts = False
         self.queries: set[str] = set()
+        self.leaves_traces = False
         self.reads = _numbers(owner)
 
     def runs_alike(self) -> bool:
@@ -149,6 +157,7 @@ class OwnForward:
             return None  # a tensor that its forward makes
         self.contexts = self.contexts or tracer.contexts
         self.queries |= tracer.queries
+        self.leaves_traces = self.leaves_traces or tracer.leaves_traces
         for node in list(graph.nodes):
             module = self._module(node) if node.op == "call_module" else None
             if type(module) is nn.Identity and is_transparent(node, module):
@@ -166,6 +175,11 @@ class OwnForward:
             base: with the values that they have, and its sums merged.
             merge: merges the sums of another graph; whether they are the same.
         """
+        code = code_of(type(self.owner))  # type: ignore[arg-type]
+        if code.properties:
+            return f"its forward reads the property {', '.join(sorted(code.properties))}"
+        if code.passes_itself:
+            return "its forward gives the module to other code, which may read anything of it"
         flags = [  # a number may not change: see `fixed`
             (attribute, value)
             for attribute, value in alternatives(self.owner)
@@ -176,9 +190,12 @@ class OwnForward:
         assert plain is not None
         usual = describe(plain.nodes, self._named(plain))
         tries: dict[str, list[Any]] = {}
+        known = {"training", *plain_attributes(self.owner)}
         for attribute, value in flags:
             other = self.graph(((attribute, value),))
             if other is not None and describe(other.nodes, self._named(other)) != usual:
+                if attribute not in known:
+                    return f"its forward asks for {attribute}, which may be set later"
                 tries.setdefault(attribute, [value_of(self.owner, attribute)]).append(value)
         found: list[Case] = []
         ways = list(itertools.product(*tries.values()))
@@ -213,7 +230,7 @@ class OwnForward:
             for name, value in plain_attributes(self.owner).items()
             if name not in harmless and not isinstance(value, bool)
         }
-        return plain | other_callables(self.owner)
+        return plain | held_values(self.owner) | other_callables(self.owner)
 
 
 def _numbers(owner: nn.Module) -> list[str]:

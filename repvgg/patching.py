@@ -1,12 +1,12 @@
 """What Python and torch answer themselves is asked of the tracer while a forward is followed."""
 
 import contextlib
+import copy
 import functools
-import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from repvgg.proxies import asked_by_torch, is_value
 
+MAX_FUNCTIONS = 2000  # whose names are looked at
+MAX_HELD = 10_000  # things in a list or dictionary of a Python module
+OWN = ("repvgg.tracing", "repvgg.proxies", __name__, "repvgg.kinds", "repvgg.flags")
 _BUILDERS = ("zeros", "ones", "empty", "rand", "randn", "full", "tensor")  # of torch, from sizes
 _RESHAPES = ("expand", "view", "reshape", "repeat")  # of constant tensors
 _QUERIES: tuple[tuple[types.ModuleType, Callable[[], bool]], ...] = (
@@ -56,16 +59,98 @@ class _TypeMeta(_IntMeta):
 
 
 def _globals_of(classes: Collection[type]) -> list[dict[str, Any]]:
-    """The names that the code of classes sees, torch's apart."""
+    """The names that the code of classes sees, and of the functions it calls; torch's apart."""
     found: dict[int, dict[str, Any]] = {}
+    todo: list[Any] = []
     for base in {base for cls in classes for base in cls.__mro__}:
-        for value in vars(base).values():
-            function = getattr(value, "fget", None) or getattr(value, "__func__", value)
-            for code in (function, inspect.unwrap(function) if callable(function) else function):
-                names = getattr(code, "__globals__", None)
-                if isinstance(names, dict) and names.get("__name__", "").split(".")[0] != "torch":
-                    found[id(names)] = names
+        parts = vars(base).values()
+        todo += [getattr(part, "fget", None) or getattr(part, "__func__", part) for part in parts]
+    seen: set[int] = set()
+    while todo and len(seen) < MAX_FUNCTIONS:
+        function = todo.pop()
+        if isinstance(function, types.FunctionType):
+            todo.append(getattr(function, "__wrapped__", None))
+        names = getattr(function, "__globals__", None)
+        if id(function) in seen or not isinstance(names, dict) or not _is_of_user(names):
+            continue
+        seen.add(id(function))
+        found[id(names)] = names
+        code = getattr(function, "__code__", None)
+        mentioned = code.co_names if code is not None else ()
+        for name in mentioned:
+            value = names.get(name)
+            if isinstance(value, types.ModuleType):  # helpers.is_list(x)
+                todo += [vars(value).get(other) for other in mentioned]
+            elif isinstance(value, types.FunctionType):
+                todo.append(value)
     return list(found.values())
+
+
+def _is_of_user(names: dict[str, Any]) -> bool:
+    """Whether a Python module is nobody's whose code knows of proxies, or is compiled."""
+    name = str(names.get("__name__", ""))
+    home = name.split(".")[0]
+    known = home in ("torch", "numpy") or home in sys.stdlib_module_names
+    return not known and name not in OWN
+
+
+class _Outside:
+    """Lists, dictionaries and sets that classes and Python modules hold, and what is in them.
+
+    A forward that is followed may leave values there, which are none outside of it.
+    """
+
+    def __init__(self, homes: Sequence[dict[str, Any]], classes: Collection[type]) -> None:
+        own = {base for cls in classes for base in cls.__mro__ if not _is_of_torch(base)}
+        self.classes = {cls: dict(vars(cls)) for cls in own}
+        self.homes = [(names, dict(names)) for names in homes]
+        held = [v for _, names in self.homes for v in names.values()]
+        held += [v for names in self.classes.values() for v in names.values()]
+        self.containers = [
+            (value, copy.copy(value))
+            for value in {id(v): v for v in held if type(v) in (list, dict, set)}.values()
+            if len(value) < MAX_HELD
+        ]
+
+    def restore(self) -> bool:
+        """Put back what was there; whether anything had changed."""
+        changed = False
+        for cls, before in self.classes.items():
+            for name, value in dict(vars(cls)).items():
+                if before.get(name, self) is not value and not name.startswith("__"):
+                    changed = True
+                    if name in before:
+                        setattr(cls, name, before[name])
+                    else:
+                        delattr(cls, name)
+        for names, before in self.homes:
+            for name, value in dict(names).items():
+                if before.get(name, self) is not value:
+                    changed = True
+                    if name in before:
+                        names[name] = before[name]
+                    else:
+                        del names[name]
+        for value, before in self.containers:
+            now = [*value.items()] if isinstance(value, dict) else [*value]
+            then = [*before.items()] if isinstance(before, dict) else [*before]
+            if len(now) != len(then) or not all(
+                _same(a, b) for a, b in zip(now, then, strict=True)
+            ):
+                changed = True
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(before)
+        return changed
+
+
+def _same(first: Any, second: Any) -> bool:
+    if type(first) is tuple and type(second) is tuple and len(first) == len(second) == 2:
+        return first[0] is second[0] and first[1] is second[1]
+    return first is second
+
+
+def _is_of_torch(cls: type) -> bool:
+    return cls.__module__.split(".")[0] in ("torch", "builtins", "typing", "abc")
 
 
 @contextlib.contextmanager
@@ -97,7 +182,7 @@ def patched(root: nn.Module, tracer: Any) -> Iterator[None]:
             return range(*bounds)
         if tracer.exact:
             raise tracer.refuse("it counts to a value")
-        return [tracer.create_proxy("call_function", an_index, (bounds[-1], i), {}) for i in (0, 1)]
+        return _rounds(tracer, bounds[-1], sys._getframe(1))
 
     def builder(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -112,6 +197,9 @@ def patched(root: nn.Module, tracer: Any) -> Iterator[None]:
         def asked() -> bool:
             if not asked_by_torch(sys._getframe(1)):
                 tracer.queries.add(f"{function.__name__}()")
+                if tracer.frames and not tracer.exact:
+                    reason = f"it asks torch for {function.__name__}()"
+                    return tracer.decide(function.__name__, reason, first=function())
             return function()
 
         return asked
@@ -148,9 +236,12 @@ def patched(root: nn.Module, tracer: Any) -> Iterator[None]:
             tracer.changed.setdefault(module, name)
         set_attribute(module, name, value)
 
+    classes = {type(part) for part in root.modules()}
+    homes = _globals_of(classes)
+    outside = _Outside(homes, classes)
     nested = torch._dynamo.config.error_on_nested_fx_trace if _has_dynamo() else None
     try:
-        for names in _globals_of({type(part) for part in root.modules()}):
+        for names in homes:
             for name, function in new.items():
                 if name not in names:
                     names[name] = function
@@ -184,6 +275,7 @@ def patched(root: nn.Module, tracer: Any) -> Iterator[None]:
             names.pop(name, None)
         for names, name, function in replaced:
             names[name] = function
+        tracer.leaves_traces = outside.restore()
 
 
 def _has_dynamo() -> bool:
@@ -194,6 +286,26 @@ def flat(classes: Any) -> list[type]:
     if isinstance(classes, tuple | list):
         return [each for part in classes for each in flat(part)]
     return [each for part in typing.get_args(classes) for each in flat(part)] or [classes]
+
+
+def _rounds(tracer: Any, count: Any, frame: types.FrameType) -> Iterator[Any]:
+    """Run the body of a loop whose rounds are not known, if it leaves nothing behind.
+
+    How often it runs does not matter then. Else the loop cannot be followed.
+    """
+
+    def held() -> dict[str, Any]:
+        return {
+            key: len(value) if isinstance(value, list | dict | set) else id(value)
+            for key, value in frame.f_locals.items()
+            if not (is_value(value) and value.node.target is an_index)
+        }
+
+    before, layers = held(), tracer.num_layers
+    for place in (0, 1):
+        yield tracer.create_proxy("call_function", an_index, (count, place), {})
+        if held() != before or tracer.num_layers != layers:
+            raise tracer.refuse("it does something for each of a number that is not known")
 
 
 def an_index(count: Any, place: int) -> int:

@@ -6,11 +6,14 @@ and `x += y` makes a new one.
 
 import operator
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
+
+from repvgg.bytecode import in_message
 
 
 class UntraceableError(ValueError):
@@ -48,12 +51,12 @@ class _Unknown:
         raise self.tracer.refuse("it looks a value up")
 
     def __repr__(self) -> str:
-        return _Text(object.__getattribute__(self, "tracer"))
+        return _text(self, sys._getframe(1))
 
     __str__ = __repr__
 
     def __format__(self, _: str) -> str:
-        return _Text(self.tracer)
+        return _text(self, sys._getframe(1))
 
 
 class _Text(str):
@@ -74,6 +77,14 @@ class _Text(str):
 
     __ne__ = __eq__
     __contains__ = __eq__
+
+
+def _text(value: Any, frame: types.FrameType) -> str:
+    """A value in words, where they are for the reader alone; parts of it cannot be followed."""
+    tracer = object.__getattribute__(value, "tracer")
+    if not asked_by_torch(frame) and not in_message(frame):
+        raise tracer.refuse("it makes text of a value")
+    return _Text(tracer)
 
 
 def asked_by_torch(frame: Any) -> bool:

@@ -58,7 +58,7 @@ def _dispatch(cases: Sequence[Case], fixed: dict[str, Any], owner: str) -> str:
     lines = [f"def forward(self, {x}):"]
     for place, (path, value) in enumerate(fixed.items()):
         kept = repr(value) if not callable(value) else f"_kept_{place}"
-        unequal = "is not" if callable(value) else "!="
+        unequal = "is not" if callable(value) or value is None else "!="
         lines += [
             f"    if {expression(path)} {unequal} {kept}:",
             f"        raise ValueError({_changed(owner, path)!r})",

@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from repvgg.bytecode import compares_identities, compares_with_none
-from repvgg.flags import setting
+from repvgg.flags import TRACKED, Values, setting, tracked, value_of
 from repvgg.kinds import kind_of
-from repvgg.patching import flat, patched
+from repvgg.patching import OWN, flat, patched
 from repvgg.proxies import UntraceableError, Value, is_value
 from repvgg.reading import is_of_torch
 
@@ -35,9 +35,8 @@ _ONE_TENSOR = (  # modules of torch.nn that give one tensor
     *("pixelshuffle", "upsampling", "normalization", "instancenorm", "channelshuffle"),
 )
 _ASKS = {"isinstance", "issubclass", "__class__", "is_tensor", "is_torch_tensor"}
-_OWN = (__name__, "repvgg.proxies", "repvgg.patching")  # whose exceptions are no network's
 _is_grad_enabled = torch.is_grad_enabled  # not what stands there while a forward is followed
-_SIZES = {"size", "dim", "numel", "ndimension", len, getattr}
+_METADATA = (int, float, bool, torch.Size, torch.dtype, torch.device)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -66,7 +65,7 @@ class Tracer(fx.Tracer):
         steps: Collection[nn.Module],
         names: Collection[nn.Module] | None = None,
         *,
-        flags: Mapping[nn.Module, Sequence[tuple[str, Any]]] | None = None,
+        flags: Mapping[nn.Module, Sequence[Values]] | None = None,
         exact: bool = False,
         reads: Collection[str] = (),
         tensors: bool = False,
@@ -89,6 +88,9 @@ class Tracer(fx.Tracer):
         self.queries: set[str] = set()  # what a forward asks torch about how it runs
         self.frames: list[_Frame] = []
         self.numbers = itertools.count()
+        self.leaves_traces = False  # whether a forward changes something outside of the network
+        self.switches: set[str] = set()  # arguments that are true or false
+        self.num_layers = 0  # calls of layers so far
         self.flipping = False
         self.decided = False
         self.kinds: dict[fx.Node, type] = {}  # what does not depend on a decision
@@ -100,7 +102,8 @@ class Tracer(fx.Tracer):
         with torch.enable_grad():
             self.start = _context()
         try:
-            with torch.enable_grad(), _Reads() as reads, patched(root, self):
+            quiet = contextlib.redirect_stdout(io.StringIO())
+            with quiet, torch.enable_grad(), _Reads() as reads, patched(root, self):
                 return super().trace(root, concrete_args)
         finally:
             self.read_storages = reads.storages
@@ -112,6 +115,8 @@ class Tracer(fx.Tracer):
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
         code = inspect.unwrap(root_fn).__code__
+        parameters = inspect.signature(inspect.unwrap(root_fn)).parameters.values()
+        self.switches = {p.name for p in parameters if isinstance(p.default, bool)}
         if code.co_argcount == 0 and code.co_flags & inspect.CO_VARARGS:  # wrapper(*args, **kwargs)
             args = [self.root, self.create_proxy("placeholder", "x", (), {})]
         else:
@@ -122,7 +127,8 @@ class Tracer(fx.Tracer):
         if self.assume and code.co_argcount > 1 and code.co_flags & VAR_ARGUMENTS:
             args = [self._without_extras(value) for value in args]
         arguments = [value.node for value in args if isinstance(value, fx.Proxy)]
-        self.inputs = {node: str(node.target) for node in arguments[:1]} if self.assume else {}
+        first = arguments[:1] if self.assume else []
+        self.inputs = {node: str(node.target) for node in first}
 
         def run(*given: Any) -> Any:
             results = self._explore(root, lambda: root_fn(*given))
@@ -144,6 +150,7 @@ class Tracer(fx.Tracer):
         if _context() != self.start:
             self.contexts = True
         node = super().create_node(*args, **kwargs)
+        self.num_layers += node.op == "call_module"
         node.meta["way"] = tuple((frame.call, frame.number) for frame in self.frames)
         return node
 
@@ -168,6 +175,8 @@ class Tracer(fx.Tracer):
                 self.decided = True
                 return frame.kinds[node]
         if node.op == "placeholder":
+            if str(node.target) in self.switches:
+                return bool
             return Tensor if self.tensors else None
         if node.op != "call_module":
             return None
@@ -191,7 +200,17 @@ class Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        return self.decide(_meaning(obj.node), "its control flow depends on a value")
+        return self.decide(self._meaning(obj.node), "its control flow depends on a value")
+
+    def _meaning(self, node: fx.Node) -> Any:
+        """A question on sizes in a form that is equal for equal questions."""
+        if node.op == "placeholder" or self.kind(node) not in _METADATA:
+            return node
+        arguments = [
+            self._meaning(value) if isinstance(value, fx.Node) else repr(value)
+            for value in tree_leaves((node.args, node.kwargs))
+        ]
+        return (node.op, str(node.target), *arguments)
 
     def decide(self, question: Any, reason: str, *, first: bool = False) -> bool:
         """Answer a question of the forward, another way each time that it is run."""
@@ -252,9 +271,20 @@ class Tracer(fx.Tracer):
                     return iter([obj[i] for i in range(part.stop)])  # type: ignore[index]
                 if part.stop is None and isinstance(part.start, int) and part.start < 0:
                     return iter([obj[i] for i in range(-part.start)])  # type: ignore[index]
-        if self.exact:
-            raise self.refuse("it iterates over a value")
-        return iter([obj[0], obj[1]])  # type: ignore[index]
+        number = self._num_parts(node)
+        if number is not None:
+            return iter([obj[i] for i in range(number)])  # type: ignore[index]
+        raise self.refuse("it iterates over a value")
+
+    def _num_parts(self, node: fx.Node) -> int | None:
+        """Into how many parts a tensor is split, where the forward says so."""
+        name = str(getattr(node.target, "__name__", node.target))
+        if name not in ("chunk", "split", "split_with_sizes", "tensor_split"):
+            return None
+        parts = node.args[1] if len(node.args) > 1 else None
+        if isinstance(parts, list | tuple):
+            return len(parts) + (name == "tensor_split")
+        return parts if name in ("chunk", "tensor_split") and isinstance(parts, int) else None
 
     def keys(self, obj: fx.Proxy) -> Any:
         raise self.refuse("it asks for the keys of a value")
@@ -325,16 +355,24 @@ class Tracer(fx.Tracer):
             return results
         after = _State(module)
         self.flipping = True
-        for attribute, value in self.flags[module]:
+        for values in self.flags[module]:
             opaque, num_refusals = dict(self.opaque), len(self.refusals)
             state.restore()
             stack, frames = self.module_stack.copy(), len(self.frames)
             try:
-                with setting(module, attribute, value), contextlib.redirect_stdout(io.StringIO()):
+                with contextlib.ExitStack() as stack_of_values:
+                    for path, value in values:
+                        if value is TRACKED:
+                            value = tracked(value_of(module, path), path, self)
+                        stack_of_values.enter_context(setting(module, path, value))
                     others = self._follow_ways(run, _State(module), call)
                 # What another structure would do to the caller, its code is not made for.
                 usual = {_structure(result) for result in results}
                 results += [result for result in others if _structure(result) in usual]
+                for result in others:
+                    leaves = [leaf for leaf in tree_leaves(result) if is_value(leaf)]
+                    if _structure(result) not in usual and leaves:
+                        self.create_proxy("call_function", elsewhere, tuple(leaves), {})
             except Exception:  # this value does not run, or cannot be followed: its uses count
                 self.module_stack = stack
                 del self.frames[frames:]
@@ -436,6 +474,10 @@ def exclude_each_other(first: fx.Node, second: fx.Node) -> bool:
     return differing is not None and differing[0][0] == differing[1][0]
 
 
+def elsewhere(*values: Any) -> None:
+    """What a forward gives instead when a flag is set. Never run."""
+
+
 def either(first: Any, *others: Any) -> Any:
     """One of several values, by a decision of the forward that is not known. Never run."""
     return first
@@ -502,21 +544,6 @@ def _context() -> tuple[Any, ...]:
     )
 
 
-def _meaning(node: fx.Node) -> Any:
-    """A question on sizes in a form that is equal for equal questions."""
-    sizes = node.op in ("call_function", "call_method") and (
-        str(getattr(node.target, "__module__", "")) in ("_operator", "builtins", "math")
-        or node.target in _SIZES
-    )
-    if not sizes:
-        return node
-    arguments = [
-        _meaning(value) if isinstance(value, fx.Node) else repr(value)
-        for value in tree_leaves((node.args, node.kwargs))
-    ]
-    return (node.op, str(node.target), *arguments)
-
-
 def _structure(result: Any) -> tuple[Any, ...]:
     """What a forward gave, but for the values in it."""
     leaves, structure = tree_flatten(result)
@@ -538,7 +565,7 @@ def is_deliberate(error: BaseException) -> bool:
     if isinstance(error, ZeroDivisionError) or "out of bounds for dimension" in str(error):
         return True  # of numbers and tensors that are no proxies
     code, home = trace.tb_frame.f_code, str(trace.tb_frame.f_globals.get("__name__", ""))
-    if home.split(".")[0] == "torch" or home in _OWN:
+    if home.split(".")[0] == "torch" or home in OWN:
         return False
     return code.co_code[trace.tb_lasti] in (dis.opmap["RAISE_VARARGS"], dis.opmap["RERAISE"])
 

@@ -323,9 +323,11 @@ class Caches(Pair):
         self.scale = None
         self.seen = []
 
-    def forward(self, x, flag: bool = False):
+    def forward(self, x, mask=None):
         if self.scale is None:
             self.scale = x.mean()
+        if mask is not None:
+            x = x * mask
         self.seen.append(x)
         return self.bn(self.conv(x)) * self.scale
 

@@ -9,8 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"arguments", "reparam", "losses", "rdrop", "verify", "benchmark", "runs", "memory", "copying"}
-    | {"proxies", "bytecode", "kinds", "standins"},
-    {"reading", "ranges", "layouts", "images", "files", "flags", "patching", "passing"},
+    | {"bytecode", "kinds", "standins"},
+    {"reading", "ranges", "layouts", "images", "files", "flags", "proxies", "passing"},
+    {"patching"},
     {"tracing", "batches", "rewriting"},
     {"dataflow", "folder"},
     {"normalizations"},

@@ -26,6 +26,7 @@ def functions_of(cls: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType
         seen.add(name)
         for base in cls.__mro__:
             function = vars(base).get(name)
+            function = function.fget if isinstance(function, property) else function
             if base is nn.Module or not inspect.isfunction(function):
                 continue
             yield name, function

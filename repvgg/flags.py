@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from repvgg.bytecode import code_of
 
 MAX_TRIES = 24  # settings of one module that are tried
+MANY = 32  # more indices than a network has outputs
 MAX_PAIRED = 5  # flags that are tried two at a time
 TRACKED = object()  # in place of a value: compare it both ways
 Values = tuple[tuple[str, Any], ...]  # paths, and what they are set to
@@ -111,12 +112,20 @@ def settings_to_try(module: nn.Module) -> list[Values]:
     found: list[Values] = [(one,) for one in single]
     if len(single) <= MAX_PAIRED:
         found += [(one, two) for one, two in itertools.combinations(single, 2) if one[0] != two[0]]
+    for name, value in held_values(module).items():
+        if value is None:
+            found.append(((name, True),))
+        elif type(value) is list and all(type(item) is int for item in value):
+            found += [((name, []),), ((name, [*range(MANY)]),)]
     values = plain_attributes(module)
+    for name, value in values.items():
+        if type(value) is tuple and all(type(item) is int for item in value):
+            found += [((name, ()),), ((name, tuple(range(MANY))),)]
     compared = code_of(type(module)).tests  # type: ignore[arg-type]
     known = [path for path, value in values.items() if type(value) in (int, float, str)]
-    if known and compared and not type(module).__module__.startswith("torch."):
+    if known and compared:
         found.append(tuple((path, TRACKED) for path in known))
-    return found[:MAX_TRIES]
+    return [] if type(module).__module__.startswith("torch.") else found[:MAX_TRIES]
 
 
 class _Tracked:

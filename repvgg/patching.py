@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from repvgg.proxies import asked_by_torch, is_value
 
@@ -56,6 +56,11 @@ class _TypeMeta(_IntMeta):
     """Of what stands for `type`."""
 
     original: type = type
+
+
+def genuine(value: Any) -> Any:
+    """`int` and `type` in place of what stands for them."""
+    return value.original if type(value) in (_IntMeta, _TypeMeta) else value
 
 
 def _globals_of(classes: Collection[type]) -> list[dict[str, Any]]:
@@ -187,6 +192,7 @@ def patched(root: nn.Module, tracer: Any) -> Iterator[None]:
     def builder(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def build(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = tree_map(genuine, (args, kwargs))
             if any(is_value(leaf) for leaf in tree_leaves((args, kwargs))):
                 return tracer.create_proxy("call_function", function, args, kwargs)
             return function(*args, **kwargs)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from repvgg.bytecode import compares_identities, compares_with_none
 from repvgg.flags import TRACKED, Values, setting, tracked, value_of
 from repvgg.kinds import kind_of
-from repvgg.patching import OWN, flat, patched
+from repvgg.patching import OWN, flat, genuine, patched
 from repvgg.proxies import UntraceableError, Value, is_value
 from repvgg.reading import is_of_torch
 
@@ -153,6 +153,9 @@ class Tracer(fx.Tracer):
         self.num_layers += node.op == "call_module"
         node.meta["way"] = tuple((frame.call, frame.number) for frame in self.frames)
         return node
+
+    def create_arg(self, a: Any) -> Any:
+        return super().create_arg(genuine(a))
 
     def refuse(self, reason: str) -> UntraceableError:
         """The error to raise. It counts even where the network's own code catches it."""

@@ -114,7 +114,8 @@ def settings_to_try(module: nn.Module) -> list[Values]:
         found += [(one, two) for one, two in itertools.combinations(single, 2) if one[0] != two[0]]
     for name, value in held_values(module).items():
         if value is None:
-            found.append(((name, True),))
+            others = code_of(type(module)).compared.get(name, ())  # type: ignore[arg-type]
+            found += [((name, other),) for other in (True, *sorted(map(str, others)))]
         elif type(value) is list and all(type(item) is int for item in value):
             found += [((name, []),), ((name, [*range(MANY)]),)]
     values = plain_attributes(module)

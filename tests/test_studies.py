@@ -57,7 +57,7 @@ def test_the_page_counts_what_was_found():
     page = fold_networks.summary([{k: str(v) for k, v in row.items()} for row in rows])
 
     assert "| papers | 2 | 0 | 0 | 0 |" in page
-    assert "| papers | 2 | 1 | it is fed by conv2d, not by a convolution |" in page
+    assert "| papers | 2 | 1 | it is fed by conv2d(), called as a function" in page
 
 
 @pytest.mark.parametrize("name", paper_networks.NETWORKS)

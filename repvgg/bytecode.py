@@ -115,7 +115,6 @@ def _is_function(value: object) -> bool:
     return callable(value) and not isinstance(value, type | nn.Module)
 
 
-_TESTS = ("COMPARE_OP", "CONTAINS_OP", "POP_JUMP", "JUMP_IF", "TO_BOOL")
 _REPORTS = {
     *("print", "warn", "warning", "warning_once", "info", "debug", "error", "critical", "log"),
     *("_assert", "_check", "check"),

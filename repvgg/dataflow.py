@@ -197,9 +197,7 @@ class _Following:
         for fixed, may_fail, others in variants:
             if large and 1 < others < max(number for _, _, number in variants):
                 continue
-            tracer = Tracer(
-                self.steps, self.names, flags=self.flags, assume=scope is self.outermost()
-            )
+            tracer = Tracer(self.steps, flags=self.flags, assume=scope is self.outermost())
             for module in scope.modules():  # what a forward keeps would enter this graph
                 if module in self.held:
                     vars(module).clear()

@@ -50,7 +50,6 @@ class Tracer(fx.Tracer):
 
     Args:
         steps: modules that are one step each.
-        names: what may be taken as one step if it cannot be followed; None is all.
         flags: for some modules, attributes and other values of theirs that are tried too.
         exact: the graph is to be run: decisions and unknown counts end the tracing.
         reads: attributes of the root that the graph is to read when it runs.
@@ -63,7 +62,6 @@ class Tracer(fx.Tracer):
     def __init__(
         self,
         steps: Collection[nn.Module],
-        names: Collection[nn.Module] | None = None,
         *,
         flags: Mapping[nn.Module, Sequence[Values]] | None = None,
         exact: bool = False,
@@ -73,7 +71,6 @@ class Tracer(fx.Tracer):
     ) -> None:
         super().__init__(param_shapes_constant=True)
         self.steps = steps
-        self.names = names
         self.flags = flags or {}
         self.exact = exact
         self.reads = reads

@@ -113,16 +113,18 @@ class Tracer(fx.Tracer):
     ) -> tuple[Any, list[Any]]:
         code = inspect.unwrap(root_fn).__code__
         parameters = inspect.signature(inspect.unwrap(root_fn)).parameters.values()
+        open_ended = code.co_flags & VAR_ARGUMENTS and code.co_argcount > 1
+        decorated = code is not root_fn.__code__ and (open_ended or code.co_kwonlyargcount)
         self.switches = {p.name for p in parameters if isinstance(p.default, bool)}
         if code.co_argcount == 0 and code.co_flags & inspect.CO_VARARGS:  # wrapper(*args, **kwargs)
             args = [self.root, self.create_proxy("placeholder", "x", (), {})]
+        elif decorated or (open_ended and self.assume):
+            root_fn, args = self._named_arguments(root_fn, list(parameters)[is_module:])
         else:
             root_fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         root = self.root
         for name in self.reads:
             vars(root)[name] = self.create_proxy("get_attr", name, (), {})
-        if self.assume and code.co_argcount > 1 and code.co_flags & VAR_ARGUMENTS:
-            args = [self._without_extras(value) for value in args]
         arguments = [value.node for value in args if isinstance(value, fx.Proxy)]
         first = arguments[:1] if self.assume else []
         self.inputs = {node: str(node.target) for node in first}
@@ -134,14 +136,34 @@ class Tracer(fx.Tracer):
 
         return run, args
 
-    def _without_extras(self, value: Any) -> Any:
-        """Follow a network without the arguments that its forward does not name."""
-        name = str(value.node.target) if is_value(value) else ""
-        if not name.startswith("*"):
-            return value
-        self.graph.erase_node(value.node)
-        self.assumed.add(name)
-        return {} if name.startswith("**") else ()
+    def _named_arguments(
+        self, root_fn: Callable[..., Any], parameters: list[inspect.Parameter]
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Follow a network without the arguments that its forward does not name.
+
+        fx puts placeholders for those into the code of the outermost function, which is a
+        decorator's where a forward is decorated. Arguments that have a default are given by name.
+        """
+        args: list[Any] = [self.root]
+        keys: list[str] = []
+        for parameter in parameters:
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                if not self.assume:
+                    raise self.refuse("it takes any arguments (*args, **kwargs)")
+                stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else "**"
+                self.assumed.add(stars + parameter.name)
+                continue
+            default = () if parameter.default is parameter.empty else (parameter.default,)
+            args.append(self.create_proxy("placeholder", parameter.name, default, {}))
+            if default or parameter.kind is parameter.KEYWORD_ONLY:
+                keys.append(parameter.name)
+
+        def called(*given: Any) -> Any:
+            num_positional = len(given) - len(keys)
+            named = dict(zip(keys, given[num_positional:], strict=True))
+            return root_fn(*given[:num_positional], **named)
+
+        return called, args
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _context() != self.start:
@@ -615,7 +637,7 @@ class OnlyFollowed:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         signature = inspect.signature(module.forward)
-        bound = signature.bind(*args, **kwargs).arguments
+        bound = signature.bind_partial(*args, **kwargs).arguments
         for name in self.assumed:
             given = bound.get(name.lstrip("*"))
             if name.startswith("*"):

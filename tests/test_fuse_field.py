@@ -477,6 +477,34 @@ def test_further_arguments_raise_where_they_were_not_followed():
         found(X, raw=True)
 
 
+def sets_a_default(forward):
+    """A decorator as in transformers: it works on keyword arguments before the forward runs."""
+
+    @functools.wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        kwargs.setdefault("raw", False)
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+@sets_a_default
+def takes_named(self, x, *, raw, twice=False, **kwargs):
+    y = self.bn(self.conv(x))
+    return y if raw else self.other(self.point(x)) + y
+
+
+def test_a_decorated_forward_with_keyword_arguments_is_folded():
+    model = network(takes_named)
+    found, report = fused(model)
+
+    assert report.fused == [("conv", "bn"), ("point", "other")]
+    for raw in (False, True):
+        assert relative_error(model(X, raw=raw), found(X, raw=raw)) < 1e-12
+    with pytest.raises(ValueError, match="was folded for calls without further arguments"):
+        found(X, more=1)
+
+
 SIZES = {
     "avg_pool2d": lambda y: F.avg_pool2d(y, y.size(2)),
     "avg_pool2d, shape": lambda y: F.avg_pool2d(y, y.shape[2:]),

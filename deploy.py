@@ -139,11 +139,11 @@ def check_replaceable(out: Path) -> None:
         )
 
 
-def one_run(arguments: list[str]) -> list[str]:
+def one_run(arguments: cli.Arguments) -> cli.Plan:
     """Refuse a sweep: every deployment is certified by itself."""
-    if {"-m", "--multirun"} & set(arguments):
+    if cli.SWEEP & set(arguments.options):
         raise ValueError("-m: one checkpoint at a time; type python deploy.py ckpt=PATH")
-    return arguments
+    return cli.Plan(arguments)
 
 
 @dataclass

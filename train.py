@@ -4,14 +4,15 @@ Configured by configs/train.yaml; `python train.py --help` lists what can be set
 runs/<data>-<model>/<time>/: its configuration, TensorBoard events and checkpoints.
 """
 
+import functools
 import math
-import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from repvgg import cli, runs
+from repvgg.settings import LearningRate, Settings, scale_learning_rate
 
 CONFIG = Path(__file__).absolute().parent / "configs" / "train.yaml"
 MOST_CALIBRATED = 512  # training images that give a deployed network its statistics back
@@ -28,15 +29,14 @@ def train(config: dict[str, Any], folder: Path) -> None:
     """Fit, keep the best and the last checkpoint, test the best, say where everything is."""
     from hydra.core.hydra_config import HydraConfig
 
-    check_settings(config)  # before the imports below, which take seconds
-    resume = config["resume"]
+    settings = Settings.read(config)  # before the imports below, which take seconds
+    resume = settings.resume
     last = folder / runs.LAST
     typed = [argument.partition("=")[0] for argument in HydraConfig.get().overrides.hydra]
     runs.check_folder(folder, resumed=resume is not None, chosen="hydra.run.dir" in typed)
 
     import lightning as L
     from hydra.utils import instantiate
-    from lightning.pytorch.loggers import TensorBoardLogger
 
     from repvgg import callbacks, checkpoint
     from repvgg.memory import keep_memory
@@ -44,67 +44,44 @@ def train(config: dict[str, Any], folder: Path) -> None:
     from repvgg.module import Diverged
 
     quieten()
-    L.seed_everything(config["seed"], verbose=False)
+    L.seed_everything(settings.seed, verbose=False)
+    describing = callbacks.SelfDescribing(checkpoint.KEY)
+    trainer = build_trainer(settings, folder, describing)
+    check_devices(trainer)
+    check_network(settings)
+    start = checkpoint.open_network(settings.init) if settings.init and not resume else None
     data = instantiate(
-        config["data"],
-        views=config["rdrop_views"],
-        mixup=config["mixup"],
-        cutmix=config["cutmix"],
-        seed=config["seed"],
+        settings.data,
+        views=settings.rdrop_views,
+        mixup=settings.mixup,
+        cutmix=settings.cutmix,
+        seed=settings.seed,
     )
-    model = config["model"]
-    fit_model(model, data)
+    model = fit_model(settings.model, data)
+    if start is not None and "bn_eps" in start.config:
+        model = {"bn_eps": start.config["bn_eps"]} | model
     images, labels = data.probe()
-    settings = config["trainer"]
-    logger = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
-    trainer: L.Trainer = instantiate(
-        settings,
-        logger=logger,
-        plugins=[callbacks.WholeFileIO()],
-        callbacks=[
-            *([callbacks.ReestimateBN()] if model["branch_drop"] or model["drop_path"] else []),
-            *([callbacks.EMA(config["ema"])] if config["ema"] else []),
-            callbacks.SelfDescribing(
-                checkpoint.KEY,
-                lambda net: checkpoint.describe(
-                    net, config=model, data=data.contract, images=images, labels=labels
-                ),
-            ),
-            callbacks.SaveOnSignal(last),
-            callbacks.Throughput(),
-            callbacks.BestCheckpoint(last.parent),
-            callbacks.LastCheckpoint(last.parent),
-            *progress_bar(settings),
-        ],
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        _convert_="all",
+    describing.describe = functools.partial(
+        checkpoint.describe, config=model, data=data.contract, images=images, labels=labels
     )
-    if config["keep_memory"] and trainer.strategy.root_device.type == "cpu":
+    if settings.keep_memory and trainer.strategy.root_device.type == "cpu":
         keep_memory()
-    steps = count_steps(config, data, trainer.world_size)
-    if settings["log_every_n_steps"] is None:
-        settings["log_every_n_steps"] = max(1, steps.batches // 10)
-        trainer.log_every_n_steps = settings["log_every_n_steps"]
-    rate = scale_learning_rate(config["optim"], steps.images)
-    start = None
-    if config["init"] is not None and resume is None:
-        start = checkpoint.open_network(config["init"])
-        if "bn_eps" in start.config:
-            model.setdefault("bn_eps", start.config["bn_eps"])
-    module = build_module(config, steps, rate.scaled)
+    steps = count_steps(settings, data, trainer.world_size)
+    if settings.trainer["log_every_n_steps"] is None:
+        trainer.log_every_n_steps = max(1, steps.batches // 10)
+    rate = scale_learning_rate(settings.optim, steps.images)
+    module = build_module(settings, model, steps, rate.scaled)
     begun = ""
     if start is not None:
-        begun = initialize(module.net, start, data, config["init"])
+        begun = initialize(module.net, start, data, str(settings.init))
     if resume is not None:
-        recorded = checkpoint.load(resume).config
-        if recorded != model:
-            raise ValueError(f"resume={resume}: it holds {recorded}, this run wants {model}")
+        begun = check_resumed(resume, config, model, data, images, folder)
     check_runs(module.net, to_float(images[:2]), model["name"])
-    prepare(module, config, to_float(images))
+    check_batch_of_one(module.net, to_float(images[:1]), data.batch_size)
+    prepare(module, settings, to_float(images))
     if runs.rank() == 0:
-        print(describe(config, module, steps, rate, folder) + begun)
-        record(config, folder)
+        print(describe(settings, module, steps, rate, folder) + begun)
+        runs.record(config, folder)
     best = last.with_name("best.ckpt")
     try:
         with callbacks.interruptible():
@@ -114,30 +91,140 @@ def train(config: dict[str, Any], folder: Path) -> None:
             )
     except (callbacks.Interrupted, Diverged) as stopped:
         report_stop(stopped, last)
-    logger.log_hyperparams(flatten(config | {"rdrop": module.rdrop}), metrics)
-    logger.finalize("success")
+    shown = flatten(config | {"rdrop": module.rdrop, "model": model})
+    for logger in trainer.loggers:
+        log_hyperparameters(logger, shown, metrics)
     if runs.rank() == 0:
         report(metrics, data, best, folder)
 
 
-def build_module(config: dict[str, Any], steps: "Steps", rate: float) -> Any:
+def build_trainer(settings: Settings, folder: Path, describing: Any) -> Any:
+    """Lightning's Trainer, with the callbacks and loggers of the settings beside those of a run."""
+    from hydra.utils import instantiate
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from repvgg import callbacks
+
+    given = dict(settings.trainer)
+    more = instantiate(given.pop("callbacks", None) or [], _convert_="all")
+    logger = instantiate(given.pop("logger", None), _convert_="all")
+    if logger is None or logger is True:
+        logger = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
+    plugins = instantiate(given.pop("plugins", None) or [], _convert_="all")
+    checkpoints = (folder / runs.LAST).parent
+    noisy = settings.model.get("branch_drop") or settings.model.get("drop_path")
+    return instantiate(
+        {"enable_model_summary": False, "num_sanity_val_steps": 0} | given,
+        logger=logger,
+        plugins=[*plugins, callbacks.WholeFileIO()],
+        callbacks=[
+            *([callbacks.ReestimateBN()] if noisy else []),
+            *([callbacks.EMA(settings.ema)] if settings.ema else []),
+            describing,
+            callbacks.SaveOnSignal(folder / runs.LAST),
+            callbacks.Throughput(),
+            callbacks.BestCheckpoint(checkpoints),
+            callbacks.LastCheckpoint(checkpoints),
+            *progress_bar(settings.trainer),
+            *(more.values() if isinstance(more, dict) else more),
+        ],
+        _convert_="all",
+    )
+
+
+def check_devices(trainer: Any) -> None:
+    """Refuse several devices where Lightning cannot start a process for each.
+
+    Raises:
+        ValueError: likewise.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweep and trainer.world_size > 1 and not runs.started_together():
+        raise ValueError(
+            f"trainer.devices={trainer.num_devices}: a sweep trains on one device; start each run "
+            "by itself, without -m"
+        )
+
+
+def check_network(settings: Settings) -> None:
+    """Build the network without its weights, so that a mistake is told before data is read."""
+    import torch
+
+    wanted = {"num_classes": 2, "in_channels": 3}
+    model = settings.model | {
+        key: value for key, value in wanted.items() if settings.model.get(key) is None
+    }
+    try:
+        with torch.device("meta"):
+            build_module(settings, model, Steps(1, 0, 0, 1, 1), settings.optim.lr)
+    except (NotImplementedError, RuntimeError):  # of a network that cannot be built like this
+        return
+
+
+def build_module(settings: Settings, model: dict[str, Any], steps: "Steps", rate: float) -> Any:
     from repvgg.module import Classifier
 
     return Classifier(
-        config["model"],
+        model,
         lr=rate,
-        optimizer=config["optim"]["name"],
-        momentum=config["optim"]["momentum"],
-        weight_decay=config["optim"]["weight_decay"],
+        optimizer=settings.optim.name,
+        momentum=settings.optim.momentum,
+        weight_decay=settings.optim.weight_decay,
         num_steps=steps.total,
         num_warmup_steps=steps.warmup,
-        rdrop=config["rdrop"],
+        rdrop=settings.rdrop,
         num_rdrop_warmup_steps=steps.rdrop_warmup,
-        rdrop_views=config["rdrop_views"],
-        label_smoothing=config["label_smoothing"],
-        seed=config["seed"],
-        deployed_validation=config["deployed_validation"],
+        rdrop_views=settings.rdrop_views,
+        label_smoothing=settings.label_smoothing,
+        seed=settings.seed,
+        deployed_validation=settings.deployed_validation,
     )
+
+
+def check_resumed(
+    resume: str,
+    config: dict[str, Any],
+    model: dict[str, Any],
+    data: Any,
+    images: Any,
+    folder: Path,
+) -> str:
+    """Refuse a checkpoint of another network or of other classes; lines on what is taken over."""
+    import torch
+
+    from repvgg import checkpoint
+
+    recorded = checkpoint.load(resume)
+    if recorded.config != model:
+        raise ValueError(f"resume={resume}: it holds {recorded.config}, this run wants {model}")
+    before, now = recorded.data.classes, data.contract.classes
+    if before != now:
+        raise ValueError(
+            f"resume={resume}: its classes are {show(before)}, those of the data are {show(now)}; "
+            "give the folders their names back, or start a new run with init="
+        )
+    lines = runs.describe_changes(config, folder)
+    if not torch.equal(recorded.probe.images, images):
+        lines.append("the validation images are not those that the run began with")
+    return "".join(f"\n{line}" for line in lines)
+
+
+def show(names: list[str]) -> str:
+    return ", ".join(names if len(names) <= 20 else [*names[:19], f"... ({len(names)})"])
+
+
+def log_hyperparameters(logger: Any, settings: dict[str, Any], metrics: Any) -> None:
+    """Tell a logger what the run was, with how it ended where it takes that."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    if isinstance(logger, TensorBoardLogger):
+        logger.log_hyperparams(settings, metrics)
+    else:
+        logger.log_hyperparams(settings)
+    logger.finalize("success")
 
 
 def initialize(network: Any, start: Any, data: Any, path: str) -> str:
@@ -148,14 +235,16 @@ def initialize(network: Any, start: Any, data: Any, path: str) -> str:
     normalize = Normalize(data.contract.mean, data.contract.std)
     images, _ = data.spread(data.train, MOST_CALIBRATED)
     try:
-        new = checkpoint.initialize(network, start, normalize(to_float(images)))
+        new = checkpoint.initialize(
+            network, start, normalize(to_float(images)), classes=data.contract.classes
+        )
     except ValueError as error:
         raise ValueError(f"init={path}: {error}") from error
     what = start.origin or start.config["name"]
     return f"\nbegins as {what}; new: {', '.join(new) or 'nothing'}"
 
 
-def prepare(module: Any, config: dict[str, Any], images: Any) -> None:
+def prepare(module: Any, settings: Settings, images: Any) -> None:
     """Find the noise for R-Drop; lay out, compile, checkpoint the network as it was asked for."""
     import torch
     from torch import nn
@@ -163,7 +252,7 @@ def prepare(module: Any, config: dict[str, Any], images: Any) -> None:
     from repvgg.block import RepVGGBlock, compile_blocks
     from repvgg.rdrop import find_noise
 
-    name = config["model"]["name"]
+    name = settings.model["name"]
     if module.rdrop > 0 and module.rdrop_views == 1:
         module.noise = find_noise(module.net, images)
         if not any(module.noise):
@@ -173,7 +262,7 @@ def prepare(module: Any, config: dict[str, Any], images: Any) -> None:
                 "model.branch_drop=0.1, or rdrop_views=2"
             )
     blocks = [part for part in module.net.modules() if isinstance(part, RepVGGBlock)]
-    if config["activation_checkpointing"]:
+    if settings.activation_checkpointing:
         if not blocks:
             raise ValueError(
                 f"activation_checkpointing=true: {name} has no RepVGG block, which is what is "
@@ -181,8 +270,8 @@ def prepare(module: Any, config: dict[str, Any], images: Any) -> None:
             )
         for block in blocks:
             block.recompute = True
-    if config["channels_last"]:
-        on_cpu = config["trainer"]["accelerator"] == "cpu" or not torch.accelerator.is_available()
+    if settings.channels_last:
+        on_cpu = settings.trainer["accelerator"] == "cpu" or not torch.accelerator.is_available()
         for path, part in module.net.named_modules():
             pointwise = isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1)
             if on_cpu and pointwise and part.stride != (1, 1):
@@ -192,19 +281,19 @@ def prepare(module: Any, config: dict[str, Any], images: Any) -> None:
                     "a CPU; type channels_last=false"
                 )
         module.net.to(memory_format=torch.channels_last)
-    if config["compile"] and not compile_blocks(module.net):
+    if settings.compile and not compile_blocks(module.net):
         module.net.compile()
 
 
 def describe(
-    config: dict[str, Any], module: Any, steps: "Steps", rate: "LearningRate", folder: Path
+    settings: Settings, module: Any, steps: "Steps", rate: LearningRate, folder: Path
 ) -> str:
     """What the run is, before it starts."""
     from repvgg.module import parameter_groups
 
     count = sum(parameter.numel() for parameter in module.parameters())
     lines = [
-        f"{config['model']['name']}: {count / 1e6:.2f} M parameters, {steps.total} steps of "
+        f"{settings.model['name']}: {count / 1e6:.2f} M parameters, {steps.total} steps of "
         f"{steps.images} images, {describe_rdrop(module)}, into {folder}",
         f"learning rate {rate.scaled:.4g}{rate.explained}",
         f"{'weight decay':<13}{'tensors':>8}{'parameters':>12}",
@@ -236,7 +325,9 @@ def report(metrics: Any, data: Any, best: Path, folder: Path) -> None:
     print(f"test accuracy {metrics['test/accuracy']:.4f}, loss {metrics['test/loss']:.4f}")
     print(f"checkpoint    {checkpoint_path}")
     print(f"deploy it     python deploy.py ckpt={checkpoint_path}")
-    logs = "runs" if folder.is_relative_to(runs.RUNS.absolute()) else runs.relative(folder)
+    logs = (
+        "runs" if folder.is_relative_to(cli.start_folder() / runs.RUNS) else runs.relative(folder)
+    )
     print(f"watch it      tensorboard --logdir {shlex.quote(logs)}")
 
 
@@ -250,85 +341,20 @@ def progress_bar(settings: dict[str, Any]) -> list[Any]:
     return [TQDMProgressBar() if sys.stdout.isatty() else EpochLines()]
 
 
-def check_settings(config: dict[str, Any]) -> None:
-    """Refuse what the constructors would accept, or refuse only after hours of training."""
-    import torch
-
-    from repvgg.arguments import check_integer, check_number, refusal
-
-    for section in ("model", "optim", "trainer", "data"):
-        if not isinstance(config[section], dict):
-            raise ValueError(
-                f"{section}={config[section]}: must be keys, as in {section}.KEY=VALUE"
-            )
-    check_integer("seed", config["seed"], minimum=0, example=0)
-    settings = config["trainer"]
-    epochs = check_integer("trainer.max_epochs", settings["max_epochs"], minimum=1, example=24)
-    every = settings["check_val_every_n_epoch"]
-    check_integer("trainer.check_val_every_n_epoch", every, minimum=1, example=1)
-    if every > epochs:
-        raise refusal(
-            "trainer.check_val_every_n_epoch", every, f"must be at most max_epochs={epochs}", 1
-        )
-    on_gpu = settings["accelerator"] != "cpu" and torch.accelerator.is_available()
-    devices = settings["devices"]
-    if isinstance(devices, int) and not isinstance(devices, bool):
-        here = torch.accelerator.device_count() if on_gpu else os.cpu_count() or 1
-        if not (1 <= devices <= here or (devices == -1 and on_gpu)):
-            allowed = f"this machine has {here} {'accelerators' if on_gpu else 'processors'}"
-            raise refusal("trainer.devices", devices, allowed, 1)
-    if settings["precision"] == "bf16-mixed" and not (on_gpu or has_bf16()):
-        print(
-            "trainer.precision=bf16-mixed: this processor has no instructions for it and emulates "
-            "them, many times slower than 32-true",
-            file=sys.stderr,
-        )
-    check_integer("trainer.num_nodes", settings["num_nodes"], minimum=1, example=1)
-    if settings["sync_batchnorm"] and not on_gpu:
-        allowed = "torch normalizes across devices on GPUs alone"
-        raise refusal("trainer.sync_batchnorm", settings["sync_batchnorm"], allowed, "false")
-    strategy = str(settings["strategy"])
-    if strategy != "auto" and not strategy.startswith("ddp"):
-        allowed = "must be auto or ddp; the largest RepVGG fits on one device"
-        raise refusal("trainer.strategy", strategy, allowed, "ddp")
-    check_number("ema", config["ema"], below=1, example=0.999)
-    for key in ("channels_last", "compile", "activation_checkpointing", "keep_memory"):
-        if not isinstance(config[key], bool):
-            raise refusal(key, config[key], "must be true or false", "true")
-    if config["compile"] and config["activation_checkpointing"]:
-        raise ValueError(
-            "compile=true activation_checkpointing=true: one or the other; inductor decides by "
-            "itself what it computes again"
-        )
-    precisions = ["32-true", "bf16-mixed", *(["16-mixed"] if on_gpu else [])]
-    if settings["precision"] not in precisions:
-        raise refusal(
-            "trainer.precision",
-            settings["precision"],
-            f"must be one of {', '.join(precisions)} on this device",
-            "32-true",
-        )
-
-
-def has_bf16() -> bool:
-    """Whether this processor computes convolutions in bf16."""
-    import torch
-
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def fit_model(model: dict[str, Any], data: Any) -> None:
-    """Refuse a network that does not fit the images or the classes; null takes their number."""
+def fit_model(model: dict[str, Any], data: Any) -> dict[str, Any]:
+    """Fill in what the images and the classes say; refuse a network that does not fit them."""
+    fitted = dict(model)
     for key, wanted in (
         ("num_classes", len(data.contract.classes)),
         ("in_channels", data.contract.in_channels),
     ):
-        if model[key] is None:
-            model[key] = wanted
-        if model[key] != wanted:
+        if fitted.setdefault(key, None) is None:
+            fitted[key] = wanted
+        if fitted[key] != wanted:
             raise ValueError(
-                f"model.{key}={model[key]}: the data has {wanted}; type model.{key}={wanted}"
+                f"model.{key}={fitted[key]}: the data has {wanted}; type model.{key}={wanted}"
             )
+    return fitted
 
 
 def check_runs(network: Any, images: Any, name: str) -> None:
@@ -347,6 +373,24 @@ def check_runs(network: Any, images: Any, name: str) -> None:
             "type another model.name, or other data"
         ) from error
     network.train()
+
+
+def check_batch_of_one(network: Any, image: Any, batch_size: int) -> None:
+    """Refuse a batch of one image where a BatchNorm would see one value for each channel."""
+    import copy
+
+    import torch
+
+    if batch_size > 1:
+        return
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            copy.deepcopy(network).train()(image)
+    except ValueError as error:
+        raise ValueError(
+            f"data.batch_size=1: BatchNorm cannot normalize one value for each channel ({error}); "
+            "type data.batch_size=2 or more"
+        ) from error
 
 
 def describe_rdrop(module: Any) -> str:
@@ -372,56 +416,14 @@ class Steps(NamedTuple):
     batches: int
 
 
-class LearningRate(NamedTuple):
-    """The peak rate, and how it came about, for the reader."""
-
-    scaled: float
-    explained: str
-
-
-def scale_learning_rate(optim: dict[str, Any], images: int) -> LearningRate:
-    """Scale the rate to the images in a step: linearly for SGD, by the root for AdamW.
-
-    Goyal et al., 2017, arXiv:1706.02677; Malladi et al., 2022, arXiv:2205.10287.
-    """
-    from repvgg.arguments import check_integer, check_number
-
-    rate = check_number("optim.lr", optim["lr"], example=0.1)
-    base = optim["base_batch_size"]
-    if base is None:
-        return LearningRate(rate, "")
-    check_integer("optim.base_batch_size", base, minimum=1, example=256)
-    factor = images / base
-    if optim["name"] == "adamw":
-        return LearningRate(rate * factor**0.5, f" ({rate:g} x sqrt({images} / {base}))")
-    return LearningRate(rate * factor, f" ({rate:g} x {images} / {base})")
-
-
-def count_steps(config: dict[str, Any], data: Any, devices: int) -> Steps:
-    from repvgg.arguments import check_integer, check_number, refusal
-
-    settings = config["trainer"]
-    accumulated = check_integer(
-        "trainer.accumulate_grad_batches",
-        settings["accumulate_grad_batches"],
-        minimum=1,
-        example=1,
-    )
-    epochs = settings["max_epochs"]
-    warmups = []
-    for key, given in (
-        ("optim.warmup_epochs", config["optim"]["warmup_epochs"]),
-        ("rdrop_warmup", config["rdrop_warmup"]),
-    ):
-        warmups.append(check_number(key, given, example=1))
-        if given > epochs:
-            raise refusal(key, given, f"must be at most trainer.max_epochs={epochs}", 0)
-    if config["rdrop_warmup"] > 0 and not config["rdrop"]:
-        raise refusal("rdrop_warmup", config["rdrop_warmup"], "has no effect without rdrop", 0)
+def count_steps(settings: Settings, data: Any, devices: int) -> Steps:
+    accumulated = settings.trainer["accumulate_grad_batches"]
+    epochs = settings.trainer["max_epochs"]
     data.check_batch(data.batch_size * devices)
     batches = len(data.train.labels) // (data.batch_size * devices)
     steps = math.ceil(batches / accumulated)
     images = data.batch_size * devices * accumulated
+    warmups = (settings.optim.warmup_epochs, settings.rdrop_warmup)
     return Steps(epochs * steps, *(round(warmup * steps) for warmup in warmups), images, batches)
 
 
@@ -451,16 +453,5 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def record(config: dict[str, Any], folder: Path) -> None:
-    """Write down what the run was given, for the reader and for `resume`."""
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
-
-    (folder / ".hydra").mkdir(exist_ok=True)
-    overrides = OmegaConf.to_yaml(HydraConfig.get().overrides.task)
-    runs.write_whole(folder / ".hydra" / "overrides.yaml", overrides)
-    runs.write_whole(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(config))
-
-
 if __name__ == "__main__":
-    cli.run(main, CONFIG, prepare=runs.continue_run)
+    cli.run(main, CONFIG, prepare=runs.plan)

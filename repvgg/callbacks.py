@@ -162,17 +162,20 @@ class SelfDescribing(Callback):
 
     Args:
         key: of the entry.
-        describe: makes the entry from the network.
+        describe: makes the entry from the network; without it there is none.
     """
 
-    def __init__(self, key: str, describe: Callable[[torch.nn.Module], dict[str, Any]]) -> None:
+    def __init__(
+        self, key: str, describe: Callable[[torch.nn.Module], dict[str, Any]] | None = None
+    ) -> None:
         self.key = key
         self.describe = describe
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint[self.key] = self.describe(network_to_keep(trainer, pl_module))
+        if self.describe is not None:
+            checkpoint[self.key] = self.describe(network_to_keep(trainer, pl_module))
 
 
 class Interrupted(Exception):  # noqa: N818 - it is not an error

@@ -12,6 +12,7 @@ without a classifier, such as the backbone of a detector, gives no logits: `open
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +33,7 @@ from repvgg.zoo import build_model, imagenet_classes
 KEY = "repvgg"  # of our entry beside what Lightning stores
 FORMAT = 1
 NETWORK_PREFIX = "net."  # of the network's weights inside the Lightning module
+_SYNSET = re.compile(r"n\d{8}")  # a folder of ImageNet's
 UNKNOWN = -1  # label of an image of the probe
 NUM_NOISE = 8  # images in the probe of a file that brought none
 
@@ -310,7 +312,9 @@ def from_state_dict(
     return recognize.load(found, recognize.plan(found, bn_eps=bn_eps, strides=strides))
 
 
-def initialize(network: nn.Module, start: Network, images: Tensor) -> list[str]:
+def initialize(
+    network: nn.Module, start: Network, images: Tensor, *, classes: Sequence[str] | None = None
+) -> list[str]:
     """Give a network in its training form the weights of a checkpoint in either form, in place.
 
     The classifier stays as it is where the number of classes differs or the checkpoint has none,
@@ -321,9 +325,13 @@ def initialize(network: nn.Module, start: Network, images: Tensor) -> list[str]:
     Args:
         images: (N, C, H, W), as `network` takes them, on which the statistics of a network that was
             deployed are measured: see `repvgg.switch_to_train`.
+        classes: names of the classes that `network` is to tell apart. Where the checkpoint has
+            names too, the classifier's rows are matched by name, and those of other names stay as
+            they are; ImageNet's folders (n01440764, ...) are in the order of its names. None takes
+            the rows as they are.
 
     Returns:
-        the names of the tensors that are new.
+        the names of the tensors that are new, or new for some classes.
 
     Raises:
         ValueError: something else does not fit; nothing was changed.
@@ -332,7 +340,7 @@ def initialize(network: nn.Module, start: Network, images: Tensor) -> list[str]:
     given = source.state_dict()
     if isinstance(source, RepVGG) and isinstance(network, RepVGG) and recognize.is_deployed(given):
         twin = switch_to_deploy(network)
-        new = _take(twin, given, start)
+        new = _take(twin, given, start, classes)
         given = switch_to_train(twin, images).state_dict()
         return [*new, *_take(network, given, start)]
     own = dict(source.named_modules())
@@ -344,13 +352,24 @@ def initialize(network: nn.Module, start: Network, images: Tensor) -> list[str]:
                     f"its BatchNorms have an epsilon of {theirs:g}, this network's of "
                     f"{module.eps:g}: type ++model.bn_eps={theirs:g}"
                 )
-    return _take(network, given, start)
+    return _take(network, given, start, classes)
 
 
-def _take(network: nn.Module, given: Mapping[str, Tensor], start: Network) -> list[str]:
+def _take(
+    network: nn.Module,
+    given: Mapping[str, Tensor],
+    start: Network,
+    classes: Sequence[str] | None = None,
+) -> list[str]:
     """Load what fits; the names of what is new. Only a classifier or an identity branch may be."""
     wanted = network.state_dict()
     head = ("linear.", "auxiliary.") if isinstance(network, RepVGG) else _last(network)
+    partly: list[str] = []
+    if classes is not None and start.data is not None and list(classes) != start.data.classes:
+        rest = {key: value for key, value in given.items() if not key.startswith(head)}
+        found = _match_classes(wanted, given, head, start.data.classes, classes)
+        given = rest | found.tensors
+        partly = [f"{key} of {', '.join(found.new)}" for key in found.tensors if found.new]
     taken = {
         key: tensor
         for key, tensor in given.items()
@@ -369,7 +388,37 @@ def _take(network: nn.Module, given: Mapping[str, Tensor], start: Network) -> li
     for key, parameter in network.named_parameters():
         if key in new and key.endswith(".branch_identity.weight"):
             nn.init.zeros_(parameter)
-    return new
+    return new + partly
+
+
+class _Matched(NamedTuple):
+    tensors: dict[str, Tensor]
+    new: list[str]  # classes that the checkpoint does not know
+
+
+def _match_classes(
+    wanted: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    head: str | tuple[str, ...],
+    before: Sequence[str],
+    classes: Sequence[str],
+) -> _Matched:
+    """A classifier's tensors for other classes: rows of the same name are taken over."""
+    places = {name: row for row, name in enumerate(before)}
+    if len(before) == len(classes) == 1000 and all(_SYNSET.fullmatch(name) for name in classes):
+        places = {name: row for row, name in enumerate(classes)}
+    known = [(row, places[name]) for row, name in enumerate(classes) if name in places]
+    found: dict[str, Tensor] = {}
+    for key, tensor in given.items():
+        if not key.startswith(head) or key not in wanted or not known:
+            continue
+        target = wanted[key].clone()
+        if len(tensor) != len(before) or tensor.shape[1:] != target.shape[1:]:
+            continue
+        rows, sources = zip(*known, strict=True)
+        target[list(rows)] = tensor[list(sources)]
+        found[key] = target
+    return _Matched(found, [name for name in classes if name not in places])
 
 
 def imagenet(config: Mapping[str, Any]) -> DataContract:

@@ -17,16 +17,43 @@ from typing import Any, NamedTuple, NoReturn, cast
 from repvgg.arguments import refusal
 
 PATH_KEYS = ("ckpt", "out", "init", "resume", "verify", "data.root", "hydra.run.dir")
+SWEEP = {"-m", "--multirun"}
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
 Job = Callable[[dict[str, Any], Path], None]
+
+
+class Arguments(NamedTuple):
+    """A command line.
+
+    Attributes:
+        options: of Hydra's own: -m, --config-dir DIR, --cfg job.
+        overrides: key=value, with paths in quotes where Hydra's grammar needs them.
+    """
+
+    options: list[str]
+    overrides: list[str]
+
+
+class Plan(NamedTuple):
+    """What a command line comes to.
+
+    Attributes:
+        arguments: what Hydra composes.
+        complete: makes the job's configuration of the composed one.
+        again: the arguments of a process that is to do the same; None takes `arguments`.
+    """
+
+    arguments: Arguments
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    again: list[str] | None = None
 
 
 def run(
     job: Job,
     config: Path,
     *,
-    prepare: Callable[[list[str]], list[str]] = list,
+    prepare: Callable[[Arguments], Plan] = Plan,
 ) -> None:
     """Compose a configuration from the command line and do a job with it.
 
@@ -34,9 +61,10 @@ def run(
     traceback. In a sweep (`-m`) a job that fails does not keep the others from running.
 
     Args:
-        job: called with the configuration, of plain types, and the folder of the run.
+        job: called with the configuration, of plain types, and the folder of the run. Its paths are
+            those of the folder in which the command was typed, whatever hydra.job.chdir says.
         config: the file of the root configuration.
-        prepare: rewrites the arguments as they were typed.
+        prepare: plans what the command line comes to.
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -45,6 +73,7 @@ def run(
 
     failures: list[Exception] = []
     sweep = False
+    plan = Plan(Arguments([], []))
     process = os.getpid()
 
     @hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)
@@ -52,8 +81,13 @@ def run(
         nonlocal sweep
         sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+        if not sweep and plan.again is not None:  # Lightning repeats these for each device
+            sys.argv[1:] = plan.again
         try:
-            job(plain, Path(HydraConfig.get().runtime.output_dir))
+            complete = plan.complete(plain)
+            if HydraConfig.get().job.chdir:
+                make_absolute(complete, Path(HydraConfig.get().runtime.cwd))
+            job(complete, Path(HydraConfig.get().runtime.output_dir))
         except Exception as error:
             # Raised below: from here, Hydra would announce it in its own words.
             failures.append(error)
@@ -70,7 +104,8 @@ def run(
     os.environ[FULL_ERROR] = "1"  # makes Hydra raise its errors instead of printing them
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        sys.argv[1:] = [quote_path(argument) for argument in prepare(sys.argv[1:])]
+        plan = prepare(parse_arguments(sys.argv[1:]))
+        sys.argv[1:] = [*plan.arguments.options, *plan.arguments.overrides]
         main()
         if failures and sweep and not show_traceback:
             fail(f"{len(failures)} of the sweep's jobs failed")
@@ -83,6 +118,49 @@ def run(
         if message is None or show_traceback:
             raise
         fail(message)
+
+
+def parse_arguments(arguments: list[str]) -> Arguments:
+    """Part a command line into Hydra's options, wherever they stand, and key=value.
+
+    Raises:
+        ValueError: an option is unknown, or its value is missing.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(f"{message}; type key=value, or --help to see what can be set")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    overrides = parser.parse_intermixed_args(arguments).overrides
+    options, rest = [], [*overrides]
+    for argument in arguments:
+        if rest and argument == rest[0]:
+            del rest[0]
+        else:
+            options.append(argument)
+    return Arguments(options, [quote_path(argument) for argument in overrides])
+
+
+def start_folder() -> Path:
+    """The folder in which the command was typed; hydra.job.chdir leaves it."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
+
+
+def make_absolute(config: dict[str, Any], folder: Path) -> None:
+    """Make the paths of a configuration, in place, those of a folder."""
+    for key in PATH_KEYS:
+        *sections, leaf = key.split(".")
+        held: Any = config
+        for section in sections:
+            held = held.get(section) if isinstance(held, dict) else None
+        path = held.get(leaf) if isinstance(held, dict) else None
+        if isinstance(path, str) and "://" not in path:
+            held[leaf] = str(folder / path)
 
 
 class Unset(NamedTuple):
@@ -134,7 +212,7 @@ def _parse(argument: str, defaults: dict[str, Any]) -> tuple[str, Any]:
     key, equals, typed = argument.partition("=")
     if not equals or key not in defaults:
         raise ValueError(
-            f"{argument}: there is no such key; {_did_you_mean(key, defaults)}"
+            f"{argument}: there is no such key; {did_you_mean(key, defaults)}"
             f"type key=value, allowed are {', '.join(defaults)}"
         )
     default = defaults[key]
@@ -190,7 +268,7 @@ def explain(error: Exception, config: Path) -> str | None:
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, given = str(error.missing_cfg_file).rpartition("/")
         return (
-            f"{group}={given}: there is no such choice; {_did_you_mean(given, error.options)}"
+            f"{group}={given}: there is no such choice; {did_you_mean(given, error.options)}"
             f"allowed are {', '.join(error.options)}"
         )
     if isinstance(error, OverrideParseException):
@@ -199,17 +277,25 @@ def explain(error: Exception, config: Path) -> str | None:
             f"spaces or any of = , ( ) [ ] {{ }}, as in \"key='a b'\""
         )
     if isinstance(error, ConfigCompositionException):
-        unknown = re.search(r"Could not override '([^']+)'", str(error))
-        if unknown:
+        text = str(error)
+        if unknown := re.search(r"Could not override '([^']+)'", text):
             given, keys = unknown[1], known_keys(config)
             siblings = [key for key in keys if key.rpartition(".")[0] == given.rpartition(".")[0]]
+            adds = f"; +{given}=... adds a key" if "." in given else ""
             return (
-                f"{given}: there is no such key; {_did_you_mean(given, keys)}"
-                f"allowed beside it are {', '.join(siblings or keys)}; +{given}=... adds a key"
+                f"{given}: there is no such key; {did_you_mean(given, keys)}"
+                f"allowed beside it are {', '.join(siblings or keys)}{adds}"
             )
+        if missing := re.search(r"Could not delete from config\. '([^']+)' does not exist", text):
+            hint = did_you_mean(missing[1], known_keys(config))
+            return f"~{missing[1]}: there is no such key; {hint}".rstrip("; ")
     cause = error.__cause__
     if isinstance(error, HydraException | OmegaConfBaseException):
         # A constructor's own refusal is the cause; Hydra wraps it with the name of the class.
+        target = re.search(r"target '([^']+)'", str(error))
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
+        if isinstance(cause, TypeError) and target and unknown:
+            return f"{unknown[1]}: {target[1]} takes no argument of that name"
         return _one_line(cause if isinstance(cause, ValueError) else error)
     if isinstance(error, ValueError | OSError):
         return _one_line(error)
@@ -235,7 +321,8 @@ def known_keys(config: Path) -> list[str]:
     return keys
 
 
-def _did_you_mean(given: str, allowed: Iterable[str]) -> str:
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """A hint at the word that is most like the one given, or nothing."""
     close = difflib.get_close_matches(given, list(allowed), n=1)
     return f"did you mean {close[0]}? " if close else ""
 

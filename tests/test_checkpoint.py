@@ -312,3 +312,47 @@ def test_the_classifier_of_any_network_is_the_layer_declared_last():
         "fc.bias",
     ]
     assert torch.equal(network.conv1.weight, source.conv1.weight)
+
+
+NAMES = [f"class {i}" for i in range(CONFIG["num_classes"])]
+
+
+@pytest.mark.parametrize("form", ["training", "deployed"])
+@pytest.mark.parametrize("order", ["reversed", "one more", "one renamed", "none known"])
+@torch.no_grad()
+def test_a_classifier_is_matched_by_the_names_of_its_classes(order, form):
+    torch.manual_seed(0)
+    source = settle(create_model(**CONFIG))
+    if form == "deployed":
+        source.switch_to_deploy()
+    start = network_of(source)._replace(data=contract(NAMES))
+    classes = {
+        "reversed": NAMES[::-1],
+        "one more": ["another", *NAMES],
+        "one renamed": [*NAMES[1:], "zebra"],
+        "none known": [f"other {name}" for name in NAMES],
+    }[order]
+    network = fresh(num_classes=len(classes))
+    before = network.linear.weight.clone()
+
+    new = checkpoint.initialize(network, start, torch.randn(16, 1, 8, 8), classes=classes)
+
+    for row, name in enumerate(classes):
+        known = name in NAMES
+        expected = source.linear.weight[NAMES.index(name)] if known else before[row]
+        assert torch.equal(network.linear.weight[row], expected)
+        if known:
+            assert network.linear.bias[row] == source.linear.bias[NAMES.index(name)]
+    assert (
+        new
+        == {
+            "reversed": [],
+            "one more": ["linear.weight of another", "linear.bias of another"],
+            "one renamed": ["linear.weight of zebra", "linear.bias of zebra"],
+            "none known": ["linear.weight", "linear.bias"],
+        }[order]
+    )
+
+
+def contract(classes: list[str]) -> DataContract:
+    return DataContract(classes, 1, (8, 8), (0.5,), (0.5,), "bilinear")

@@ -1,3 +1,4 @@
+import os
 import signal
 import sys
 
@@ -42,6 +43,29 @@ def test_a_tilde_in_a_path_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/somebody")
 
     assert cli.quote_path("out=~/models") == "out='/somebody/models'"
+
+
+@pytest.mark.parametrize(
+    ("typed", "options", "overrides"),
+    [
+        (["a=1", "-m", "b=2,3"], ["-m"], ["a=1", "b=2,3"]),
+        (["a=1", "--config-dir", "d", "~b"], ["--config-dir", "d"], ["a=1", "~b"]),
+        (["--config-dir=d", "ckpt=a b"], ["--config-dir=d"], ["ckpt='a b'"]),
+        (["a=1", "-cn", "a=1", "b=2"], ["-cn", "a=1"], ["a=1", "b=2"]),
+        ([], [], []),
+    ],
+)
+def test_options_may_stand_anywhere(typed, options, overrides):
+    assert cli.parse_arguments(typed) == (options, overrides)
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [(["--fast"], "unrecognized arguments: --fast"), (["a=1", "-cn"], "expected one argument")],
+)
+def test_an_option_that_does_not_exist_is_told_in_one_line(typed, message):
+    with pytest.raises(ValueError, match=message):
+        cli.parse_arguments(typed)
 
 
 @pytest.fixture
@@ -95,7 +119,7 @@ def test_a_job_gets_the_composed_configuration_as_plain_types(command):
             ["alpah=2"],
             None,
             "alpah: there is no such key; did you mean alpha? allowed beside it are alpha, out, "
-            "size; +alpah=... adds a key",
+            "size",
         ),
         (
             ["size.widht=2"],
@@ -183,4 +207,25 @@ def test_an_unset_setting_of_another_kind_is_refused_with_its_example(monkeypatc
     signal.signal(signal.SIGTERM, before)
     assert capsys.readouterr().err == (
         "script.py: mean='0.5': must be a list; type for example mean=[0.4]\n"
+    )
+
+
+def test_a_job_in_a_folder_of_its_own_still_takes_paths_from_where_it_was_typed(command, tmp_path):
+    seen = []
+
+    def job(config, folder):
+        seen.append((config["out"], os.getcwd(), cli.start_folder()))
+
+    command(job, "out=a b", "hydra.job.chdir=true", "hydra.run.dir=there")
+    os.chdir(tmp_path)
+
+    assert seen == [(str(tmp_path / "a b"), str(tmp_path / "there"), tmp_path)]
+
+
+def test_a_key_that_is_taken_out_must_be_there(command, capsys):
+    with pytest.raises(SystemExit):
+        command(raising(KeyError("never reached")), "~alpah")
+
+    assert capsys.readouterr().err == (
+        "train.py: ~alpah: there is no such key; did you mean alpha?\n"
     )

@@ -1,8 +1,10 @@
 import os
+import re
 
 import pytest
+from omegaconf import OmegaConf
 
-from repvgg import runs
+from repvgg import cli, runs
 
 
 @pytest.fixture(autouse=True)
@@ -13,9 +15,24 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def make(folder, *, saved: bool = True, seconds: int = 0):
+CONFIG = {
+    "rdrop": True,
+    "seed": 3,
+    "init": None,
+    "resume": None,
+    "model": {"name": "repvgg_tiny", "strides": [1, 1, 2, 2, 1]},
+    "optim": {"lr": 0.1},
+    "trainer": {"_target_": "lightning.Trainer", "max_epochs": 3, "devices": 1},
+    "data": {"_target_": "repvgg.data.digits", "batch_size": 64},
+}
+CHOICES = {"model": "repvgg_tiny", "data": "digits", "experiment": None}
+
+
+def make(folder, *, saved: bool = True, seconds: int = 0, **changes):
     (folder / ".hydra").mkdir(parents=True)
-    (folder / ".hydra" / "overrides.yaml").write_text("- model=repvgg_tiny\n- seed=3\n")
+    OmegaConf.save(OmegaConf.create(CONFIG | changes), folder / runs.CONFIG)
+    choices = {"hydra": {"runtime": {"choices": CHOICES}}}
+    OmegaConf.save(OmegaConf.create(choices), folder / runs.CHOICES)
     if saved:
         (folder / runs.LAST).parent.mkdir()
         (folder / runs.LAST).touch()
@@ -23,18 +40,117 @@ def make(folder, *, saved: bool = True, seconds: int = 0):
     return folder
 
 
-def test_resuming_repeats_what_the_run_was_given(here):
+def plan(*typed: str) -> cli.Plan:
+    return runs.plan(cli.parse_arguments([*typed]))
+
+
+def resumed(*typed: str, composed: dict = CONFIG) -> dict:
+    return plan(*typed).complete(composed)
+
+
+def test_a_resumed_run_has_its_recorded_configuration_whatever_today_composes(here):
+    folder = make(here / "runs" / "one")
+    today = CONFIG | {"rdrop": False, "new": 1, "optim": {"lr": 0.5, "momentum": 0.9}}
+
+    found = resumed(f"resume={folder / runs.LAST}", "trainer.max_epochs=9", composed=today)
+
+    path = str(folder / runs.LAST)
+    trainer = CONFIG["trainer"] | {"max_epochs": 9}
+    optim = {"lr": 0.1, "momentum": 0.9}  # what was not recorded is today's
+    changed = {"resume": path, "trainer": trainer, "optim": optim, "new": 1}
+    assert found == CONFIG | changed
+
+
+def test_hydra_sees_the_folder_alone_and_other_processes_what_was_typed(here):
     folder = make(here / "runs" / "one")
 
-    arguments = runs.continue_run([f"resume={folder / runs.LAST}", "trainer.max_epochs=9"])
+    found = plan("resume=auto", "trainer.max_epochs=9")
 
-    assert arguments == [
-        "model=repvgg_tiny",
-        "seed=3",
-        f"resume={folder / runs.LAST}",
-        "trainer.max_epochs=9",
-        f"hydra.run.dir={folder}",
+    assert found.arguments == ([], [f"hydra.run.dir='{folder}'"])
+    assert found.again == [f"resume='runs/one/{runs.LAST}'", "trainer.max_epochs=9"]
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        *("seed=3", "rdrop=true", "rdrop=1.0", "optim.lr=0.10", "optim.lr=1e-1", "init=null"),
+        *("model=repvgg_tiny", "data=digits", "experiment=null", "++seed=3"),
+        *("model.strides=[1, 1, 2,2,1]", "hydra/job_logging=none"),
+    ],
+)
+def test_what_was_recorded_may_be_typed_again_in_any_words(typed, here):
+    make(here / "job")
+
+    found = resumed(typed, "hydra.run.dir=job", "resume=auto")
+
+    assert {**found, "resume": None, "trainer": CONFIG["trainer"]} == CONFIG
+
+
+@pytest.mark.parametrize("given", ["/d/a b", "~/d", "d=e"])
+def test_a_path_may_be_typed_again(given, here):
+    make(here / "job", init=os.path.expanduser(given))
+
+    assert resumed(f"init={given}", "hydra.run.dir=job", "resume=auto")["init"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("seed=4", "seed=4: the run was started with seed=3"),
+        ("rdrop=0.5", "rdrop=0.5: the run was started with rdrop=True"),
+        ("model=repvgg_a0", "model=repvgg_a0: the run was started with model=repvgg_tiny"),
+        ("experiment=cifar10", "the run was started with experiment=None"),
+        ("init=a.ckpt", "the run was started with init=None"),
+        ("+mixup=0.2", "the run was started with mixup=None"),
+        ("~seed", "~seed: beside resume type key=value"),
+        ("seed=3,4", "seed=3,4: beside resume type key=value, with one value"),
+        ("-m", "-m: a sweep starts new runs"),
+        ("--cfg=job", "it goes on as"),
+        ("hydra.run.dir=other", "hydra.run.dir=other: a resumed run goes on in its own folder"),
+    ],
+)
+def test_what_would_change_the_run_is_refused(typed, message, here):
+    make(here / "job")
+
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan(typed, f"resume=job/{runs.LAST}")
+
+
+@pytest.mark.parametrize(
+    "typed", ["data.root=/elsewhere", "optim.lr=0.01", "trainer.devices=2", "+trainer.profiler=x"]
+)
+def test_what_may_change_is_listed(typed, here):
+    folder = make(here / "job")
+    key, _, value = typed.lstrip("+").partition("=")
+
+    found = resumed(typed, f"resume=job/{runs.LAST}")
+
+    before = {"optim.lr": 0.1, "trainer.devices": 1}.get(key, "not set")
+    assert runs.describe_changes(found, folder) == [
+        f"goes on from job/{runs.LAST}, as job/{runs.CONFIG} says",
+        f"{key}={value}, before {before}",
     ]
+
+
+def test_code_that_only_a_run_folder_names_has_to_be_typed(here):
+    make(here / "job", data={"_target_": "os.system", "command": "true"})
+
+    with pytest.raises(ValueError, match=r"not this project's; .* type data\._target_=os\.system"):
+        resumed(f"resume=job/{runs.LAST}")
+
+    assert resumed(f"resume=job/{runs.LAST}", "data._target_=os.system")["data"]["command"]
+    today = CONFIG | {"data": {"_target_": "os.system"}}  # of the user's own --config-dir
+    assert resumed(f"resume=job/{runs.LAST}", composed=today)["data"]["command"] == "true"
+
+
+def test_a_run_of_version_0_1_is_resumed(here):
+    folder = make(here / "job")
+    (folder / runs.CHOICES).unlink()
+    (folder / runs.OVERRIDES).write_text("- model=repvgg_tiny\n- seed=3\n")
+
+    assert resumed("model=repvgg_tiny", f"resume=job/{runs.LAST}")["seed"] == 3
+    with pytest.raises(ValueError, match="was started with data=digits"):
+        resumed("data=cifar10", f"resume=job/{runs.LAST}")
 
 
 def test_auto_without_a_folder_takes_the_newest_run(here):
@@ -42,17 +158,7 @@ def test_auto_without_a_folder_takes_the_newest_run(here):
     newest = make(here / "runs" / "b" / "new", seconds=300)
     make(here / "runs" / "c" / "never saved", saved=False)
 
-    assert f"hydra.run.dir={newest}" in runs.continue_run(["resume=auto"])
-
-
-def test_auto_in_a_folder_goes_on_from_it_with_the_same_command(here):
-    folder = make(here / "job")
-    typed = ["model=repvgg_tiny", "seed=3", "hydra.run.dir=job", "resume=auto"]
-
-    arguments = runs.continue_run(typed)
-
-    assert f"resume=job/{runs.LAST}" in arguments
-    assert f"hydra.run.dir={folder}" in arguments
+    assert plan("resume=auto").arguments.overrides == [f"hydra.run.dir='{newest}'"]
 
 
 @pytest.mark.parametrize("killed_early", [False, True])
@@ -60,23 +166,17 @@ def test_auto_in_a_folder_without_a_checkpoint_starts_the_run(killed_early, here
     if killed_early:
         make(here / "job", saved=False)
 
-    arguments = runs.continue_run(["seed=4", "hydra.run.dir=job", "resume=auto"])
+    found = plan("seed=4", "hydra.run.dir=job", "resume=auto")
 
-    assert arguments == ["seed=4", "hydra.run.dir=job"]
+    assert found.arguments == ([], ["seed=4", "hydra.run.dir='job'"])
+    assert found.complete(CONFIG) == CONFIG
 
 
 def test_auto_with_nothing_to_resume_says_what_to_type():
     with pytest.raises(
         ValueError, match=r"resume=auto: there is no checkpoints/last.ckpt in runs/"
     ):
-        runs.continue_run(["resume=auto"])
-
-
-def test_auto_refuses_another_setting_as_any_resume_does(here):
-    make(here / "job")
-
-    with pytest.raises(ValueError, match="seed=4: a resumed run keeps what it was started with"):
-        runs.continue_run(["seed=4", "hydra.run.dir=job", "resume=auto"])
+        plan("resume=auto")
 
 
 def test_processes_that_were_started_together_need_a_folder(here, monkeypatch):

@@ -76,6 +76,7 @@ def train(config: dict[str, Any], folder: Path) -> None:
         begun = initialize(module.net, start, data, str(settings.init))
     if resume is not None:
         begun = check_resumed(resume, config, model, data, images, folder)
+        check_same_steps(resume, config, len(data.train.labels), steps, folder)
     check_runs(module.net, to_float(images[:2]), model["name"])
     check_batch_of_one(module.net, to_float(images[:1]), data.batch_size)
     prepare(module, settings, to_float(images))
@@ -210,6 +211,47 @@ def check_resumed(
     if not torch.equal(recorded.probe.images, images):
         lines.append("the validation images are not those that the run began with")
     return "".join(f"\n{line}" for line in lines)
+
+
+def check_same_steps(
+    resume: str, config: dict[str, Any], num_images: int, steps: "Steps", folder: Path
+) -> None:
+    """Refuse other batches or devices if the steps of the run would be others."""
+    import torch
+
+    def split(given: dict[str, Any]) -> tuple[Any, ...]:
+        trainer = given["trainer"]
+        return (
+            *(given["data"]["batch_size"], trainer["devices"], trainer["num_nodes"]),
+            trainer["accumulate_grad_batches"],
+        )
+
+    before, now = split(runs.read_config(folder)), split(config)
+    if before == now:
+        return
+    keys = ("data.batch_size", "trainer.devices", "trainer.num_nodes")
+    keys += ("trainer.accumulate_grad_batches",)
+    typed = " ".join(f"{key}={value}" for key, value in zip(keys, before, strict=True))
+    if not all(isinstance(value, int) and value > 0 for value in before):
+        raise ValueError(f"resume={resume}: it began with {typed}; type these")
+    size, devices, nodes, accumulated = before
+    batches = num_images // (size * devices * nodes)
+    if (size * devices * nodes * accumulated, math.ceil(batches / accumulated)) != (
+        steps.images,
+        math.ceil(steps.batches / now[-1]),
+    ):
+        raise ValueError(
+            f"resume={resume}: a step had {size * devices * nodes * accumulated} images and an "
+            f"epoch {math.ceil(batches / accumulated)} steps ({typed}), now {steps.images} and "
+            f"{math.ceil(steps.batches / now[-1])}; keep data.batch_size * devices * nodes * "
+            "accumulate_grad_batches"
+        )
+    loops = torch.load(resume, weights_only=True, map_location="cpu")["loops"]
+    if not loops["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]:
+        raise ValueError(
+            f"resume={resume}: it stopped within an epoch, whose batches are counted for {typed}; "
+            "type these"
+        )
 
 
 def show(names: list[str]) -> str:

@@ -316,6 +316,20 @@ class Classifier(L.LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the rate and the decay of this run, which may be others than were saved."""
+        rate = self.lr * self.learning_rate_factor(checkpoint["global_step"])
+        decays = {
+            group["name"]: group["weight_decay"]
+            for group in parameter_groups(self.net, self.weight_decay)
+        }
+        for optimizer in checkpoint.get("optimizer_states", ()):
+            for group in optimizer["param_groups"]:
+                group["lr"], group["initial_lr"] = rate, self.lr
+                group["weight_decay"] = decays[group["name"]]
+        for schedule in checkpoint.get("lr_schedulers", ()):
+            schedule["base_lrs"] = [self.lr for _ in schedule["base_lrs"]]
+
     def learning_rate_factor(self, step: int) -> float:
         """Share of the peak rate at a step: linear warm-up, then half a cosine down to 0."""
         if step < self.num_warmup_steps:

@@ -100,7 +100,7 @@ def plan(arguments: cli.Arguments) -> cli.Plan:
             f"hydra.run.dir={folders[-1]}: a resumed run goes on in its own folder, {folder}; "
             "leave hydra.run.dir out"
         )
-    recorded = _recorded(folder)
+    recorded = read_config(folder)
     changed = _changes(typed, recorded, folder)
 
     def complete(composed: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def plan(arguments: cli.Arguments) -> cli.Plan:
 
 def describe_changes(config: dict[str, Any], folder: Path) -> list[str]:
     """A line for what a resumed run takes over, and one for each value that is another now."""
-    recorded = _recorded(folder)
+    recorded = read_config(folder)
     lines = [f"goes on from {relative(folder / LAST)}, as {relative(folder / CONFIG)} says"]
     for key, before in _leaves(recorded):
         value = _get(config, key)
@@ -153,7 +153,8 @@ def record(config: dict[str, Any], folder: Path) -> None:
     write_whole(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config | {"resume": None})))
 
 
-def _recorded(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the run in a folder, as it was recorded."""
     from omegaconf import OmegaConf
 
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))

@@ -1,5 +1,6 @@
 """train.py, as a user types it, on short runs."""
 
+import math
 import os
 import re
 import shutil
@@ -313,6 +314,54 @@ def test_a_resumed_run_keeps_what_it_was_started_with(typed, trained, folder, ho
     assert f"{typed}: the run was started with {typed.partition('=')[0]}=" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert tree(folder) == before
+
+
+def test_a_resumed_run_takes_another_rate_and_as_many_images_in_a_step_on_two_devices(
+    trained, folder, tmp_path
+):
+    shutil.copytree(folder, tmp_path / "run")
+    typed = ["resume=run/checkpoints/last.ckpt", "trainer.max_epochs=4", "optim.lr=0.01"]
+
+    refused = run("train.py", *typed, "trainer.devices=2", cwd=tmp_path)
+    devices = ["trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=64"]
+    resumed = run("train.py", *typed, *devices, "trainer.log_every_n_steps=1", cwd=tmp_path)
+
+    assert "a step had 128 images and an epoch 10 steps" in refused.stderr
+    assert resumed.returncode == 0, resumed.stderr
+    listed = [line for line in resumed.stdout.splitlines() if ", before " in line]
+    assert sorted(listed) == [
+        "data.batch_size=64, before 128",
+        "optim.lr=0.01, before 0.02",
+        "trainer.accelerator=cpu, before auto",
+        "trainer.devices=2, before 1",
+        "trainer.log_every_n_steps=1, before None",
+        "trainer.max_epochs=4, before 3",
+    ]
+    accumulator = EventAccumulator(str(tmp_path / "run"))
+    accumulator.Reload()
+    rates = {event.step: event.value for event in accumulator.Scalars("train/learning_rate")}
+    for step in range(30, 40):  # of 40, the first 10 to warm up
+        expected = 0.01 * (1 + math.cos(math.pi * (step - 10) / 30)) / 2
+        assert rates[step] == pytest.approx(expected, rel=1e-5)
+
+
+def test_classes_that_were_renamed_are_told_when_a_run_is_resumed(tmp_path):
+    make(tmp_path / "images" / "train", count=24)
+    make(tmp_path / "images" / "val", count=4)
+    data = ["data=imagefolder", "data.root=images", "data.image_size=16", "data.batch_size=16"]
+    small = ["model=repvgg_tiny", "trainer.max_epochs=1", "data.num_workers=0"]
+    done = run("train.py", *data, *small, "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for part in ("train", "val"):
+        (tmp_path / "images" / part / "cat").rename(tmp_path / "images" / part / "zebra")
+
+    last = "run/checkpoints/last.ckpt"
+    resumed = run("train.py", f"resume={last}", "trainer.max_epochs=2", cwd=tmp_path)
+    begun = run("train.py", *data, *small, f"init={last}", cwd=tmp_path)
+
+    assert resumed.returncode == 1
+    assert "its classes are cat, dog, those of the data are dog, zebra;" in resumed.stderr
+    assert "new: linear.weight of zebra, linear.bias of zebra" in begun.stdout
 
 
 def test_a_finished_run_can_be_made_longer(trained, folder, tmp_path):

@@ -280,6 +280,8 @@ def explain(error: Exception, config: Path) -> str | None:
         text = str(error)
         if unknown := re.search(r"Could not override '([^']+)'", text):
             given, keys = unknown[1], known_keys(config)
+            if given in keys:
+                return f"{given}: these choices do not set it; +{given}=... adds it"
             siblings = [key for key in keys if key.rpartition(".")[0] == given.rpartition(".")[0]]
             adds = f"; +{given}=... adds a key" if "." in given else ""
             return (

@@ -1,10 +1,12 @@
-"""Kill a run at random moments, resume it each time: python scripts/study_kills.py
+"""Stop a run at random moments, resume it each time: python scripts/study_kills.py
 
 Trains a small network on the digits, undisturbed at first. Then the same run again and again,
-killed with SIGKILL at moments drawn at random and resumed with resume=auto, until it ends; as many
-times as it takes for the wanted number of kills. Every end must hold the undisturbed run's tensors,
-bit for bit: weights, their average, the optimizer's state. Processes are forked from this one,
-which has torch imported: most of a short run would be imports.
+stopped by a signal at moments drawn at random and resumed with resume=auto, until it ends; as many
+times as it takes for the wanted number of stops. Every end must hold the undisturbed run's tensors,
+bit for bit: weights, their average, the optimizer's state. With `signal=term` or `hup` the whole
+process group gets the signal, as from a cluster or a closed terminal, and each run must end with
+that signal's status. With `workers=2` the digits are files that worker processes decode. Processes
+are forked from this one, which has torch imported: most of a short run would be imports.
 """
 
 import contextlib
@@ -21,16 +23,26 @@ from typing import Any
 import lightning  # noqa: F401 - for the forked processes
 import study
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import repvgg.callbacks
 import repvgg.data
-import repvgg.module  # noqa: F401 - likewise
+import repvgg.module
 from repvgg import cli, runs
-from repvgg.arguments import check_integer, check_number
+from repvgg.arguments import check_integer, check_number, refusal
 
 ROOT = Path(__file__).parents[1]
-DEFAULTS: dict[str, Any] = {"kills": 100, "epochs": 6, "longest": 8.0, "seed": 0, "out": None}
+DEFAULTS: dict[str, Any] = {
+    "kills": 100,
+    "signal": "kill",
+    "workers": 0,
+    "epochs": 6,
+    "longest": 8.0,
+    "seed": 0,
+    "out": None,
+}
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "hup": signal.SIGHUP}
 RUN = ["model=repvgg_tiny", "rdrop=true", "ema=0.99", "trainer.enable_progress_bar=false"]
 
 
@@ -38,22 +50,29 @@ def main(settings: dict[str, Any]) -> None:
     kills = check_integer("kills", settings["kills"], minimum=1, example=100)
     epochs = check_integer("epochs", settings["epochs"], minimum=2, example=6)
     longest = check_number("longest", settings["longest"], example=8.0)
+    workers = check_integer("workers", settings["workers"], minimum=0, example=2)
+    if settings["signal"] not in SIGNALS:
+        raise refusal("signal", settings["signal"], "must be kill, term or hup", "kill")
+    sent = SIGNALS[settings["signal"]]
     arguments = [*RUN, f"trainer.max_epochs={epochs}"]
     draw = random.Random(settings["seed"]).uniform
     with tempfile.TemporaryDirectory() as place, contextlib.chdir(settings["out"] or place):
+        if workers:
+            arguments += [*write_digits(Path("digits")), f"data.num_workers={workers}"]
         undisturbed = Path("undisturbed")
         if wait(start([*arguments, f"hydra.run.dir={undisturbed}"])) != 0:
             raise ValueError("the undisturbed run failed; what it said is in output.txt")
         expected = tensors(undisturbed)
-        done, ended, differing, finished = 0, 0, 0, False
+        done, ended, differing, at_once, finished = 0, 0, 0, 0, False
         bar = tqdm(total=kills, unit="kill", mininterval=5)
         while done < kills or not finished:
             folder = f"run-{ended}"
             child = start([*arguments, f"hydra.run.dir={folder}", "resume=auto"])
-            status = wait(child, draw(0, longest) if done < kills else None)
+            status = wait(child, draw(0, longest) if done < kills else None, sent)
             finished = status == 0
-            if status == -signal.SIGKILL:
+            if status in (-sent, 128 + sent):
                 done += 1
+                at_once += status == -sent and sent != signal.SIGKILL
                 bar.update()
             elif finished:
                 given = tensors(Path(folder))
@@ -64,8 +83,9 @@ def main(settings: dict[str, Any]) -> None:
                 raise ValueError(f"{folder} ended with status {status}; see output.txt")
         bar.close()
     print(
-        f"{done} kills at 0 to {longest:g} s, {ended} runs of {epochs} epochs brought to an end, "
-        f"{differing} with a tensor that differs (of {len(expected)}); {study.machine()}"
+        f"{done} times {sent.name} at 0 to {longest:g} s, {workers} workers, {ended} runs of "
+        f"{epochs} epochs brought to an end, {differing} with a tensor that differs (of "
+        f"{len(expected)}); {at_once} ended by the signal itself; {study.machine()}"
     )
     if differing:
         raise ValueError("a resumed run does not end as an undisturbed one")
@@ -74,7 +94,10 @@ def main(settings: dict[str, Any]) -> None:
 def start(arguments: list[str]) -> int:
     """Run train.py in a child; its process id."""
     if child := os.fork():
+        with contextlib.suppress(PermissionError, ProcessLookupError):  # it has done so itself
+            os.setpgid(child, child)
         return child
+    os.setpgid(0, 0)
     with Path("output.txt").open("a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -88,17 +111,30 @@ def start(arguments: list[str]) -> int:
         os._exit(status)
 
 
-def wait(child: int, seconds: float | None = None) -> int:
-    """Status of a child, killed if it takes longer; the negative of a signal."""
+def wait(child: int, seconds: float | None = None, sent: int = signal.SIGKILL) -> int:
+    """Status of a child, whose group is sent a signal then; the negative of one that ended it."""
     deadline = None if seconds is None else time.monotonic() + seconds
     while True:
         ended, status = os.waitpid(child, 0 if deadline is None else os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
         if deadline is not None and time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
+            os.killpg(child, sent)
             deadline = None
         time.sleep(0.001)
+
+
+def write_digits(root: Path) -> list[str]:
+    """Write the digits as files, for workers to decode; the arguments that take them."""
+    data = repvgg.data.digits()
+    for part, source in (("train", data.train), ("val", data.val), ("test", data.test)):
+        images, labels = data.read(source, torch.arange(len(source.labels)))
+        for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+            folder = root / part / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[0].numpy()).save(folder / f"{i}.png")
+    small = ["data.image_size=16", "data.resize_size=16", "++model.strides=[1,1,2,2,1]"]
+    return ["data=imagefolder", f"data.root={root}", *small, "optim.lr=0.02"]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

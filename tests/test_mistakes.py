@@ -55,6 +55,11 @@ def fail(monkeypatch, tmp_path, capfd):
         ("train.py", ["rdrop_views=2", "data.augment=0"], "without augmentation all views are"),
         ("train.py", ["mixup=-1"], "mixup=-1: must be a number of at least 0"),
         ("train.py", ["cutmix=-1"], "cutmix=-1: must be a number of at least 0"),
+        (
+            "train.py",
+            ["data=imagefolder", "model.strides=[1,1,1,1,1]"],
+            "model.strides: these choices do not set it; +model.strides=... adds it",
+        ),
         ("train.py", ["data.views=2"], "data.views: there is no such key"),
         ("train.py", ["model.num_classes=7"], "type model.num_classes=10"),
         ("train.py", ["trainer.max_epochs=soon"], "trainer.max_epochs='soon': must be an integer"),

@@ -96,7 +96,8 @@ def train(config: dict[str, Any], folder: Path) -> None:
     for logger in trainer.loggers:
         log_hyperparameters(logger, shown, metrics)
     if runs.rank() == 0:
-        report(metrics, data, best, folder)
+        report(metrics, data, best)
+        show_logs(trainer.loggers, folder)
 
 
 def build_trainer(settings: Settings, folder: Path, describing: Any) -> Any:
@@ -108,10 +109,12 @@ def build_trainer(settings: Settings, folder: Path, describing: Any) -> Any:
 
     given = dict(settings.trainer)
     more = instantiate(given.pop("callbacks", None) or [], _convert_="all")
-    logger = instantiate(given.pop("logger", None), _convert_="all")
+    plugins = instantiate(given.pop("plugins", None) or [], _convert_="all")
+    logger = given.pop("logger", None)
     if logger is None or logger is True:
         logger = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
-    plugins = instantiate(given.pop("plugins", None) or [], _convert_="all")
+    elif logger is not False:
+        logger = instantiate(logger, _convert_="all")
     checkpoints = (folder / runs.LAST).parent
     noisy = settings.model.get("branch_drop") or settings.model.get("drop_path")
     return instantiate(
@@ -357,7 +360,7 @@ def report_stop(stopped: Any, last: Path) -> NoReturn:
     cli.fail(message, 128 + stopped.signum)
 
 
-def report(metrics: Any, data: Any, best: Path, folder: Path) -> None:
+def report(metrics: Any, data: Any, best: Path) -> None:
     """What came out, and what to type next."""
     for part in (data.train, data.val, data.test):
         if unreadable := sorted(getattr(part, "unreadable", ())):
@@ -367,10 +370,16 @@ def report(metrics: Any, data: Any, best: Path, folder: Path) -> None:
     print(f"test accuracy {metrics['test/accuracy']:.4f}, loss {metrics['test/loss']:.4f}")
     print(f"checkpoint    {checkpoint_path}")
     print(f"deploy it     python deploy.py ckpt={checkpoint_path}")
-    logs = (
-        "runs" if folder.is_relative_to(cli.start_folder() / runs.RUNS) else runs.relative(folder)
-    )
-    print(f"watch it      tensorboard --logdir {shlex.quote(logs)}")
+
+
+def show_logs(loggers: list[Any], folder: Path) -> None:
+    """What to type to see the curves, where TensorBoard has them."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    if any(isinstance(logger, TensorBoardLogger) for logger in loggers):
+        own = folder.is_relative_to(cli.start_folder() / runs.RUNS)
+        logs = str(runs.RUNS) if own else runs.relative(folder)
+        print(f"watch it      tensorboard --logdir {shlex.quote(logs)}")
 
 
 def progress_bar(settings: dict[str, Any]) -> list[Any]:

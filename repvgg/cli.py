@@ -298,7 +298,8 @@ def explain(error: Exception, config: Path) -> str | None:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
         if isinstance(cause, TypeError) and target and unknown:
             return f"{unknown[1]}: {target[1]} takes no argument of that name"
-        return _one_line(cause if isinstance(cause, ValueError) else error)
+        by_lightning = type(cause).__name__ == "MisconfigurationException"
+        return _one_line(cause if isinstance(cause, ValueError) or by_lightning else error)
     if isinstance(error, ValueError | OSError):
         return _one_line(error)
     return None

@@ -21,11 +21,16 @@ REFUSED_TRAINER_KEYS = {
     "min_steps": "nothing here stops a run early; type +trainer.max_steps=N",
     "model_registry": "train.py keeps its checkpoints in the run's folder",
 }
+_SWITCHES = (
+    *("enable_progress_bar", "enable_model_summary", "deterministic", "benchmark"),
+    *("inference_mode", "detect_anomaly", "sync_batchnorm", "enable_autolog_hparams"),
+)
 NEEDED_TRAINER_KEYS = (
     *("_target_", "max_epochs", "accelerator", "devices", "num_nodes", "strategy", "precision"),
     *("sync_batchnorm", "accumulate_grad_batches", "check_val_every_n_epoch"),
     *("log_every_n_steps", "enable_progress_bar"),
 )
+PARTS = ("callbacks", "logger", "plugins")  # of the Trainer, each built by its _target_
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}  # Lightning's short names
 
 
@@ -233,6 +238,14 @@ def _check_trainer_keys(trainer: dict[str, Any]) -> None:
                 f"trainer.{key}: lightning.Trainer has no such argument; "
                 f"{did_you_mean(key, known)}allowed are {', '.join(known)}"
             )
+        if key in PARTS and not (isinstance(value, dict | list) or value is None):
+            if key != "logger" or not isinstance(value, bool):
+                example = "{_target_: package.Class}"
+                raise refusal(f"trainer.{key}", value, "must name a class", f"'{example}'")
+        elif key == "deterministic" and value == "warn":
+            continue
+        elif key in _SWITCHES and not (isinstance(value, bool) or value is None):
+            raise refusal(f"trainer.{key}", value, "must be true or false", "true")
 
 
 def has_bf16() -> bool:

@@ -316,6 +316,26 @@ def test_a_resumed_run_keeps_what_it_was_started_with(typed, trained, folder, ho
     assert tree(folder) == before
 
 
+def test_callbacks_and_loggers_are_the_users_own(tmp_path):
+    done = run(
+        "train.py",
+        *SHORT,
+        "trainer.max_epochs=1",
+        "+trainer.callbacks={rates: {_target_: lightning.pytorch.callbacks.LearningRateMonitor}}",
+        "+trainer.logger={_target_: lightning.pytorch.loggers.CSVLogger, save_dir: csv}",
+        "hydra.run.dir=run",
+        cwd=tmp_path,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "watch it" not in done.stdout
+    (metrics,) = (tmp_path / "csv").rglob("metrics.csv")
+    header = metrics.read_text().splitlines()[0]
+    assert "lr-SGD/decay" in header
+    assert "val/accuracy" in header
+    assert not list((tmp_path / "run").glob("events*"))
+
+
 def test_a_resumed_run_takes_another_rate_and_as_many_images_in_a_step_on_two_devices(
     trained, folder, tmp_path
 ):

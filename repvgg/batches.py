@@ -71,6 +71,8 @@ class Stored(NamedTuple):
 class Batches:
     """Batches of a source, with an order that can be resumed anywhere.
 
+    A device without images to evaluate gets one empty batch.
+
     Args:
         source: the images.
         batch_size: images in a batch.
@@ -128,7 +130,7 @@ class Batches:
         count = len(self.source.labels)
         if self.shuffle_seed is None:
             own = len(range(self.rank, count, self.world_size))
-            return math.ceil(own / self.batch_size)
+            return max(1, math.ceil(own / self.batch_size))
         return count // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -136,6 +138,9 @@ class Batches:
         # iterators that it never reads, and makes the first one before it sets the epoch.
         epoch, batch = self._resume_at
         first = batch if epoch == self.epoch else 0
+        if self.shuffle_seed is None and self.rank >= len(self.source.labels):
+            yield self._empty()
+            return
         requests = self._requests()[first:]
         for i, (views, labels) in enumerate(self.source.read(requests, self.augment), first):
             self._yielded = i + 1
@@ -169,6 +174,11 @@ class Batches:
             start = position * self.batch_size
             requests.append(Request(order[start : start + self.batch_size], seeds))
         return requests
+
+    def _empty(self) -> Batch:
+        """A batch (0, C, H, W) for a device without images: an evaluation waits for every device."""
+        views, labels = next(iter(self.source.read([Request(torch.tensor([0]), [])], None)))
+        return views[0][:0].to(self.device), labels[:0].to(self.device)
 
     def _position(self, i: int) -> int:
         """Of this device's i-th batch among all of the epoch."""

@@ -15,12 +15,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassCalibrationError
 
 from repvgg.arguments import check_integer, check_number, refusal
 from repvgg.block import RepVGGBlock
 from repvgg.forms import switch_to_deploy
 from repvgg.losses import cross_entropy, rdrop_loss
+from repvgg.metrics import ImageMean
 from repvgg.rdrop import Noise, find_noise, predict, predict_twice, predict_views
 from repvgg.zoo import build_model
 
@@ -158,8 +160,17 @@ class Classifier(L.LightningModule):
         num_classes = check_integer(
             "model.num_classes", model.get("num_classes", 1000), minimum=2, example=10
         )
-        self.calibration_error = nn.ModuleDict(
-            {stage: MulticlassCalibrationError(num_classes, n_bins=15) for stage in ("val", "test")}
+        self.evaluation = nn.ModuleDict(
+            {
+                stage: nn.ModuleDict(
+                    {
+                        "loss": ImageMean(),
+                        "accuracy": ImageMean(),
+                        "calibration_error": MulticlassCalibrationError(num_classes, n_bins=15),
+                    }
+                )
+                for stage in ("val", "test")
+            }
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -191,7 +202,7 @@ class Classifier(L.LightningModule):
         values = {
             "loss": losses.total,
             "cross_entropy": losses.cross_entropy,
-            "accuracy": _accuracy(losses.logits, targets),
+            "accuracy": _hits(losses.logits, targets).mean(),
         }
         if losses.kl is not None and losses.agreement is not None:
             values |= {
@@ -286,6 +297,7 @@ class Classifier(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self._twin = []
+        self._log_evaluation("val")
 
     def on_test_epoch_start(self) -> None:
         if self.deployed_validation:
@@ -293,6 +305,7 @@ class Classifier(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self._twin = []
+        self._log_evaluation("test")
 
     def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
         self._evaluate("val", batch)
@@ -355,21 +368,22 @@ class Classifier(L.LightningModule):
 
     def _evaluate(self, stage: str, batch: tuple[Tensor, ...]) -> None:
         images, targets = batch[:2]
+        if len(targets) == 0:  # the batch of a device that has no images
+            return
         (network,) = self._twin or [self.net]
         logits = network(images)
-        size = len(targets)
-        loss = F.cross_entropy(logits, targets)
-        self.log(f"{stage}/loss", loss, batch_size=size, sync_dist=True)
-        error = cast(MulticlassCalibrationError, self.calibration_error[stage])
-        error.update(logits.softmax(1), targets)
-        self.log(f"{stage}/calibration_error", error, batch_size=size)
-        self.log(
-            f"{stage}/accuracy",
-            _accuracy(logits, targets),
-            batch_size=size,
-            prog_bar=True,
-            sync_dist=True,
-        )
+        metrics = self._metrics(stage)
+        metrics["loss"].update(F.cross_entropy(logits, targets, reduction="none"))
+        metrics["accuracy"].update(_hits(logits, targets))
+        metrics["calibration_error"].update(logits.softmax(1), _classes(targets))
+
+    def _log_evaluation(self, stage: str) -> None:
+        # Once an epoch and on every device: computing a metric waits for the other devices.
+        for name, metric in self._metrics(stage).items():
+            self.log(f"{stage}/{name}", metric, prog_bar=name == "accuracy", batch_size=1)
+
+    def _metrics(self, stage: str) -> dict[str, Metric]:
+        return dict(cast(nn.ModuleDict, self.evaluation[stage]).items())  # type: ignore[arg-type]
 
 
 def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -402,8 +416,11 @@ def _as_number(rdrop: object) -> object:
     return float(rdrop) if isinstance(rdrop, bool) else rdrop
 
 
-def _accuracy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Share of images whose class was found; of a mixture, the class with the largest share."""
-    if targets.ndim == 2:
-        targets = targets.argmax(1)
-    return (logits.argmax(1) == targets).float().mean()
+def _classes(targets: Tensor) -> Tensor:
+    """(N,), int64; of a mixture, the class with the largest share."""
+    return targets.argmax(1) if targets.ndim == 2 else targets
+
+
+def _hits(logits: Tensor, targets: Tensor) -> Tensor:
+    """(N,), float32: 1 where the class was found, else 0."""
+    return (logits.argmax(1) == _classes(targets)).float()

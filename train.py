@@ -4,14 +4,14 @@ Configured by configs/train.yaml; `python train.py --help` lists what can be set
 runs/<data>-<model>/<time>/: its configuration, TensorBoard events and checkpoints.
 """
 
+import contextlib
 import functools
-import math
 import shlex
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from repvgg import cli, runs
+from repvgg import cli, lock, processes, runs, schedule
 from repvgg.settings import LearningRate, Settings, scale_learning_rate
 
 CONFIG = Path(__file__).absolute().parent / "configs" / "train.yaml"
@@ -19,17 +19,23 @@ MOST_CALIBRATED = 512  # training images that give a deployed network its statis
 
 
 def main(config: dict[str, Any], folder: Path) -> None:
+    """Check what can be checked before anything is read, then train in a folder of its own."""
     try:
-        train(config, folder)
+        settings = Settings.read(config)
+        trainer = settings.trainer
+        processes.check_processes(
+            trainer["devices"], trainer["num_nodes"], accelerator=trainer["accelerator"]
+        )
+        with lock.hold(folder) if processes.rank() == 0 else contextlib.nullcontext():
+            train(settings, config, folder)
     finally:
         runs.discard_if_empty(folder)
 
 
-def train(config: dict[str, Any], folder: Path) -> None:
+def train(settings: Settings, config: dict[str, Any], folder: Path) -> None:
     """Fit, keep the best and the last checkpoint, test the best, say where everything is."""
     from hydra.core.hydra_config import HydraConfig
 
-    settings = Settings.read(config)  # before the imports below, which take seconds
     resume = settings.resume
     last = folder / runs.LAST
     typed = [argument.partition("=")[0] for argument in HydraConfig.get().overrides.hydra]
@@ -39,6 +45,7 @@ def train(config: dict[str, Any], folder: Path) -> None:
     from hydra.utils import instantiate
 
     from repvgg import callbacks, checkpoint
+    from repvgg.batches import WorkersDied
     from repvgg.memory import keep_memory
     from repvgg.model import to_float
     from repvgg.module import Diverged
@@ -80,22 +87,32 @@ def train(config: dict[str, Any], folder: Path) -> None:
     check_runs(module.net, to_float(images[:2]), model["name"])
     check_batch_of_one(module.net, to_float(images[:1]), data.batch_size)
     prepare(module, settings, to_float(images))
-    if runs.rank() == 0:
+    if processes.rank() == 0:
         print(describe(settings, module, steps, rate, folder) + begun)
-        runs.record(config, folder)
+        if not trainer.fast_dev_run:
+            runs.record(config, folder)
     best = last.with_name("best.ckpt")
     try:
         with callbacks.interruptible():
             trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-            (metrics,) = trainer.test(
-                module, datamodule=data, ckpt_path=best, weights_only=True, verbose=False
+            tested = trainer.test(
+                module,
+                datamodule=data,
+                ckpt_path=None if trainer.fast_dev_run else best if best.exists() else last,
+                weights_only=True,
+                verbose=False,
             )
-    except (callbacks.Interrupted, Diverged) as stopped:
+    except (callbacks.Interrupted, Diverged, WorkersDied) as stopped:
         report_stop(stopped, last)
+    if trainer.fast_dev_run:
+        if processes.rank() == 0:
+            print("fast_dev_run: trained, validated and tested; nothing was saved")
+        return
+    metrics = tested[0] if tested else {}
     shown = flatten(config | {"rdrop": module.rdrop, "model": model})
     for logger in trainer.loggers:
         log_hyperparameters(logger, shown, metrics)
-    if runs.rank() == 0:
+    if processes.rank() == 0:
         report(metrics, data, best)
         show_logs(trainer.loggers, folder)
 
@@ -119,8 +136,9 @@ def build_trainer(settings: Settings, folder: Path, describing: Any) -> Any:
     noisy = settings.model.get("branch_drop") or settings.model.get("drop_path")
     return instantiate(
         {"enable_model_summary": False, "num_sanity_val_steps": 0} | given,
+        default_root_dir=folder,
         logger=logger,
-        plugins=[*plugins, callbacks.WholeFileIO()],
+        plugins=[*plugins, callbacks.WholeFileIO(), *processes.cluster_plugins()],
         callbacks=[
             *([callbacks.ReestimateBN()] if noisy else []),
             *([callbacks.EMA(settings.ema)] if settings.ema else []),
@@ -146,7 +164,7 @@ def check_devices(trainer: Any) -> None:
     from hydra.types import RunMode
 
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    if sweep and trainer.world_size > 1 and not runs.started_together():
+    if sweep and trainer.world_size > 1 and not processes.started_together():
         raise ValueError(
             f"trainer.devices={trainer.num_devices}: a sweep trains on one device; start each run "
             "by itself, without -m"
@@ -163,7 +181,7 @@ def check_network(settings: Settings) -> None:
     }
     try:
         with torch.device("meta"):
-            build_module(settings, model, Steps(1, 0, 0, 1, 1), settings.optim.lr)
+            build_module(settings, model, Steps(1, 1, 0, 0, 1, 1), settings.optim.lr)
     except (NotImplementedError, RuntimeError):  # of a network that cannot be built like this
         return
 
@@ -238,15 +256,13 @@ def check_same_steps(
     if not all(isinstance(value, int) and value > 0 for value in before):
         raise ValueError(f"resume={resume}: it began with {typed}; type these")
     size, devices, nodes, accumulated = before
+    step = size * devices * nodes * accumulated
     batches = num_images // (size * devices * nodes)
-    if (size * devices * nodes * accumulated, math.ceil(batches / accumulated)) != (
-        steps.images,
-        math.ceil(steps.batches / now[-1]),
-    ):
+    epoch = schedule.from_trainer_settings(batches, runs.read_config(folder)["trainer"]).epoch
+    if (step, epoch) != (steps.images, steps.epoch):
         raise ValueError(
-            f"resume={resume}: a step had {size * devices * nodes * accumulated} images and an "
-            f"epoch {math.ceil(batches / accumulated)} steps ({typed}), now {steps.images} and "
-            f"{math.ceil(steps.batches / now[-1])}; keep data.batch_size * devices * nodes * "
+            f"resume={resume}: a step had {step} images and an epoch {epoch} steps ({typed}), now "
+            f"{steps.images} and {steps.epoch}; keep data.batch_size * devices * nodes * "
             "accumulate_grad_batches"
         )
     loops = torch.load(resume, weights_only=True, map_location="cpu")["loops"]
@@ -351,13 +367,15 @@ def describe(
 
 def report_stop(stopped: Any, last: Path) -> NoReturn:
     """Say why it stopped, and how to go on; the status tells a signal from a mistake."""
+    from repvgg.module import Diverged
+
     path = shlex.quote(runs.relative(last))
-    if not hasattr(stopped, "signum"):
+    if isinstance(stopped, Diverged):
         kept = f"the last good checkpoint is {path}" if last.exists() else "nothing was saved yet"
         cli.fail(f"{stopped}; {kept}; try a lower optim.lr or trainer.gradient_clip_val=1")
     saved = f"saved {path}; resume with: python train.py resume={path}"
     message = f"{stopped}; {saved if last.exists() else 'nothing was saved yet'}"
-    cli.fail(message, 128 + stopped.signum)
+    cli.fail(message, 128 + stopped.signum if hasattr(stopped, "signum") else 1)
 
 
 def report(metrics: Any, data: Any, best: Path) -> None:
@@ -367,7 +385,8 @@ def report(metrics: Any, data: Any, best: Path) -> None:
             print(f"{len(unreadable)} images could not be read; others took their place:")
             print(*unreadable, sep="\n")
     checkpoint_path = shlex.quote(runs.relative(best))
-    print(f"test accuracy {metrics['test/accuracy']:.4f}, loss {metrics['test/loss']:.4f}")
+    if metrics:
+        print(f"test accuracy {metrics['test/accuracy']:.4f}, loss {metrics['test/loss']:.4f}")
     print(f"checkpoint    {checkpoint_path}")
     print(f"deploy it     python deploy.py ckpt={checkpoint_path}")
 
@@ -457,10 +476,11 @@ def describe_rdrop(module: Any) -> str:
 
 
 class Steps(NamedTuple):
-    """Optimizer steps of the run and of the two warm-ups; images in a step of all devices; batches
-    of each device in an epoch."""
+    """Optimizer steps of the run, of an epoch and of the two warm-ups; images in a step of all
+    devices; batches of each device in an epoch."""
 
     total: int
+    epoch: int
     warmup: int
     rdrop_warmup: int
     images: int
@@ -469,13 +489,21 @@ class Steps(NamedTuple):
 
 def count_steps(settings: Settings, data: Any, devices: int) -> Steps:
     accumulated = settings.trainer["accumulate_grad_batches"]
-    epochs = settings.trainer["max_epochs"]
     data.check_batch(data.batch_size * devices)
     batches = len(data.train.labels) // (data.batch_size * devices)
-    steps = math.ceil(batches / accumulated)
+    counted = schedule.from_trainer_settings(batches, settings.trainer)
     images = data.batch_size * devices * accumulated
     warmups = (settings.optim.warmup_epochs, settings.rdrop_warmup)
-    return Steps(epochs * steps, *(round(warmup * steps) for warmup in warmups), images, batches)
+    warmup, rdrop_warmup = (round(warmup * counted.epoch) for warmup in warmups)
+    if settings.trainer.get("fast_dev_run"):
+        warmup, rdrop_warmup = min(warmup, counted.total), min(rdrop_warmup, counted.total)
+    if max(warmup, rdrop_warmup) > counted.total:
+        raise ValueError(
+            f"optim.warmup_epochs={warmups[0]:g} rdrop_warmup={warmups[1]:g}: longer than the "
+            f"{counted.total} steps that run, of {counted.epoch} in an epoch; pass for example "
+            "optim.warmup_epochs=0 rdrop_warmup=0"
+        )
+    return Steps(counted.total, counted.epoch, warmup, rdrop_warmup, images, counted.batches)
 
 
 def quieten() -> None:
@@ -485,10 +513,13 @@ def quieten() -> None:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # prints its report
     # Raised inside Lightning by its own use of torch.utils._pytree.
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
     # Only a resumed run finds its folder in use: `train` refuses any other.
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* not empty")
+    # Batches keep their order without a change of the loader.
+    warnings.filterwarnings("ignore", message=r"You requested to overfit but enabled")
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

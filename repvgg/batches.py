@@ -19,6 +19,10 @@ Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 Mixture = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+class WorkersDied(RuntimeError):  # noqa: N818 - as the message says
+    """A process that reads images ended before its time."""
+
+
 class Request(NamedTuple):
     """A batch to be read.
 
@@ -82,6 +86,7 @@ class Batches:
         views: 2 augments every image twice: images (N, 2, C, H, W).
         mix: then blends the images of a batch and their labels, with torch's global randomness,
             which is seeded for it and restored. Both views of an image are blended alike.
+        same_epoch: repeats the order and the noise of the first epoch in every epoch.
         repeats: takes each image so many times into a batch, and as many fewer images into an
             epoch (Hoffer et al., 2020, arXiv:1901.09335).
         rank, world_size: which device this is, of how many.
@@ -100,6 +105,7 @@ class Batches:
         views: int = 1,
         mix: Mixture | None = None,
         repeats: int = 1,
+        same_epoch: bool = False,
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | None = None,
@@ -111,6 +117,7 @@ class Batches:
         self.views = views
         self.mix = mix
         self.repeats = repeats
+        self.same_epoch = same_epoch
         self.rank = rank
         self.world_size = world_size
         self.device = device
@@ -176,7 +183,7 @@ class Batches:
         return requests
 
     def _empty(self) -> Batch:
-        """A batch (0, C, H, W) for a device without images: an evaluation waits for every device."""
+        """A batch (0, C, H, W) for a device without images: evaluation waits for every device."""
         views, labels = next(iter(self.source.read([Request(torch.tensor([0]), [])], None)))
         return views[0][:0].to(self.device), labels[:0].to(self.device)
 
@@ -197,7 +204,8 @@ class Batches:
 
     def _seed(self, *position: int | str) -> int:
         """Randomness as a function of (seed, epoch) and a position in the epoch."""
-        return zlib.crc32(repr((self.shuffle_seed, self.epoch, *position)).encode())
+        epoch = 0 if self.same_epoch else self.epoch
+        return zlib.crc32(repr((self.shuffle_seed, epoch, *position)).encode())
 
 
 def same_seed(seeds: Iterable[int]) -> int:

@@ -1,16 +1,19 @@
 """What happens around the training loop: checkpoints, interruption, statistics, throughput."""
 
-import contextlib
+import copy
+import glob
 import io
-import itertools
 import math
 import os
+import platform
+import secrets
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -21,18 +24,25 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from repvgg import signals
+from repvgg.batches import WorkersDied
 from repvgg.forms import reestimate_bn
+from repvgg.signals import Interrupted as Interrupted
+from repvgg.signals import interruptible as interruptible
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ASKED_EVERY = 8  # batches, where there are several devices: whether one of them was sent a signal
+AGAIN_AFTER = 0.5  # seconds
 
 
 class BestCheckpoint(ModelCheckpoint):
     """Keeps `best.ckpt`, of the highest validation accuracy; the lower loss decides a tie.
 
-    On a small validation set ties are the rule, and the first of them is an early, lucky epoch.
+    On a small validation set ties are the rule, and the first of them is an early, lucky epoch. In
+    a run without validation `best.ckpt` is the last checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,7 +56,8 @@ class BestCheckpoint(ModelCheckpoint):
         self.best_loss = math.inf
 
     def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
-        loss = trainer.callback_metrics["val/loss"].item()
+        value = trainer.callback_metrics.get("val/loss")
+        loss = math.inf if value is None else value.item()
         tie = current is not None and current == self.best_model_score
         better = super().check_monitor_top_k(trainer, current) or bool(
             tie and loss < self.best_loss
@@ -54,6 +65,24 @@ class BestCheckpoint(ModelCheckpoint):
         if better:
             self.best_loss = loss
         return better
+
+    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
+        super().on_train_batch_end(trainer, *rest)
+        # At max_steps within an epoch Lightning validates only if it is told to stop.
+        if 0 <= trainer.max_steps <= trainer.global_step:
+            trainer.should_stop = True
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.monitor in trainer.callback_metrics:
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        disabled = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if not self.best_model_path and not disabled:
+            if trainer.is_global_zero:
+                print("no validation ran: best.ckpt is the last checkpoint", file=sys.stderr)
+            self.best_model_path = self.format_checkpoint_name({})
+            trainer.save_checkpoint(self.best_model_path)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "best_loss": self.best_loss}
@@ -93,16 +122,33 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 class WholeFileIO(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all: beside its place, then renamed into it."""
+    """Writes a checkpoint whole or not at all: beside its place, then renamed into it.
+
+    A remote path, such as s3://bucket/last.ckpt, is written as Lightning writes it.
+
+    Raises, from `save_checkpoint`:
+        ValueError: `storage_options` are given, which nothing reads.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
+        if storage_options is not None:
+            raise ValueError(
+                f"storage_options={storage_options!r}: a checkpoint is written without options; "
+                "leave them out"
+            )
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path)
+            return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f".{target.name}.*"):  # by a process that was killed
-            left.unlink(missing_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        mine = f".{target.name}.{platform.node()}-"
+        for left in target.parent.glob(f"{glob.escape(mine)}*"):
+            number = left.name.removeprefix(mine).partition("-")[0]
+            if number.isdecimal() and not is_alive(int(number)):
+                left.unlink(missing_ok=True)
+        temporary = target.with_name(f"{mine}{os.getpid()}-{secrets.token_hex(4)}")
         content = io.BytesIO()  # torch.save hides what goes wrong with a file behind its own error
         torch.save(checkpoint, content)
         try:
@@ -127,14 +173,15 @@ class EMA(WeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
-        def update(averages: list[Tensor], currents: list[Tensor], _: Tensor) -> None:
-            if not averages[0].is_floating_point():  # how many batches BatchNorm has seen
-                torch._foreach_copy_(averages, currents)
-                return
-            k = self._latest_update_step  # of updates so far, one a step
-            torch._foreach_lerp_(averages, currents, 1 - min(decay, (1 + k) / (10 + k)))
+        self.decay = decay
+        super().__init__(multi_avg_fn=self._update)  # a method, since a closure cannot be pickled
 
-        super().__init__(multi_avg_fn=update)
+    def _update(self, averages: list[Tensor], currents: list[Tensor], _: Tensor) -> None:
+        if not averages[0].is_floating_point():  # how many batches BatchNorm has seen
+            torch._foreach_copy_(averages, currents)
+            return
+        k = self._latest_update_step  # of updates so far, one a step
+        torch._foreach_lerp_(averages, currents, 1 - min(self.decay, (1 + k) / (10 + k)))
 
     def network(self) -> Any:
         """The network with the averaged weights."""
@@ -162,7 +209,8 @@ class SelfDescribing(Callback):
 
     Args:
         key: of the entry.
-        describe: makes the entry from the network; without it there is none.
+        describe: makes the entry from the network; without it there is none. A function that can be
+            pickled, if the trainer spawns its processes.
     """
 
     def __init__(
@@ -178,50 +226,29 @@ class SelfDescribing(Callback):
             checkpoint[self.key] = self.describe(network_to_keep(trainer, pl_module))
 
 
-class Interrupted(Exception):  # noqa: N818 - it is not an error
-    """Training stopped at the end of a step because a signal asked for it.
-
-    Attributes:
-        signum: the signal.
-    """
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.signum = signum
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Raise `Interrupted` on Ctrl-C or SIGTERM, where Lightning would exit in its own way."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise Interrupted(signum)
-
-    previous = {signum: signal.signal(signum, stop) for signum in SIGNALS}
-    try:
-        yield
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-
-
 class SaveOnSignal(Callback):
-    """On Ctrl-C or SIGTERM, finishes the step, saves `last.ckpt` and raises `Interrupted`.
+    """On a signal, finishes the step, saves `last.ckpt` and raises `Interrupted`.
 
-    A step ends with the optimizer's, so a signal waits for the gradients that are accumulated;
-    in the last step of an epoch it waits for validation and the epoch's own save. A second signal
-    stops at once, with what the last save holds.
+    The signals are Ctrl-C, SIGTERM, SIGHUP (unless it is ignored, as under nohup) and SIGUSR1. A
+    step ends with the optimizer's, so a signal waits for the gradients that are accumulated; in the
+    last step of an epoch it waits for validation and the epoch's own save. A second Ctrl-C stops at
+    once, with what the last save holds. Launchers send a signal twice, so a repeat within
+    `AGAIN_AFTER` seconds does not count.
+
+    Args:
+        path: of the checkpoint.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.path = path
         self._signum: int | None = None
+        self._noted_at = 0.0
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Here and not earlier: Lightning installs its own SIGTERM handler before this hook.
-        for signum in SIGNALS:
-            self._previous[signum] = signal.signal(signum, self._note)
+        self._signum = None
+        self._previous = signals.install(self._note)
 
     def on_train_batch_end(
         self,
@@ -253,6 +280,10 @@ class SaveOnSignal(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         self._restore()
+        # A signal to the process group may also end the workers that read the images.
+        died = isinstance(exception, WorkersDied) or "DataLoader worker" in str(exception)
+        if self._signum is not None and died:
+            raise Interrupted(self._signum) from exception
 
     def _asked(self, trainer: L.Trainer) -> int:
         """The signal that this or another device was sent, or 0; all stop at the same step."""
@@ -263,13 +294,14 @@ class SaveOnSignal(Callback):
         return int(trainer.strategy.reduce(torch.tensor(signum, device=device), reduce_op="max"))
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self._signum is not None:
+        now = time.monotonic()
+        if self._signum is None:
+            self._signum, self._noted_at = signum, now
+        elif signum == signal.SIGINT and now - self._noted_at >= AGAIN_AFTER:
             raise Interrupted(signum)
-        self._signum = signum
 
     def _restore(self) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
+        signals.restore(self._previous)
         self._previous = {}
 
 
@@ -304,16 +336,32 @@ class ReestimateBN(Callback):
     def _reestimate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._done:
             return
-        loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
-        count = math.ceil(self.num_images / loader.batch_size)
 
         def images() -> Iterator[Tensor]:
-            for batch in itertools.islice(loader, count):
+            left = self.num_images
+            for batch in training_data(trainer, pl_module):
                 prepared = trainer.strategy.batch_to_device(batch)  # and the data's own hooks
                 yield prepared[0].flatten(0, -4)  # two views: one below the other
+                left -= len(prepared[0])
+                if left <= 0:
+                    return
 
-        reestimate_bn(network_to_keep(trainer, pl_module), images())
+        with torch.random.fork_rng(devices=[]):  # a loader may draw its order
+            reestimate_bn(network_to_keep(trainer, pl_module), images())
         self._done = True
+
+
+def training_data(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterable[Any]:
+    """The training batches once more, without a change to the loader that is read in training."""
+    if trainer.datamodule is not None:  # type: ignore[attr-defined]
+        return trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+    if is_overridden("train_dataloader", pl_module):
+        return pl_module.train_dataloader()
+    loader = trainer.train_dataloader
+    if isinstance(loader, DataLoader):
+        loader = copy.copy(loader)
+        loader._iterator = None  # of persistent workers, which read for the training
+    return cast(Iterable[Any], loader)
 
 
 class EpochLines(ProgressBar):
@@ -322,9 +370,15 @@ class EpochLines(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._begin = 0.0
+        self._enabled = True
 
     def disable(self) -> None:
-        """Lightning asks it of all processes but the first, which alone prints."""
+        """Print nothing; Lightning disables it in all processes but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Print again."""
+        self._enabled = True
 
     def on_train_start(self, *_: Any) -> None:
         self._begin = time.perf_counter()  # a resumed run begins within an epoch
@@ -333,7 +387,7 @@ class EpochLines(ProgressBar):
         self._begin = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
+        if self._enabled and trainer.is_global_zero:
             metrics = self.get_metrics(trainer, pl_module)
             shown = ", ".join(
                 f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)
@@ -368,8 +422,28 @@ class Throughput(Callback):
         batch_idx: int,
     ) -> None:
         assert self._start is not None
-        self._images += len(batch[0]) * trainer.world_size
+        self._images += num_images(batch) * trainer.world_size
         seconds = time.perf_counter() - self._start
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and trainer.global_step % every == 0:  # the others would be dropped
             pl_module.log("train/images_per_second", self._images / seconds)
+
+
+def num_images(batch: Any) -> int:
+    """Length of the first tensor of a batch: a tensor, or a sequence or a mapping of them."""
+    while not isinstance(batch, Tensor):
+        batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
+    return len(batch)
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process of this machine runs."""
+    if os.name == "nt":  # where signal 0 would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it runs, for another user
+    return True

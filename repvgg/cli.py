@@ -299,7 +299,9 @@ def explain(error: Exception, config: Path) -> str | None:
         if isinstance(cause, TypeError) and target and unknown:
             return f"{unknown[1]}: {target[1]} takes no argument of that name"
         by_lightning = type(cause).__name__ == "MisconfigurationException"
-        return _one_line(cause if isinstance(cause, ValueError) or by_lightning else error)
+        if cause is not None and (isinstance(cause, ValueError) or by_lightning):
+            return _one_line(cause)
+        return _one_line(error)
     if isinstance(error, ValueError | OSError):
         return _one_line(error)
     return None

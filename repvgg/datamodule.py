@@ -116,6 +116,7 @@ class ImageData(L.LightningDataModule):
             views=self.views,
             mix=self.mix,
             repeats=self.repeats,
+            same_epoch=getattr(self.trainer, "overfit_batches", 0) > 0,
             **place,
         )
 

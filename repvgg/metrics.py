@@ -1,6 +1,5 @@
 """What an evaluation measures: means over images, whatever the batches and the devices."""
 
-import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat

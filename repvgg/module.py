@@ -4,9 +4,11 @@ R-Drop (Liang et al., 2021, arXiv:2106.14448) wants two predictions under differ
 `repvgg.rdrop` makes them in one forward.
 """
 
+import contextlib
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple, cast
 
 import lightning as L
@@ -62,6 +64,10 @@ class Diverged(ValueError):  # noqa: N818 - as torch and the field call it
             f"{what} is NaN or infinite at step {step}, with a learning rate of {rate:.3g}"
         )
         self.step = step
+        self._arguments = step, rate, what
+
+    def __reduce__(self) -> tuple[type, tuple[int, float, str]]:
+        return type(self), self._arguments  # exceptions are pickled by their message otherwise
 
 
 class Classifier(L.LightningModule):
@@ -84,6 +90,9 @@ class Classifier(L.LightningModule):
         label_smoothing: in [0, 1).
         seed: of the noise; step k draws the same masks in every run, resumed or not.
         deployed_validation: validate and test a folded copy of the network: what will be deployed.
+
+    `Classifier.load_from_checkpoint(path)` builds it again, if the arguments are numbers, strings,
+    lists and dictionaries.
 
     Batches are (images, targets) or (images, targets, weights), targets and weights as in
     `repvgg.losses.cross_entropy`.
@@ -155,6 +164,23 @@ class Classifier(L.LightningModule):
                 "(or set rdrop=false)",
                 0.2,
             )
+        arguments = {
+            "model": model,
+            "lr": lr,
+            "optimizer": optimizer,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "num_steps": num_steps,
+            "num_warmup_steps": num_warmup_steps,
+            "rdrop": rdrop,
+            "num_rdrop_warmup_steps": num_rdrop_warmup_steps,
+            "rdrop_views": rdrop_views,
+            "label_smoothing": label_smoothing,
+            "seed": seed,
+            "deployed_validation": deployed_validation,
+        }
+        with contextlib.suppress(TypeError):  # an argument that is not plain
+            self.save_hyperparameters(_plain(arguments), logger=False)
         self.noise: Noise | None = None
         self._divergence: Tensor | None = None  # the largest of the epoch
         num_classes = check_integer(
@@ -409,6 +435,27 @@ def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]
         {"name": "decay", "params": decay, "weight_decay": weight_decay},
         {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
     ]
+
+
+def _plain(value: Any) -> Any:
+    """A copy, of dictionaries, lists and plain values that load with `weights_only=True`.
+
+    Raises:
+        TypeError: something else is among them.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(part) for part in value]
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, str):
+        return str(value)
+    raise TypeError(f"{value!r} is not a plain value")
 
 
 def _as_number(rdrop: object) -> object:

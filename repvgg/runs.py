@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from repvgg import cli
+from repvgg import cli, processes
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -45,20 +45,6 @@ RESUMABLE = (
 )
 # Code that a recorded configuration may name; anything else has to be typed again.
 OWN_CODE = ("repvgg.", "lightning.Trainer", "lightning.pytorch.")
-
-
-def rank() -> int:
-    """Number of this process among those that torchrun, SLURM or Lightning started; 0 alone."""
-    for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
-        if key in os.environ:
-            return int(os.environ[key])
-    return 0
-
-
-def started_together() -> bool:
-    """Whether torchrun or srun started this process, and others beside it."""
-    torchrun = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return torchrun or ("SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1)
 
 
 def plan(arguments: cli.Arguments) -> cli.Plan:
@@ -277,13 +263,13 @@ def check_folder(folder: Path, *, resumed: bool, chosen: bool) -> None:
     Raises:
         ValueError: likewise.
     """
-    if started_together() and not (chosen or resumed):
+    if processes.started_together() and not (chosen or resumed):
         raise ValueError(
             "hydra.run.dir is missing: processes that are started together need one folder; type "
             "hydra.run.dir=runs/NAME"
         )
     last = folder / LAST
-    if rank() == 0 and not resumed and last.exists():
+    if processes.rank() == 0 and not resumed and last.exists():
         raise ValueError(
             f"{relative(folder)} belongs to another run: type resume={shlex.quote(relative(last))} "
             "to go on from it, or give another hydra.run.dir"
@@ -293,7 +279,7 @@ def check_folder(folder: Path, *, resumed: bool, chosen: bool) -> None:
 def discard_if_empty(folder: Path) -> None:
     """Remove the folder Hydra made for a run that was refused, and empty ones above it in runs/."""
     runs = cli.start_folder() / RUNS
-    if rank() != 0:
+    if processes.rank() != 0:
         return
     for path in (folder, *(above for above in folder.parents if above.is_relative_to(runs))):
         if path in (Path.cwd(), cli.start_folder()) or not path.is_dir() or any(path.iterdir()):

@@ -1,0 +1,36 @@
+"""One process at a time writes into the folder of a run."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+NAME = ".lock"
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder; the lock ends with the process, however it ends.
+
+    A folder that does not exist is made. One that holds nothing else in the end is left empty.
+
+    Raises:
+        ValueError: another run holds the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / NAME, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"{folder} is in use by another run: wait until that ends, or give another "
+            "hydra.run.dir"
+        ) from None
+    try:
+        yield
+    finally:
+        if [path.name for path in folder.iterdir()] == [NAME]:
+            with contextlib.suppress(PermissionError):  # Windows keeps open files
+                (folder / NAME).unlink()
+        lock.release()

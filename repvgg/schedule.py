@@ -1,0 +1,79 @@
+"""How many steps a run takes, for a learning rate that ends at 0 after the last of them."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+SWITCHES = (  # arguments of lightning.Trainer that decide it
+    "max_epochs",
+    "max_steps",
+    "accumulate_grad_batches",
+    "limit_train_batches",
+    "overfit_batches",
+    "fast_dev_run",
+)
+
+
+class Schedule(NamedTuple):
+    """Optimizer steps of a run.
+
+    Attributes:
+        total: of the whole run.
+        epoch: of one epoch.
+        batches: of one epoch, on each device.
+    """
+
+    total: int
+    epoch: int
+    batches: int
+
+
+def optimizer_steps(
+    num_batches: int,
+    *,
+    max_epochs: int,
+    max_steps: int = -1,
+    accumulate_grad_batches: int = 1,
+    limit_train_batches: float | None = None,
+    overfit_batches: float = 0.0,
+    fast_dev_run: bool | int = False,
+) -> Schedule:
+    """Count the optimizer steps that a `lightning.Trainer` with these arguments takes.
+
+    The last steps of an epoch that accumulate fewer batches count as one.
+
+    Args:
+        num_batches: in the training data, of each device.
+        max_steps: -1 is no limit.
+        limit_train_batches, overfit_batches: an integer is a number of batches, a float in [0, 1]
+            a share of them, rounded down. An `overfit_batches` of 0 is off.
+        fast_dev_run: that many batches of one epoch; True is 1.
+
+    Raises:
+        ValueError: no step would be taken, or a share is not one.
+    """
+    limit = 1.0 if limit_train_batches is None else limit_train_batches
+    key = "trainer.limit_train_batches"
+    if overfit_batches > 0:
+        limit, key = overfit_batches, "trainer.overfit_batches"
+    elif fast_dev_run:
+        limit = int(fast_dev_run)
+    if limit < 0 or (limit > 1 and limit % 1):
+        raise ValueError(f"{key}={limit}: must be a share in [0, 1] or a number of batches")
+    whole = isinstance(limit, int) or limit > 1
+    batches = min(num_batches, int(limit) if whole else int(num_batches * limit))
+    epoch = math.ceil(batches / accumulate_grad_batches)
+    total = epoch * (1 if fast_dev_run else max_epochs)
+    most = int(fast_dev_run) if fast_dev_run else max_steps
+    if most >= 0:
+        total = min(total, most)
+    if total == 0:
+        given = f"{key}={limit}" if batches == 0 else f"trainer.max_steps={most}"
+        raise ValueError(f"{given}: trains on none of the {num_batches} batches of an epoch")
+    return Schedule(total, epoch, batches)
+
+
+def from_trainer_settings(num_batches: int, settings: Mapping[str, Any]) -> Schedule:
+    """`optimizer_steps` with the arguments of a trainer, of which other ones do not count."""
+    given = {key: settings[key] for key in SWITCHES if settings.get(key) is not None}
+    return optimizer_steps(num_batches, **given)

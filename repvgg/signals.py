@@ -1,0 +1,78 @@
+"""Signals that stop a run: Ctrl-C, SIGTERM, a closed terminal (SIGHUP) and SLURM's SIGUSR1."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has the first two
+Handler = Callable[[int, FrameType | None], None]
+
+
+class Interrupted(Exception):  # noqa: N818 - it is not an error
+    """A run stopped because of a signal.
+
+    Attributes:
+        signum: the signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return type(self), (self.signum,)  # exceptions are pickled by their message otherwise
+
+
+def stopping() -> list[signal.Signals]:
+    """The signals of this system that stop a run. SIGHUP is not one under nohup."""
+    found = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+    return [
+        number
+        for number in found
+        if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN
+    ]
+
+
+def install(handler: Handler) -> dict[int, Any]:
+    """Handle the stopping signals; return the previous handlers, for `restore`.
+
+    On SIGHUP the terminal is gone and writing to it fails, so its streams then lead nowhere.
+    Outside of the main thread, where Python has no signals, nothing is installed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    terminals = [number for number in (0, 1, 2) if os.isatty(number)]
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if signal.Signals(signum).name == "SIGHUP":
+            for terminal in terminals:
+                with open(os.devnull, "r+b") as nowhere:
+                    os.dup2(nowhere.fileno(), terminal)
+        handler(signum, frame)
+
+    return {number: signal.signal(number, handle) for number in stopping()}
+
+
+def restore(handlers: dict[int, Any]) -> None:
+    """Give back what `install` replaced."""
+    for number, handler in handlers.items():
+        if handler is not None:  # not installed by Python
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise `Interrupted` on a signal, where Lightning would exit in its own way."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(signum)
+
+    previous = install(stop)
+    try:
+        yield
+    finally:
+        restore(previous)

@@ -4,6 +4,8 @@ Where an image comes from, memory or a file, is the source's affair; what is dra
 which noise is decided here. With several devices the batches of an epoch are dealt out in turn:
 device r of W takes batch i * W + r as its i-th, with the order and the noise that one device would
 give it. W devices therefore see what one device sees that accumulates gradients over W batches.
+In evaluation device r takes the images r, r + W, ... A device without any gets one batch of no
+images: Lightning skips a loader of no batches with its hooks, where the other devices would wait.
 """
 
 import math
@@ -13,14 +15,15 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import SequentialSampler
 
 Batch = tuple[Tensor, Tensor]
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 Mixture = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-class WorkersDied(RuntimeError):  # noqa: N818 - as the message says
-    """A process that reads images ended before its time."""
+class WorkersDied(RuntimeError):  # noqa: N818 - as for `Diverged`
+    """Worker processes were killed, hang or have no shared memory left: one line, with advice."""
 
 
 class Request(NamedTuple):
@@ -75,18 +78,17 @@ class Stored(NamedTuple):
 class Batches:
     """Batches of a source, with an order that can be resumed anywhere.
 
-    A device without images to evaluate gets one empty batch.
-
     Args:
         source: the images.
         batch_size: images in a batch.
         shuffle_seed: None keeps the order and the last, smaller batch. A number shuffles, anew
             every epoch, and drops what is left over at the end of it.
+        same_epoch: gives the batches of epoch 0 in every epoch, to see whether a network can fit
+            them.
         augment: changes the images of a shuffled batch; of the kind that the source takes.
         views: 2 augments every image twice: images (N, 2, C, H, W).
         mix: then blends the images of a batch and their labels, with torch's global randomness,
             which is seeded for it and restored. Both views of an image are blended alike.
-        same_epoch: repeats the order and the noise of the first epoch in every epoch.
         repeats: takes each image so many times into a batch, and as many fewer images into an
             epoch (Hoffer et al., 2020, arXiv:1901.09335).
         rank, world_size: which device this is, of how many.
@@ -101,11 +103,11 @@ class Batches:
         *,
         batch_size: int,
         shuffle_seed: int | None = None,
+        same_epoch: bool = False,
         augment: Any = None,
         views: int = 1,
         mix: Mixture | None = None,
         repeats: int = 1,
-        same_epoch: bool = False,
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | None = None,
@@ -113,11 +115,11 @@ class Batches:
         self.source = source
         self.batch_size = batch_size
         self.shuffle_seed = shuffle_seed
+        self.same_epoch = same_epoch
         self.augment = augment
         self.views = views
         self.mix = mix
         self.repeats = repeats
-        self.same_epoch = same_epoch
         self.rank = rank
         self.world_size = world_size
         self.device = device
@@ -126,9 +128,9 @@ class Batches:
         self._resume_at = (-1, 0)  # epoch, batch
 
     @property
-    def sampler(self) -> "Batches":
-        """Where Lightning looks for `set_epoch`."""
-        return self
+    def sampler(self) -> Any:
+        """Where Lightning looks for `set_epoch`, and whether the order changes."""
+        return _Unshuffled(self) if self.shuffle_seed is None or self.same_epoch else self
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -145,9 +147,6 @@ class Batches:
         # iterators that it never reads, and makes the first one before it sets the epoch.
         epoch, batch = self._resume_at
         first = batch if epoch == self.epoch else 0
-        if self.shuffle_seed is None and self.rank >= len(self.source.labels):
-            yield self._empty()
-            return
         requests = self._requests()[first:]
         for i, (views, labels) in enumerate(self.source.read(requests, self.augment), first):
             self._yielded = i + 1
@@ -182,11 +181,6 @@ class Batches:
             requests.append(Request(order[start : start + self.batch_size], seeds))
         return requests
 
-    def _empty(self) -> Batch:
-        """A batch (0, C, H, W) for a device without images: evaluation waits for every device."""
-        views, labels = next(iter(self.source.read([Request(torch.tensor([0]), [])], None)))
-        return views[0][:0].to(self.device), labels[:0].to(self.device)
-
     def _position(self, i: int) -> int:
         """Of this device's i-th batch among all of the epoch."""
         return i * self.world_size + self.rank
@@ -206,6 +200,14 @@ class Batches:
         """Randomness as a function of (seed, epoch) and a position in the epoch."""
         epoch = 0 if self.same_epoch else self.epoch
         return zlib.crc32(repr((self.shuffle_seed, epoch, *position)).encode())
+
+
+class _Unshuffled(SequentialSampler):
+    """Tells Lightning that each epoch has the same order, and passes the epoch on."""
+
+    def __init__(self, batches: Batches) -> None:
+        super().__init__(batches.source.labels)
+        self.set_epoch = batches.set_epoch
 
 
 def same_seed(seeds: Iterable[int]) -> int:

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from repvgg.arguments import check_integer, check_number, refusal
 from repvgg.augment import by_batch, by_image, random_affine
 from repvgg.batches import Stored
 from repvgg.datamodule import ImageData
-from repvgg.folder import Files, Shards, find, has_shards, read_contents, store
-from repvgg.images import fit
+from repvgg.folder import Files, Shards, has_shards, read_contents, store
+from repvgg.images import MOST_PIXELS, fit
 from repvgg.model import DataContract, to_float
+from repvgg.scan import has_part, hold_out, read_parts
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -81,12 +81,13 @@ def cifar100(*, root: str, **options: Any) -> ImageData:
     """CIFAR-100: 60,000 photographs of 32x32 pixels in a hundred classes (A. Krizhevsky, 2009).
 
     Args:
-        root: a folder with train/ and test/, one folder of images for each class in both; or one
-            with the files of the authors, which are downloaded there, and checked, if they are
-            missing.
+        root: a folder with train/ and test/, one folder of images for each class in both, and val/
+            too if there is one; or one with the files of the authors, which are downloaded there,
+            and checked, if they are missing.
         options: augment, padding and erase, of `repvgg.augment.by_batch`; holdout, the share of the
-            training images, by class, that validates; num_workers, processes that decode a folder
-            of images; batch_size, views, mixup, cutmix, repeats and seed, of `ImageData`.
+            training images, by class, that validates where there is no val/; num_workers, processes
+            that decode a folder of images; batch_size, views, mixup, cutmix, repeats and seed, of
+            `ImageData`.
 
     Raises:
         ValueError: a value is outside its range, or the data cannot be read.
@@ -108,6 +109,7 @@ def imagefolder(
     erase: float = 0.0,
     num_workers: int | None = None,
     skip_unreadable: bool = False,
+    max_pixels: int | None = None,
     in_memory: bool = False,
     holdout: float = 0.05,
     cache_size: str = "100GB",
@@ -115,7 +117,9 @@ def imagefolder(
 ) -> ImageData:
     """Any folder of images, ImageNet too: train/, val/ and test/, each with one folder a class.
 
-    Without val/, some training images validate; without test/, the validation images test.
+    Without val/ (or valid/, validation/), some training images validate. Without test/, the
+    validation images test. A folder of classes without train/ is training images. What is an image
+    is decided by its extension; see `repvgg.scan`.
 
     Args:
         root: the folder; or one that `scripts/write_shards.py` made of it, also as s3://... or
@@ -128,7 +132,9 @@ def imagefolder(
         mean, std: by channel, of images in [0, 1].
         augment, erase: of the training images: see `repvgg.augment.by_image`.
         num_workers: processes that decode; None takes as many as there are processors, at most 8.
-        skip_unreadable: take another image in the place of one that cannot be read.
+        skip_unreadable: take another image in the place of one that cannot be read, and leave out
+            files of formats that cannot be read here.
+        max_pixels: an image of more pixels is an error; None takes 178,956,970, Pillow's limit.
         in_memory: decode all images once, fitted to `image_size`: for small ones. They are varied
             by the batch, as in `repvgg.augment.by_batch`.
         holdout: share of the training images, by class, that validates where val/ is missing.
@@ -151,27 +157,40 @@ def imagefolder(
     if root is None:
         raise ValueError("data.root is missing: type data.root=FOLDER, with train/ and val/")
     root = root if "://" in root else str(Path(root).expanduser())
-    workers = _count_workers(num_workers)
+    if max_pixels is None:
+        max_pixels = MOST_PIXELS
+    check_integer("data.max_pixels", max_pixels, minimum=1, example=MOST_PIXELS)
+    check_number("data.holdout", holdout, below=1, example=0.05)
     reading: dict[str, Any] = {
         "evaluate": functools.partial(
             fit, size=(size, size), interpolation=interpolation, resize=resize_size
         ),
-        "num_workers": workers,
+        "num_workers": _count_workers(num_workers),
         "skip_unreadable": skip_unreadable,
+        "max_pixels": max_pixels,
     }
     sources: dict[str, Any]
     in_shards = has_shards(root)
     if in_shards:
         sources, classes = _read_shards(root, cache_size, reading)
+        said: dict[str, Any] = {"origins": {part: f"shards in {part}/" for part in sources}}
     else:
-        parts, classes = _read_folder(Path(root), holdout)
-        sources = {part: Files(*files, **reading) for part, files in parts.items()}
+        parts = read_parts(Path(root), holdout, skip_unreadable=skip_unreadable)
+        classes = parts.classes
+        sources = {part: Files(*files, **reading) for part, files in parts.files.items()}
+        said = {"origins": parts.origins, "notes": parts.notes}
     whole = (image_size, image_size)
     if in_memory:
         if in_shards or size != image_size:
             raise refusal("data.in_memory", True, "is for folders and one size of images", "false")
         sources = {
-            part: store(files.paths, files.labels, whole, num_workers=workers)
+            part: store(
+                files.paths,
+                files.labels,
+                whole,
+                num_workers=reading["num_workers"],
+                max_pixels=max_pixels,
+            )
             for part, files in sources.items()
         }
         variation: Any = by_batch(augment, padding=image_size // 8, erase=erase, size=image_size)
@@ -186,24 +205,15 @@ def imagefolder(
         interpolation=interpolation,
         resize_size=None if in_memory else resize_size,
     )
-    test = sources.get("test", sources["val"])
-    return ImageData(sources["train"], sources["val"], test, contract, augment=variation, **options)
-
-
-def _read_folder(
-    folder: Path, holdout: float
-) -> tuple[dict[str, tuple[list[Path], Tensor]], list[str]]:
-    """Paths and labels of each part, and the classes."""
-    paths, labels, classes = find(folder / "train")
-    held_out = [part for part in ("val", "test") if (folder / part).is_dir()]
-    if not held_out:
-        raise ValueError(f"data.root={folder}: holds neither val/ nor test/ beside train/")
-    parts = {part: find(folder / part, classes)[:2] for part in held_out}
-    if "val" not in parts:
-        kept, held = _hold_out(labels, holdout)
-        parts["val"] = [paths[row] for row in held.tolist()], labels[held]
-        paths, labels = [paths[row] for row in kept.tolist()], labels[kept]
-    return {"train": (paths, labels), **parts}, classes
+    return ImageData(
+        sources["train"],
+        sources["val"],
+        sources.get("test"),
+        contract,
+        augment=variation,
+        **said,
+        **options,
+    )
 
 
 def _read_shards(
@@ -238,17 +248,23 @@ def _cifar(
     check_integer("data.padding", padding, minimum=0, maximum=16, example=4)
     variation = by_batch(augment, padding=padding, erase=erase, size=32)
     folder = Path(root).expanduser()
-    if (folder / "train").is_dir():
+    sources: dict[str, Stored]
+    if has_part(folder, "train"):
+        parts = read_parts(folder, holdout)
+        classes = parts.classes
         workers = _count_workers(num_workers)
-        paths, labels, classes = find(folder / "train")
-        train = store(paths, labels, (32, 32), num_workers=workers)
-        test = store(*find(folder / "test", classes)[:2], (32, 32), num_workers=workers)
+        sources = {
+            part: store(*files, (32, 32), num_workers=workers)
+            for part, files in parts.files.items()
+        }
+        said: dict[str, Any] = {"origins": parts.origins, "notes": parts.notes}
     else:
         train, test, classes = _read_cifar(name, folder)
-    kept, held = _hold_out(train.labels, holdout)
-    val = Stored(train.images[held], train.labels[held])
-    train = Stored(train.images[kept], train.labels[kept])
-    pixels = to_float(train.images)
+        kept, held = hold_out(train.labels, holdout)
+        train, val = (Stored(train.images[rows], train.labels[rows]) for rows in (kept, held))
+        sources = {"train": train, "val": val, "test": test}
+        said = {"origins": {"val": "held out of the training images"}}
+    pixels = to_float(sources["train"].images)
     contract = DataContract(
         classes=classes,
         in_channels=3,
@@ -257,7 +273,15 @@ def _cifar(
         std=tuple(pixels.std((0, 2, 3)).tolist()),
         interpolation="bilinear",
     )
-    return ImageData(train, val, test, contract, augment=variation, **options)
+    return ImageData(
+        sources["train"],
+        sources["val"],
+        sources.get("test"),
+        contract,
+        augment=variation,
+        **said,
+        **options,
+    )
 
 
 def _read_cifar(name: str, folder: Path) -> tuple[Stored, Stored, list[str]]:
@@ -286,20 +310,13 @@ def _read_cifar(name: str, folder: Path) -> tuple[Stored, Stored, list[str]]:
     return train, test, list(parts[0].classes)
 
 
-def _hold_out(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Rows that train and rows that validate: a share of each class, the same for every seed."""
-    check_number("data.holdout", share, below=1, example=0.05)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        of_class = order[labels[order] == label]
-        held[of_class[: max(1, round(share * len(of_class)))]] = True
-    if held.all():
-        raise ValueError("data.holdout: no training image is left in any class; add a folder val/")
-    return (~held).nonzero().flatten(), held.nonzero().flatten()
-
-
 def _count_workers(given: int | None) -> int:
     if given is not None:
         return check_integer("data.num_workers", given, minimum=0, example=4)
-    return min(8, len(os.sched_getaffinity(0)))
+    if hasattr(os, "process_cpu_count"):  # Python 3.13
+        count = os.process_cpu_count()
+    elif hasattr(os, "sched_getaffinity"):  # Linux
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count()
+    return min(8, count or 1)

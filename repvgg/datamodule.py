@@ -1,5 +1,6 @@
 """The data module: sources of images become batches, on each device its own, normalized there."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -16,7 +17,7 @@ class ImageData(L.LightningDataModule):
     """Images to train, validate and test on.
 
     Args:
-        train, val, test: the sources.
+        train, val, test: the sources; without `test` the validation images test.
         contract: what the images are; its mean and std normalize them.
         batch_size: images in a batch, of each device.
         augment: of the training images, of the kind that their source takes; None is off.
@@ -28,6 +29,12 @@ class ImageData(L.LightningDataModule):
         repeats: how often an image stands in a batch, each time in another augmentation (Hoffer et
             al., 2020, arXiv:1901.09335).
         seed: of the order and the augmentation of the training data.
+        origins: where the images of "train", "val" and "test" come from, for the reader.
+        notes: lines for the reader on what else was found.
+
+    Attributes:
+        has_test: whether there are test images. False where the validation images test, which
+            chose the checkpoint.
 
     Raises:
         ValueError: a value is outside its range, or two views would be equal.
@@ -37,7 +44,7 @@ class ImageData(L.LightningDataModule):
         self,
         train: Source,
         val: Source,
-        test: Source,
+        test: Source | None,
         contract: DataContract,
         *,
         batch_size: int,
@@ -47,10 +54,16 @@ class ImageData(L.LightningDataModule):
         cutmix: float = 0.0,
         repeats: int = 1,
         seed: int = 0,
+        origins: Mapping[str, str] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        self.train, self.val, self.test = train, val, test
+        self.train, self.val = train, val
+        self.has_test = test is not None
+        self.test = val if test is None else test
         self.contract = contract
+        self.origins = origins or {}
+        self.notes = list(notes)
         self.batch_size = check_integer("data.batch_size", batch_size, minimum=1, example=64)
         self.augment = augment
         self.views = check_integer("rdrop_views", views, minimum=1, maximum=2, example=2)
@@ -71,6 +84,7 @@ class ImageData(L.LightningDataModule):
         self.seed = check_integer("seed", seed, minimum=0, example=0)
         self.check_batch(batch_size)
         self._normalize = Normalize(contract.mean, contract.std)
+        self._moved: tuple[Source, Stored] | None = None  # the training images, on a GPU
 
     def check_batch(self, size: int) -> None:
         """Refuse a batch of all devices together that is larger than the data.
@@ -85,6 +99,20 @@ class ImageData(L.LightningDataModule):
                 f"data.batch_size={self.batch_size}{devices}: exceeds the {count} training images; "
                 f"type for example data.batch_size={min(64, count * self.batch_size // size)}"
             )
+
+    def summary(self) -> str:
+        """How many images there are, where they come from and what was left out, in short lines."""
+        parts = {"training": self.train, "validation": self.val}
+        if self.has_test:
+            parts["test"] = self.test
+        counted = []
+        for (part, source), key in zip(parts.items(), ("train", "val", "test"), strict=False):
+            origin = f" ({self.origins[key]})" if key in self.origins else ""
+            counted.append(f"{len(source.labels):,} {part}{origin}")
+        lines = [f"{len(self.contract.classes):,} classes, images: {', '.join(counted)}"]
+        if not self.has_test:
+            lines.append("no test images: the validation images test, which choose the checkpoint")
+        return "\n".join([*lines, *self.notes])
 
     def read(self, source: Source, rows: Tensor) -> Batch:
         """Images (N, C, H, W), uint8, as they are evaluated, and labels (N,), of some rows."""
@@ -105,18 +133,15 @@ class ImageData(L.LightningDataModule):
 
     def train_dataloader(self) -> Batches:
         place = self._place()
-        source = self.train
-        if isinstance(source, Stored) and place.get("device") is not None:
-            source = Stored(*(tensor.to(place["device"]) for tensor in source))  # varied there
         return Batches(
-            source,
+            self._move(self.train, place.get("device")),
             batch_size=self.batch_size,
             shuffle_seed=self.seed,
+            same_epoch=bool(self.trainer and self.trainer.overfit_batches),  # type: ignore[attr-defined]
             augment=self.augment,
             views=self.views,
             mix=self.mix,
             repeats=self.repeats,
-            same_epoch=getattr(self.trainer, "overfit_batches", 0) > 0,
             **place,
         )
 
@@ -125,6 +150,24 @@ class ImageData(L.LightningDataModule):
 
     def test_dataloader(self) -> Batches:
         return Batches(self.test, batch_size=self.batch_size, **self._place())
+
+    def teardown(self, stage: str) -> None:
+        """End the worker processes; the next loader starts them anew."""
+        for source in (self.train, self.val, self.test):
+            if hasattr(source, "close"):
+                source.close()
+
+    def _move(self, source: Source, device: torch.device | None) -> Source:
+        """Images in memory are augmented on the GPU that trains, and sent there once."""
+        if device is None or not isinstance(source, Stored):
+            return source
+        if (
+            self._moved is None
+            or self._moved[0] is not source
+            or self._moved[1].images.device != device
+        ):
+            self._moved = source, Stored(*(tensor.to(device) for tensor in source))
+        return self._moved[1]
 
     def _place(self) -> dict[str, Any]:
         """Which of the devices asks, and where it is, if it is a GPU."""

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from repvgg.batches import Request, Stored, same_seed
-from repvgg.images import fit, open_image, to_tensor
+from repvgg.images import MOST_PIXELS, TooManyPixels, fit, open_image, pixel_limit, to_tensor
+from repvgg.workers import Workers
 
 Fit = Callable[[Image.Image], Image.Image]
 Transform = Callable[[Image.Image], Tensor]
+Decoded = tuple[list[Tensor], list[int], list[str]]  # views, rows, failures
 
 
 class Files:
@@ -32,12 +33,14 @@ class Files:
         evaluate: an image as it was decoded -> as it is evaluated, all of one size.
         num_workers: processes that decode; 0 decodes in this one.
         skip_unreadable: takes the next readable image in the place of one that cannot be read.
+        max_pixels: of an image that is read.
 
     Attributes:
         unreadable: files that could not be read so far, of all that were asked for.
 
     Raises, while it is read:
         ValueError: an image cannot be read; the message names it.
+        WorkersDied: worker processes cannot go on; the message says why.
     """
 
     def __init__(
@@ -48,13 +51,17 @@ class Files:
         evaluate: Fit,
         num_workers: int = 0,
         skip_unreadable: bool = False,
+        max_pixels: int = MOST_PIXELS,
     ) -> None:
         self.paths = [str(path) for path in paths]  # lighter to hand to a process than Path
         self.labels = labels
         self.evaluate = evaluate
         self.num_workers = num_workers
         self.skip_unreadable = skip_unreadable
+        self.max_pixels = max_pixels
         self.unreadable: set[str] = set()
+        self._workers: Workers | None = None
+        self._augment: Transform | None = None  # of these workers
 
     def open(self, row: int) -> Image.Image:
         """Decode one image.
@@ -70,27 +77,42 @@ class Files:
     def read(
         self, requests: Sequence[Request], augment: Transform | None
     ) -> Iterator[tuple[list[Tensor], Tensor]]:
-        plan = [
-            [(row, [same_seed((seed, i)) for seed in seeds]) for i, row in enumerate(rows.tolist())]
-            for rows, seeds in requests
-        ]
-        loader: DataLoader = DataLoader(
-            _Images(self, augment),
-            batch_sampler=plan,
-            num_workers=min(self.num_workers, len(plan)),
-            collate_fn=_collate,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_quieten,
-        )
-        for views, labels, failures in loader:
-            for message in failures:
-                if not self.skip_unreadable:
-                    raise ValueError(
-                        f"{message}; mend or delete it, or type data.skip_unreadable=true to take "
-                        "another image in its place"
-                    )
-                self.unreadable.add(message)
-            yield views, labels
+        for views, rows, failures in self.decode(requests, augment):
+            if failures and not self.skip_unreadable:
+                raise ValueError(
+                    f"{failures[0]}; mend or delete it, or type data.skip_unreadable=true to take "
+                    "another image in its place"
+                )
+            if not views:
+                raise ValueError(f"none of the images can be read: {failures[0]}")
+            self.unreadable.update(failures)
+            if torch.cuda.is_available():
+                views = [view.pin_memory() for view in views]
+            yield views, self.labels[rows]
+
+    def decode(self, requests: Sequence[Request], augment: Transform | None) -> Iterator[Decoded]:
+        """As `read`, with what could not be read, and rows in place of labels."""
+        tasks = ((rows.tolist(), seeds) for rows, seeds in requests)
+        if self.num_workers:
+            return self._start_workers(augment).map(tasks)
+        return map(_Decode(self, augment), tasks)
+
+    def close(self) -> None:
+        """End the worker processes, which otherwise wait for the next epoch."""
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
+
+    def _start_workers(self, augment: Transform | None) -> Workers:
+        """Those that are there, unless they augment otherwise; without seeds nobody augments."""
+        stale = augment is not None and augment is not self._augment
+        if self._workers is None or self._workers.closed or stale:
+            self._augment = augment
+            self._workers = Workers(_Decode(self, augment), self.num_workers)
+        return self._workers
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_workers": None, "_augment": None}
 
 
 class Shards(Files):
@@ -104,7 +126,7 @@ class Shards(Files):
         labels: (N,), int64.
         shard_size: images in a shard.
         cache_size: what fetched shards may take on the disk, as in "100GB".
-        options: evaluate, num_workers, skip_unreadable, of `Files`.
+        options: evaluate, num_workers, skip_unreadable, max_pixels, of `Files`.
     """
 
     TOGETHER = 8  # shards whose images are mixed
@@ -117,6 +139,9 @@ class Shards(Files):
         self.shard_size = shard_size
         self.cache_size = cache_size
         self._shards: Any = None  # opened by the process that reads
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_shards": None}
 
     def open(self, row: int) -> Image.Image:
         if self._shards is None:
@@ -133,27 +158,40 @@ class Shards(Files):
         return torch.cat(windows)
 
 
-class _Images(Dataset):
-    """What a worker does: (row, seeds) -> views (C, H, W) each, label, failures."""
+class _Decode:
+    """What a worker does: a request -> views (N, C, H, W) each, the rows that it read, failures."""
 
     def __init__(self, files: Files, augment: Transform | None) -> None:
         self.files = files
         self.augment = augment
 
-    def __getitem__(self, item: tuple[int, list[int]]) -> tuple[list[Tensor], int, list[str]]:
-        row, seeds = item
+    def __call__(self, task: tuple[list[int], list[int]]) -> Decoded:
+        rows, view_seeds = task
+        images: list[list[Tensor]] = []
+        taken: list[int] = []
         failures: list[str] = []
+        with pixel_limit(self.files.max_pixels):
+            for i, row in enumerate(rows or [0]):  # the size of no images is that of the first
+                seeds = [same_seed((seed, i)) for seed in view_seeds]
+                chosen, variants = self._read(row, seeds, failures)
+                if not variants:
+                    return [], [], failures
+                taken.append(chosen)
+                images.append(variants)
+        count = len(rows)
+        views = [torch.stack(same)[:count] for same in zip(*images, strict=True)]
+        return views, taken[:count], failures
+
+    def _read(self, row: int, seeds: list[int], failures: list[str]) -> tuple[int, list[Tensor]]:
         count = len(self.files.labels)
         for chosen in ((row + shift) % count for shift in range(count)):
             try:
-                image = self.files.open(chosen)
-            except ValueError as error:  # raised here, it would be a stack trace of a worker
-                failures.append(" ".join(str(error).split()))
+                return chosen, self._views(self.files.open(chosen), seeds)
+            except ValueError as error:
+                failures.append(_say(error))
                 if not self.files.skip_unreadable:
-                    return [], 0, failures
-                continue
-            return self._views(image, seeds), int(self.files.labels[chosen]), failures
-        return [], 0, failures
+                    break
+        return row, []
 
     def _views(self, image: Image.Image, seeds: list[int]) -> list[Tensor]:
         if self.augment is None or not seeds:
@@ -166,23 +204,11 @@ class _Images(Dataset):
         return views
 
 
-def _collate(
-    items: list[tuple[list[Tensor], int, list[str]]],
-) -> tuple[list[Tensor], Tensor, list[str]]:
-    failures = [message for *_, messages in items for message in messages]
-    if not all(views for views, *_ in items):
-        return [], torch.empty(0), failures
-    views = [torch.stack(same) for same in zip(*(views for views, *_ in items), strict=True)]
-    return views, torch.tensor([label for _, label, _ in items]), failures
-
-
-def _quieten(worker: int) -> None:
-    """Ctrl-C reaches every process; the main one finishes its step and ends the others."""
-    import signal
-
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _say(error: ValueError) -> str:
+    """In one line."""
+    if isinstance(error, TooManyPixels):
+        return f"{error}; pass data.max_pixels={error.pixels} to allow it"
+    return " ".join(str(error).split())
 
 
 CONTENTS = "contents.json"  # beside the shards: classes, labels of each part, images in a shard
@@ -235,56 +261,13 @@ def _litdata() -> Any:
     return litdata
 
 
-def find(
-    folder: Path, classes: Sequence[str] | None = None
-) -> tuple[list[Path], Tensor, list[str]]:
-    """List the images of a folder with one folder a class.
-
-    Args:
-        classes: those of the training images; None takes the folders that are there.
-
-    Returns:
-        paths in order, labels (N,), and the classes in the order of the labels.
-
-    Raises:
-        ValueError: the folder is missing, holds no images, fewer than two classes, an empty class,
-            or one that `classes` lacks.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"data.root: there is no folder {folder}")
-    names = sorted(
-        path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
-    if classes is None and len(names) < 2:
-        held = f"one class alone, {names[0]}" if names else "no folders of classes"
-        raise ValueError(f"data.root: {folder} holds {held}; it needs one folder for each class")
-    if unknown := [name for name in names if classes is not None and name not in classes]:
-        listed = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
-        raise ValueError(
-            f"data.root: {folder} holds classes that the training images lack: {listed}; remove "
-            "these folders, or add images of them to train/"
-        )
-    classes = list(classes or names)
-    known = Image.registered_extensions()
-    paths: list[Path] = []
-    labels: list[int] = []
-    for name in names:
-        found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in known)
-        if not found:
-            raise ValueError(
-                f"data.root: {folder / name} holds no images; known are .jpg, .png ..."
-            )
-        paths += found
-        labels += [classes.index(name)] * len(found)
-    if not paths:
-        raise ValueError(f"data.root: {folder} holds no images of the classes {', '.join(classes)}")
-    return paths, torch.tensor(labels), classes
-
-
 def store(
-    paths: Sequence[Path | str], labels: Tensor, size: tuple[int, int], *, num_workers: int = 0
+    paths: Sequence[Path | str], labels: Tensor, size: tuple[int, int], **options: Any
 ) -> Stored:
     """Decode all images into memory, fitted to one size.
+
+    Args:
+        options: num_workers and max_pixels, of `Files`.
 
     Raises:
         ValueError: images cannot be read; the message counts them and names the first.
@@ -293,15 +276,19 @@ def store(
         paths,
         labels,
         evaluate=functools.partial(fit, size=size),
-        num_workers=num_workers,
         skip_unreadable=True,
+        **options,
     )
     rows = torch.arange(len(labels)).split(256)
-    read = files.read([Request(part, []) for part in rows], None)
-    parts = [views[0] for views, _ in read if views]
-    if files.unreadable:
+    parts: list[Tensor] = []
+    unreadable: set[str] = set()
+    for views, _, failures in files.decode([Request(part, []) for part in rows], None):
+        parts += views
+        unreadable.update(failures)
+    files.close()
+    if unreadable:
         raise ValueError(
-            f"{len(files.unreadable)} of {len(paths)} images cannot be read, the first: "
-            f"{min(files.unreadable)}; mend or delete them"
+            f"{len(unreadable)} of {len(paths)} images cannot be read, the first: "
+            f"{min(unreadable)}; mend or delete them"
         )
     return Stored(torch.cat(parts), labels)

@@ -3,15 +3,84 @@
 Fitted to a size as everywhere in the field: the shorter side is scaled, then the centre is cut out.
 """
 
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from torch import Tensor
 
 MODES = {1: "L", 3: "RGB"}  # by the number of channels
+MOST_PIXELS = 178_956_970  # of an image that Pillow opens
+
+# Of what Pillow registers: no pictures, and pictures that it draws with other software alone.
+NO_PICTURES = {".bufr", ".grib", ".h5", ".hdf", ".iim", ".mpeg", ".mpg", ".palm", ".pdf"}
+NEED_MORE = {".emf", ".eps", ".ps", ".wmf"}
+FOREIGN = {".dcm", ".exr", ".heic", ".heif", ".hif", ".jxl", ".psb", ".svg", ".svgz", ".xcf"}
+FOREIGN |= {".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".nef", ".nrw", ".orf", ".pef"}  # raw
+FOREIGN |= {".raf", ".raw", ".rw2", ".sr2", ".srf", ".srw"}
+OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # not in every Pillow
+SIGNATURES = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|BM....\0\0\0\0|RIFF....WEBP|II\*\0|MM\0\*|8BPS"
+    rb"|\0\0\0\x0cjP  |....ftyp(avi|hei|hev|mif|msf)",
+    re.DOTALL,
+)
+
+
+class TooManyPixels(ValueError):  # noqa: N818 - a kind of ValueError
+    """An image is larger than is allowed.
+
+    Attributes:
+        pixels: of the image.
+    """
+
+    def __init__(self, name: str, pixels: int, limit: int) -> None:
+        super().__init__(f"{name}: has {pixels:,} pixels, more than {limit:,}")
+        self.pixels = pixels
+
+
+def extensions() -> tuple[set[str], set[str]]:
+    """Of images that can be read here, and of images that cannot: `.jpg`, ...; `.heic`, ..."""
+    known = Image.registered_extensions()  # a plugin may have added to them
+    missing = {
+        extension
+        for extension, kind in known.items()
+        if kind in OPTIONAL and not features.check(OPTIONAL[kind])
+    }
+    readable = set(known) - NO_PICTURES - NEED_MORE - missing
+    return readable, (NEED_MORE | FOREIGN | missing) - readable
+
+
+def looks_like_image(path: Path) -> bool:
+    """Whether a file begins as one of the usual kinds of images."""
+    try:
+        with path.open("rb") as file:
+            return SIGNATURES.match(file.read(16)) is not None
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def pixel_limit(count: int) -> Iterator[None]:
+    """Allow images of so many pixels, in place of Pillow's limit. Pillow keeps one per process."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = count / 2  # type: ignore[assignment]  # it warns here, fails at twice
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def printable(path: Path | str) -> str:
+    """A path of bytes that are not UTF-8 cannot be printed as it is."""
+    return str(path).encode(errors="backslashreplace").decode()
 
 
 def open_image(path: Path | BinaryIO, channels: int = 3, *, name: str | None = None) -> Image.Image:
@@ -25,16 +94,21 @@ def open_image(path: Path | BinaryIO, channels: int = 3, *, name: str | None = N
         name: of the image in messages; None takes the path.
 
     Raises:
+        TooManyPixels: it is larger than Pillow's limit, or that of `pixel_limit`.
         ValueError: the file is damaged or no image, or nothing says how bright its pixels are.
     """
-    name = str(path) if name is None else name
+    name = printable(str(path) if name is None else name)
     if channels not in MODES:
         raise ValueError(f"the network takes {channels} channels, image files have 1 or 3")
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
             image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        limit = int(2 * (Image.MAX_IMAGE_PIXELS or 0))
+        numbers = re.findall(r"\d+", str(error))
+        raise TooManyPixels(name, int(numbers[0]) if numbers else 0, limit) from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{name}: cannot be read as an image: {error}") from error
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         pixels = np.asarray(image).astype(np.uint32).clip(0, 65535)

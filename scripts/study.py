@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from repvgg.batches import Augmentation, Stored
 from repvgg.data import digits
-from repvgg.folder import find, store
+from repvgg.folder import store
 from repvgg.images import open_image
 from repvgg.model import DataContract, to_float
 from repvgg.normalizations import is_normalization
+from repvgg.scan import find
 
 Row = dict[str, Any]
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from repvgg import cli
 from repvgg.arguments import check_integer
-from repvgg.folder import CONTENTS, find, write_shards
+from repvgg.folder import CONTENTS, write_shards
+from repvgg.scan import has_part, read_parts
 
 DEFAULTS: dict[str, Any] = {"root": None, "out": None, "shard_size": 1024}
 
@@ -24,19 +25,17 @@ def main(settings: dict[str, Any]) -> None:
     size = check_integer("shard_size", settings["shard_size"], minimum=1, example=1024)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"out={out}: is not empty; give a new folder")
-    if not (root / "val").is_dir():
+    if not has_part(root, "val"):
         raise ValueError(f"root={root}: has no val/; shards are validated on images of their own")
-    paths, labels, classes = find(root / "train")
-    parts = {"train": (paths, labels)}
-    parts |= {
-        part: find(root / part, classes)[:2] for part in ("val", "test") if (root / part).is_dir()
-    }
-    for part, (paths, labels) in parts.items():
+    parts = read_parts(root, 0.05)
+    for part, (paths, labels) in parts.files.items():
         write_shards(paths, labels, out / part, shard_size=size)
         print(f"{part}: {len(paths)} images")
+    for line in parts.notes:
+        print(line)
     contents = {
-        "classes": classes,
-        "labels": {part: labels.tolist() for part, (_, labels) in parts.items()},
+        "classes": parts.classes,
+        "labels": {part: labels.tolist() for part, (_, labels) in parts.files.items()},
         "shard_size": size,
     }
     (out / CONTENTS).write_text(json.dumps(contents))

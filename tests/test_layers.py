@@ -9,10 +9,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"arguments", "reparam", "losses", "rdrop", "verify", "benchmark", "runs", "memory", "copying"}
-    | {"bytecode", "kinds", "standins"},
-    {"reading", "ranges", "layouts", "images", "files", "flags", "proxies", "passing"},
-    {"patching"},
-    {"tracing", "batches", "rewriting"},
+    | {"bytecode", "kinds", "standins", "batches"},
+    {"reading", "ranges", "layouts", "images", "files", "flags", "proxies", "passing"}
+    | {"workers"},
+    {"patching", "scan"},
+    {"tracing", "rewriting"},
     {"dataflow", "folder"},
     {"normalizations"},
     {"linear"},

@@ -1,0 +1,354 @@
+"""Which images a folder holds: train/, val/ and test/, each with one folder for each class.
+
+What is an image is decided by its extension, in `repvgg.images.extensions`. Hidden files and files
+of other kinds are left out and counted, links to folders are followed, and a file that looks like
+an image but cannot be read here is an error: nothing is dropped in silence.
+"""
+
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from repvgg.arguments import check_number, refusal
+from repvgg.images import extensions, looks_like_image, printable
+
+NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+HIDDEN = ("__macosx", "thumbs.db", "desktop.ini", "@eadir")  # and what begins with a dot
+
+
+class Tally:
+    """What was found beside the images.
+
+    Attributes:
+        left_out: number of files and folders by their kind.
+        links: to folders, which were followed.
+        unreadable: files that look like images but cannot be read here.
+    """
+
+    def __init__(self) -> None:
+        self.left_out: Counter[str] = Counter()
+        self.links = 0
+        self.unreadable: list[Path] = []
+        self._readable, self._foreign = extensions()
+        self._no_images: set[str] = set()  # other extensions whose first file was looked into
+
+    def check(self, *, skip_unreadable: bool = False) -> None:
+        """Raise ValueError for files that look like images, or leave them out like others."""
+        if self.unreadable and not skip_unreadable:
+            count = len(self.unreadable)
+            raise ValueError(
+                f"data.root: {count} {'file looks' if count == 1 else 'files look'} like images "
+                f"but cannot be read here, the first: {printable(self.unreadable[0])}; convert to "
+                ".jpg or .png, move away, or pass data.skip_unreadable=true to leave out"
+            )
+
+    def lines(self) -> list[str]:
+        """For the reader, at most two."""
+        kinds = self.left_out + Counter(_extension(path.name) for path in self.unreadable)
+        lines = []
+        if kinds:
+            counted = (f"{count:,} {_plural(kind, count)}" for kind, count in sorted(kinds.items()))
+            lines.append(f"left out: {', '.join(counted)}")
+        if self.links:
+            lines.append(f"followed: {self.links:,} {_plural('linked folder', self.links)}")
+        return lines
+
+    def is_image(self, entry: os.DirEntry) -> bool:
+        """Whether a file can be read as an image; any other is counted."""
+        extension = _extension(entry.name)
+        known = extension in self._readable
+        if not entry.is_file():
+            if not entry.is_symlink() or not (known or extension in self._foreign):
+                self.left_out["broken link" if entry.is_symlink() else "special file"] += 1
+                return False
+        elif known:
+            return True
+        elif extension not in self._foreign and (
+            extension in self._no_images or not looks_like_image(Path(entry.path))
+        ):
+            self.left_out[extension] += 1
+            if extension.startswith("."):
+                self._no_images.add(extension)
+            return False
+        self.unreadable.append(Path(entry.path))
+        return False
+
+
+class Parts(NamedTuple):
+    """The images of a folder.
+
+    Attributes:
+        files: paths and labels (N,) by part: train, val and, if there is one, test.
+        classes: in the order of the labels.
+        origins: where the images of each part come from, for the reader.
+        notes: lines for the reader about what else was found.
+    """
+
+    files: dict[str, tuple[list[Path], Tensor]]
+    classes: list[str]
+    origins: dict[str, str]
+    notes: list[str]
+
+
+def read_parts(folder: Path, holdout: float, *, skip_unreadable: bool = False) -> Parts:
+    """List the images of train/, val/ and test/, or of classes without train/.
+
+    Args:
+        holdout: share of the training images that validates where there is no val/.
+        skip_unreadable: leaves out files that look like images but cannot be read here.
+
+    Raises:
+        ValueError: the folder is not as described, or holds images that cannot be read here.
+    """
+    tally = Tally()
+    folders = find_parts(folder, tally)
+    paths, labels, classes = find(folders["train"], tally=tally)
+    files = {"train": (paths, labels)}
+    origins = {"train": _place(folders["train"], folder)}
+    for part in ("val", "test"):
+        if part in folders:
+            files[part] = find(folders[part], classes, tally=tally)[:2]
+            origins[part] = _place(folders[part], folder)
+    tally.check(skip_unreadable=skip_unreadable)
+    notes = []
+    for part in files.keys() - {"train"}:
+        held = set(files[part][1].tolist())
+        if lacking := [name for label, name in enumerate(classes) if label not in held]:
+            notes.append(f"without images in {origins[part]}: {_first(lacking)}")
+    if "val" not in files:
+        kept, out = hold_out(labels, holdout)
+        files["train"], files["val"] = (
+            ([paths[row] for row in rows.tolist()], labels[rows]) for rows in (kept, out)
+        )
+        origins["val"] = f"held out of {origins['train']}"
+        notes += note_single(labels, classes)
+    return Parts(files, classes, origins, notes + tally.lines())
+
+
+def has_part(folder: Path, part: str) -> bool:
+    """Whether a folder of images for "train", "val" or "test" lies in a folder."""
+    names = NAMES[part]
+    return folder.is_dir() and any(
+        path.name.casefold() in names and path.is_dir() for path in folder.iterdir()
+    )
+
+
+def find_parts(folder: Path, tally: Tally) -> dict[str, Path]:
+    """The folders of train, val and test; the folder itself trains if it holds classes.
+
+    Raises:
+        ValueError: it holds neither train/ nor classes, or two folders for one part.
+    """
+    where = f"data.root={printable(folder)}"
+    _check_name(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{where}: there is no such folder")
+    inside = _folders(folder, Tally())
+    found: dict[str, Path] = {}
+    for part, names in NAMES.items():
+        same = [path for path in inside if path.name.casefold() in names]
+        if len(same) > 1:
+            listed = " and ".join(f"{path.name}/" for path in same)
+            raise ValueError(f"{where}: holds {listed}, which mean the same; keep one of them")
+        if same:
+            found[part] = same[0]
+    if "train" in found:
+        others = [path for path in inside if path not in found.values()]
+        tally.left_out.update(f"folder {path.name}/" for path in others[:3])
+        tally.left_out.update("other folder" for _ in others[3:])
+        return found
+    counts = {path: sum(map(Tally().is_image, _entries(path)[1])) for path in inside}
+    if len(counts) > 1 and all(counts.values()) and not found:
+        return {"train": folder}
+    listed = ", ".join(
+        f"{printable(path.name)}/ ({count:,} images)" for path, count in list(counts.items())[:5]
+    )
+    held = (
+        f"found {listed}{', ...' if len(counts) > 5 else ''}" if counts else "it holds no folders"
+    )
+    nested = [path for path in inside if has_part(path, "train")]
+    advice = f"pass data.root={nested[0]}" if nested else "give it one folder for each class"
+    raise ValueError(f"{where}: there is no folder train/; {held}; {advice}")
+
+
+def find(
+    folder: Path, classes: Sequence[str] | None = None, *, tally: Tally | None = None
+) -> tuple[list[Path], Tensor, list[str]]:
+    """List the images of a folder with one folder a class.
+
+    Args:
+        classes: those of the training images; None takes the folders that are there.
+        tally: counts what else is found; None raises for files that look like images but cannot
+            be read here.
+
+    Returns:
+        paths in order, labels (N,), and the classes in the order of the labels, their letters
+        composed (Unicode's NFC).
+
+    Raises:
+        ValueError: the folder is missing, holds no images, fewer than two classes, an empty class,
+            or one that `classes` lacks.
+    """
+    counted = tally or Tally()
+    where = f"data.root: {printable(folder)}"
+    if not folder.is_dir():
+        raise ValueError(f"data.root: there is no folder {printable(folder)}")
+    named: dict[str, Path] = {}
+    for path in _folders(folder, counted):
+        _check_name(path)
+        name = unicodedata.normalize("NFC", path.name)
+        if name in named:
+            raise ValueError(
+                f"{where} holds two folders named {name}, with composed and decomposed letters; "
+                "put their images into one"
+            )
+        named[name] = path
+    names = sorted(named)
+    if classes is None and len(names) < 2:
+        held = f"one class alone, {names[0]}" if names else "no folders of classes"
+        raise ValueError(f"{where} holds {held}; it needs one folder for each class")
+    if unknown := [name for name in names if classes is not None and name not in classes]:
+        cases = {name.casefold(): name for name in classes or ()}
+        meant = cases.get(unknown[0].casefold())
+        advice = f"rename {unknown[0]} to {meant}, or " if meant else ""
+        raise ValueError(
+            f"{where} holds classes that the training images lack: {_first(unknown)}; {advice}"
+            "remove these folders, or add images of them to train/"
+        )
+    classes = list(classes or names)
+    paths: list[Path] = []
+    labels: list[int] = []
+    for name in names:
+        before, unreadable = counted.left_out.copy(), len(counted.unreadable)
+        found = _walk(str(named[name]), (), counted)
+        if not found:
+            only = Tally()
+            only.left_out = counted.left_out - before
+            only.unreadable = counted.unreadable[unreadable:]
+            beside = "".join(f" ({line})" for line in only.lines())
+            raise ValueError(
+                f"data.root: {printable(named[name])} holds no images that can be read here"
+                f"{beside}; add some, or remove the folder"
+            )
+        paths += found
+        labels += [classes.index(name)] * len(found)
+    if not paths:
+        raise ValueError(f"{where} holds no images of the classes {_first(classes)}")
+    if tally is None:
+        counted.check()
+    return paths, torch.tensor(labels), classes
+
+
+def hold_out(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Rows that train and rows that validate: a share of each class, the same for every seed.
+
+    At least one image of each class trains, and at least one validates if it has two.
+
+    Raises:
+        ValueError: the share is not in (0, 1), or no class has two images.
+    """
+    check_number("data.holdout", share, below=1, example=0.05)
+    if share == 0:
+        raise refusal("data.holdout", share, "no image would be left to validate", 0.05)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    counts = labels.unique(return_counts=True)[1].tolist()
+    by_class = order[labels[order].argsort(stable=True)].split(counts)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for rows in by_class:
+        held[rows[: min(max(1, round(share * len(rows))), len(rows) - 1)]] = True
+    if not held.any():
+        raise ValueError("data.holdout: each class has one image alone; add a folder val/")
+    return (~held).nonzero().flatten(), held.nonzero().flatten()
+
+
+def note_single(labels: Tensor, classes: Sequence[str]) -> list[str]:
+    """A line on classes too small to be divided."""
+    counts = labels.bincount(minlength=len(classes)).tolist()
+    single = [name for name, count in zip(classes, counts, strict=True) if count == 1]
+    return [f"trains on its one image, without validation: {_first(single)}"] if single else []
+
+
+def _walk(folder: str, trail: tuple[str, ...], tally: Tally) -> list[Path]:
+    """Images in a folder and below, in the order of their names.
+
+    Args:
+        trail: where the folders above it really lie: a link back to one would never end.
+    """
+    real = os.path.realpath(folder)
+    if any(f"{above}{os.sep}".startswith(f"{real}{os.sep}") for above in trail):
+        tally.left_out["link to a folder above itself"] += 1
+        return []
+    folders, files = _entries(Path(folder), tally)
+    paths = []
+    for entry in sorted(folders + files, key=lambda entry: entry.name):
+        if entry.is_dir():
+            paths += _walk(entry.path, (*trail, real), tally)
+        elif tally.is_image(entry):
+            paths.append(Path(entry.path))
+    return paths
+
+
+def _folders(folder: Path, tally: Tally) -> list[Path]:
+    """Folders in a folder, by name. Its files are counted."""
+    folders, files = _entries(folder, tally)
+    tally.left_out.update({"image outside the folders": sum(map(tally.is_image, files))})
+    tally.left_out = +tally.left_out
+    return sorted(Path(entry.path) for entry in folders)
+
+
+def _entries(folder: Path, tally: Tally | None = None) -> tuple[list, list]:
+    """Folders and files that are not hidden."""
+    tally = tally or Tally()
+    folders: list[os.DirEntry] = []
+    files: list[os.DirEntry] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                is_folder = entry.is_dir()
+                if entry.name.startswith(".") or entry.name.casefold() in HIDDEN:
+                    tally.left_out["hidden folder" if is_folder else "hidden file"] += 1
+                elif is_folder:
+                    tally.links += entry.is_symlink()
+                    folders.append(entry)
+                else:
+                    files.append(entry)
+    except OSError as error:
+        raise ValueError(
+            f"data.root: {printable(folder)} cannot be listed: {error.strerror}"
+        ) from error
+    return folders, files
+
+
+def _check_name(path: Path) -> None:
+    """Names are written into checkpoints and printed."""
+    if printable(path) != str(path):
+        raise ValueError(f"data.root: the name {printable(path)} is not UTF-8; rename the folder")
+
+
+def _place(path: Path, root: Path) -> str:
+    return f"{root.name}/" if path == root else f"{path.name}/"
+
+
+def _extension(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or "file without extension"
+
+
+def _plural(kind: str, count: int) -> str:
+    countable = kind.endswith(("file", "folder", "link")) or kind.startswith("file ")
+    if not countable or count == 1:
+        return kind
+    return kind.replace("file", "files", 1) if kind.startswith("file ") else f"{kind}s"
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f", ... ({len(names)})" if len(names) > 3 else "")

@@ -45,11 +45,10 @@ class Tally:
     def check(self, *, skip_unreadable: bool = False) -> None:
         """Raise ValueError for files that look like images, or leave them out like others."""
         if self.unreadable and not skip_unreadable:
-            count = len(self.unreadable)
             raise ValueError(
-                f"data.root: {count} {'file looks' if count == 1 else 'files look'} like images "
-                f"but cannot be read here, the first: {printable(self.unreadable[0])}; convert to "
-                ".jpg or .png, move away, or pass data.skip_unreadable=true to leave out"
+                "data.root: files that look like images but cannot be read here: "
+                f"{len(self.unreadable):,}, the first: {printable(self.unreadable[0])}; convert "
+                "them to .jpg or .png, move them away, or pass data.skip_unreadable=true"
             )
 
     def lines(self) -> list[str]:
@@ -286,8 +285,9 @@ def _walk(folder: str, trail: tuple[str, ...], tally: Tally) -> list[Path]:
     """
     real = os.path.realpath(folder)
     if any(f"{above}{os.sep}".startswith(f"{real}{os.sep}") for above in trail):
-        tally.left_out["link to a folder above itself"] += 1
+        tally.left_out["link to a folder above"] += 1
         return []
+    tally.links += os.path.islink(folder)
     folders, files = _entries(Path(folder), tally)
     paths = []
     for entry in sorted(folders + files, key=lambda entry: entry.name):
@@ -318,7 +318,6 @@ def _entries(folder: Path, tally: Tally | None = None) -> tuple[list, list]:
                 if entry.name.startswith(".") or entry.name.casefold() in HIDDEN:
                     tally.left_out["hidden folder" if is_folder else "hidden file"] += 1
                 elif is_folder:
-                    tally.links += entry.is_symlink()
                     folders.append(entry)
                 else:
                     files.append(entry)

@@ -44,6 +44,24 @@ def test_devices_together_evaluate_every_image_once():
     assert {len(part) for part in parts} <= {1, 2}
 
 
+def test_the_same_epoch_is_given_again_and_can_be_resumed():
+    def loader(epoch: int, **options) -> Batches:
+        made = Batches(SOURCE, batch_size=4, shuffle_seed=1, augment=noise, **options)
+        made.set_epoch(epoch)
+        return made
+
+    first = [images for images, _ in loader(0)]
+    stopped = loader(3, same_epoch=True)
+    reader = iter(stopped)
+    begun = [next(reader)[0], next(reader)[0]]
+    resumed = loader(3, same_epoch=True)
+    resumed.load_state_dict(stopped.state_dict())
+
+    assert all(map(torch.equal, [*begun, *(images for images, _ in resumed)], first))
+    resumed.sampler.set_epoch(4)
+    assert all(map(torch.equal, [images for images, _ in resumed], first))
+
+
 def test_an_image_is_repeated_in_its_batch_with_noise_of_its_own():
     batches = epoch(repeats=2)
 

@@ -11,7 +11,7 @@ from PIL import Image
 from repvgg.batches import Batches, Request
 from repvgg.data import imagefolder
 from repvgg.folder import Files, Shards, store
-from repvgg.images import fit, open_image, to_tensor
+from repvgg.images import TooManyPixels, fit, open_image, to_tensor
 from repvgg.scan import find
 
 SIZE = (16, 16)
@@ -228,6 +228,7 @@ def test_hidden_folders_are_no_classes(root):
         ({"interpolation": "nearest"}, "data.interpolation='nearest': must be bilinear or bicubic"),
         ({"holdout": 1}, "data.holdout=1"),
         ({"num_workers": -1}, "data.num_workers=-1"),
+        ({"max_pixels": 0}, "data.max_pixels=0: must be an integer of at least 1"),
         ({"skip_unreadable": 1}, "data.skip_unreadable=1: must be true or false"),
         ({"batch_size": 13}, "data.batch_size=13: exceeds the 12 training images"),
         ({"repeats": 0}, "data.repeats=0"),
@@ -242,8 +243,57 @@ def test_a_bad_value_is_refused_with_its_key(options, message, root):
         imagefolder(**{"root": str(root), "batch_size": 4, "num_workers": 0, **options})
 
 
+@pytest.fixture
+def pillow_limit(monkeypatch):
+    """Of Pillow itself: it warns above 100 pixels and fails above 200. Images here have 360."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_larger_images_can_be_allowed(workers, root, pillow_limit):
+    def read(limit: int) -> torch.Tensor:
+        data = imagefolder(
+            root=str(root), batch_size=4, image_size=16, num_workers=workers, max_pixels=limit
+        )
+        batches = torch.cat([images for images, _ in data.train_dataloader()])
+        data.teardown("fit")
+        return batches
+
+    with pytest.raises(
+        ValueError,
+        match=r"jpg: has 360 pixels, more than 359; pass data.max_pixels=360 to allow it",
+    ):
+        read(359)
+    assert read(360).shape == (12, 3, 16, 16)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_larger_images_can_be_allowed_in_memory(root, pillow_limit):
+    data = imagefolder(
+        root=str(root), batch_size=4, image_size=16, num_workers=0, in_memory=True, max_pixels=360
+    )
+
+    assert len(data.train.images) == 12
+
+
+def test_without_a_setting_pillows_limit_holds(root, pillow_limit):
+    with pytest.raises(TooManyPixels, match="has 360 pixels, more than 200"):
+        open_image(root / "train" / "cat" / "0.jpg")
+
+
+def test_where_no_image_can_be_read_one_line_says_so(root):
+    for path in (root / "val").rglob("*.jpg"):
+        truncate(path)
+    source = files(root / "val", skip_unreadable=True)
+
+    with pytest.raises(ValueError, match=r"none of the images can be read: .*0.jpg"):
+        list(Batches(source, batch_size=4))
+
+
 def test_shards_give_the_images_of_the_folder_in_an_order_that_can_be_resumed(root, tmp_path):
     out = tmp_path / "shards"
+    (root / "val").rename(root / "Valid")
+    (root / "train" / "cat" / "._0.jpg").write_bytes(b"")
     done = subprocess.run(
         [sys.executable, SCRIPT, f"root={root}", f"out={out}", "shard_size=5"],
         capture_output=True,
@@ -251,6 +301,7 @@ def test_shards_give_the_images_of_the_folder_in_an_order_that_can_be_resumed(ro
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+    assert "left out: 1 hidden file\n" in done.stdout
     settings = {"batch_size": 4, "image_size": 16, "num_workers": 0}
     plain, data = (imagefolder(root=str(where), **settings) for where in (root, out))
 

@@ -1,27 +1,41 @@
 import copy
+import functools
 import os
+import pickle
+import platform
 import resource
 import signal
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
+from repvgg import callbacks, checkpoint
+from repvgg.batches import WorkersDied
 from repvgg.callbacks import (
     EMA,
     BestCheckpoint,
+    EpochLines,
     Interrupted,
     LastCheckpoint,
     ReestimateBN,
     SaveOnSignal,
     SelfDescribing,
+    Throughput,
     WholeFileIO,
+    num_images,
 )
 from repvgg.data import digits
 from repvgg.datamodule import ImageData
 from repvgg.forms import reestimate_bn
 from repvgg.module import Classifier
+from repvgg.processes import cluster_plugins
 
 MODEL = {
     "name": "repvgg_tiny",
@@ -31,6 +45,7 @@ MODEL = {
     "depths": [1, 1, 1, 1],
     "dropout": 0.2,
 }
+OUTPUT = {"capture_output": True, "text": True, "check": True}
 
 
 def classifier(**noise) -> Classifier:
@@ -47,17 +62,22 @@ def classifier(**noise) -> Classifier:
 
 
 def trainer(
-    folder: Path, *callbacks: L.Callback, epochs: int = 3, accumulate: int = 1, **options: int
+    folder: Path,
+    *callbacks: L.Callback,
+    epochs: int = 3,
+    accumulate: int = 1,
+    environment: Sequence[Any] = (),
+    **options: Any,
 ) -> L.Trainer:
     return L.Trainer(
         max_epochs=epochs,
         accumulate_grad_batches=accumulate,
         accelerator="cpu",
         logger=False,
-        enable_progress_bar=False,
+        enable_progress_bar=any(isinstance(part, EpochLines) for part in callbacks),
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        plugins=[WholeFileIO()],
+        plugins=[WholeFileIO(), *environment],
         callbacks=[*callbacks, BestCheckpoint(folder), LastCheckpoint(folder)],
         **options,
     )
@@ -86,8 +106,17 @@ def uninterrupted(tmp_path_factory) -> list[torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* not empty:UserWarning")
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("step", [0, 3, 4, 7, 9], ids=lambda step: f"step {step} of 5 an epoch")
+@pytest.mark.parametrize(
+    ("step", "signum"),
+    [
+        *((step, signum) for step in (0, 4, 7) for signum in (signal.SIGINT, signal.SIGTERM)),
+        (3, signal.SIGHUP),
+        (9, signal.SIGHUP),
+        (3, signal.SIGUSR1),
+        (9, signal.SIGUSR1),
+    ],
+    ids=str,
+)
 def test_a_run_stopped_by_a_signal_and_resumed_ends_with_the_same_weights(
     step, signum, tmp_path, uninterrupted
 ):
@@ -185,13 +214,106 @@ def test_a_run_that_left_its_best_checkpoint_behind_keeps_a_new_one(tmp_path):
 
 
 def test_signal_handlers_are_given_back(tmp_path):
-    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    stopping = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+    before = [signal.getsignal(s) for s in stopping]
 
     trainer(tmp_path, SaveOnSignal(tmp_path / "last.ckpt"), epochs=1).fit(
         classifier(), datamodule=digits(batch_size=256)
     )
 
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(s) for s in stopping] == before
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_a_launcher_sends_twice_still_saves(signum, tmp_path):
+    last = tmp_path / "last.ckpt"
+
+    with pytest.raises(Interrupted):
+        trainer(tmp_path, SignalAt(3, signum), SignalAt(3, signum), SaveOnSignal(last)).fit(
+            classifier(), datamodule=digits(batch_size=256)
+        )
+
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("signum", "saved"), [(signal.SIGINT, False), (signal.SIGTERM, True)], ids=["Ctrl-C", "SIGTERM"]
+)
+def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_saves(
+    signum, saved, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(callbacks, "AGAIN_AFTER", 0.0)
+    last = tmp_path / "last.ckpt"
+
+    with pytest.raises(Interrupted):
+        trainer(tmp_path, SignalAt(3, signum), SignalAt(3, signum), SaveOnSignal(last)).fit(
+            classifier(), datamodule=digits(batch_size=256)
+        )
+
+    assert last.exists() == saved
+
+
+class FailAt(L.Callback):
+    """Raises an error in a step, after a signal or without one."""
+
+    def __init__(self, error: Exception, *, after_signal: bool) -> None:
+        self.error, self.after_signal = error, after_signal
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if self.after_signal:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "after_signal", "expected"),
+    [
+        (WorkersDied("a worker died"), True, Interrupted),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated."),
+            True,
+            Interrupted,
+        ),
+        (WorkersDied("a worker died"), False, WorkersDied),
+        (KeyError("of the user"), True, KeyError),
+    ],
+)
+def test_workers_that_die_of_a_signal_count_as_the_signal(error, after_signal, expected, tmp_path):
+    fail = FailAt(error, after_signal=after_signal)
+
+    with pytest.raises(expected):
+        trainer(tmp_path, fail, SaveOnSignal(tmp_path / "last.ckpt")).fit(
+            classifier(), datamodule=digits(batch_size=256)
+        )
+
+
+def test_under_slurm_a_signal_saves_once_and_no_other_run_begins_from_it(tmp_path, monkeypatch):
+    numbers = {"NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_ID": "7"}
+    for key, value in numbers.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(b"of another run")
+
+    def fit(folder: Path) -> None:
+        loop = trainer(
+            folder,
+            SignalAt(3, signal.SIGUSR1),
+            SaveOnSignal(folder / "last.ckpt"),
+            default_root_dir=folder,
+            environment=cluster_plugins(),
+        )
+        with pytest.raises(Interrupted, match="SIGUSR1"):
+            loop.fit(classifier(), datamodule=digits(batch_size=256))
+
+    for name in ("first", "second"):
+        fit(tmp_path / name)
+        assert torch.load(tmp_path / name / "last.ckpt", weights_only=True)["global_step"] == 4
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "first",
+        "hpc_ckpt_1.ckpt",
+        "second",
+    ]
 
 
 def test_a_run_keeps_the_best_and_the_last_checkpoint_and_nothing_else(tmp_path):
@@ -253,8 +375,9 @@ def test_every_checkpoint_holds_statistics_without_the_noise(views, every, tmp_p
             reestimate_bn(twin, (images.flatten(0, -4) for images in batches))
             found.append([torch.equal(v, saved[f"net.{k}"]) for k, v in twin.state_dict().items()])
 
-    callbacks = ReestimateBN(), Compare(tmp_path / "each")
-    trainer(tmp_path, *callbacks, check_val_every_n_epoch=every).fit(module, datamodule=data)
+    trainer(
+        tmp_path, ReestimateBN(), Compare(tmp_path / "each"), check_val_every_n_epoch=every
+    ).fit(module, datamodule=data)
 
     assert len(found) == 3
     assert all(map(all, found))
@@ -406,8 +529,189 @@ def test_a_checkpoint_describes_the_average(tmp_path):
 
 
 def test_what_a_killed_process_left_beside_a_checkpoint_goes_with_the_next_save(tmp_path):
-    (tmp_path / ".last.ckpt.4711").write_bytes(b"half of it")
+    child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], **OUTPUT)
+    host = platform.node()
+    (tmp_path / f".last.ckpt.{host}-{int(child.stdout)}-0a").write_bytes(b"half of it")
+    kept = [f".last.ckpt.{host}-{os.getppid()}-0a", ".last.ckpt.elsewhere-4711-0a"]
+    for name in kept:
+        (tmp_path / name).write_bytes(b"of a process that runs, here or on another machine")
 
     WholeFileIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
 
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "last.ckpt"])
+
+
+def test_a_checkpoint_is_not_written_with_storage_options(tmp_path):
+    with pytest.raises(ValueError, match=r"storage_options={'anon': True}: .*leave them out"):
+        WholeFileIO().save_checkpoint({}, tmp_path / "last.ckpt", storage_options={"anon": True})
+
+
+def test_a_remote_path_is_written_as_lightning_writes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    WholeFileIO().save_checkpoint({"step": 1}, "memory://runs/last.ckpt")
+
+    assert WholeFileIO().load_checkpoint("memory://runs/last.ckpt") == {"step": 1}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [{"limit_val_batches": 0}, {"check_val_every_n_epoch": 9}])
+@pytest.mark.parametrize("average", [False, True], ids=["", "EMA"])
+def test_without_validation_the_best_checkpoint_is_the_last(options, average, tmp_path, capsys):
+    averages = [EMA(0.9)] if average else []
+
+    trainer(tmp_path, *averages, epochs=2, **options).fit(
+        classifier(), datamodule=digits(batch_size=256)
+    )
+
+    best, last = (torch.load(tmp_path / f"{name}.ckpt")["state_dict"] for name in ("best", "last"))
+    assert all(torch.equal(best[key], last[key]) for key in last)
+    assert "no validation ran: best.ckpt is the last checkpoint" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_within_an_epoch_is_validated_there(tmp_path):
+    module = classifier()
+
+    trainer(tmp_path, max_steps=7).fit(module, datamodule=digits(batch_size=256))
+
+    best = torch.load(tmp_path / "best.ckpt")
+    assert best["global_step"] == 7
+    assert torch.equal(best["state_dict"]["net.linear.weight"], module.net.linear.weight)
+
+
+def test_a_development_run_saves_nothing(tmp_path):
+    trainer(tmp_path / "run", SaveOnSignal(tmp_path / "last.ckpt"), fast_dev_run=True).fit(
+        classifier(), datamodule=digits(batch_size=256)
+    )
+
+    assert list(tmp_path.rglob("*.ckpt")) == []
+
+
+def test_overfitting_trains_on_the_same_images_in_every_epoch(tmp_path):
+    class Look(L.Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.seen.append(batch[0])
+
+    look = Look()
+    with pytest.warns(UserWarning, match="You requested to overfit"):
+        trainer(tmp_path, look, overfit_batches=2).fit(
+            classifier(), datamodule=digits(batch_size=64)
+        )
+
+    first, second, *rest = look.seen
+    assert len(rest) == 4
+    assert not torch.equal(first, second)
+    assert all(torch.equal(a, b) for a, b in zip(rest, [first, second] * 2, strict=True))
+
+
+class Own(Classifier):
+    """A user's module that brings its own loaders."""
+
+    def train_dataloader(self):
+        return loader(shuffle=True)
+
+    def val_dataloader(self):
+        return loader()
+
+
+class OwnData(L.LightningDataModule):
+    """A user's data module."""
+
+    def train_dataloader(self):
+        return loader(shuffle=True)
+
+    def val_dataloader(self):
+        return loader()
+
+
+def loader(**options) -> DataLoader:
+    images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(images, torch.arange(40) % 10), batch_size=8, **options)
+
+
+SETTINGS = {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4, "num_steps": 10}
+
+
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+@pytest.mark.parametrize("source", ["loaders", "persistent workers", "data module", "module"])
+def test_callbacks_work_with_the_loaders_of_a_user(source, tmp_path):
+    kind = Own if source == "module" else Classifier
+    module = kind(MODEL | {"branch_drop": 0.3}, num_warmup_steps=2, **SETTINGS)
+    workers = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "fork"}
+    options = workers if source == "persistent workers" else {}
+    data = {
+        "loaders": {"train_dataloaders": loader(shuffle=True), "val_dataloaders": loader()},
+        "persistent workers": {
+            "train_dataloaders": loader(shuffle=True, **options),
+            "val_dataloaders": loader(),
+        },
+        "data module": {"datamodule": OwnData()},
+        "module": {},
+    }[source]
+    last = tmp_path / "stopped.ckpt"
+    used = ReestimateBN(16), EMA(0.9), SignalAt(7), SaveOnSignal(last), Throughput(), EpochLines()
+
+    with pytest.raises(Interrupted):
+        trainer(tmp_path, *used).fit(module, **data)
+
+    assert torch.load(last)["global_step"] == 8
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (torch.zeros(5, 3), torch.zeros(5)),
+        [torch.zeros(5, 2, 3), torch.zeros(5, 10)],
+        {"image": torch.zeros(5, 3), "label": torch.zeros(5)},
+        torch.zeros(5, 3),
+        ({"image": torch.zeros(5)}, torch.zeros(1)),
+    ],
+    ids=["pair", "views", "mapping", "tensor", "nested"],
+)
+def test_the_images_of_any_batch_are_counted(batch):
+    assert num_images(batch) == 5
+
+
+def test_the_lines_of_epochs_can_be_disabled_and_enabled(tmp_path, capsys):
+    class Switch(L.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            lines.disable() if trainer.current_epoch == 1 else lines.enable()
+
+    lines = EpochLines()
+    trainer(tmp_path, Switch(), lines).fit(classifier(), datamodule=digits(batch_size=256))
+
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in printed] == ["Epoch 0", "Epoch 2"]
+
+
+def test_callbacks_can_be_handed_to_another_process(tmp_path):
+    describe = functools.partial(checkpoint.describe, config=MODEL)
+    made = [
+        EMA(0.9),
+        SelfDescribing("key", describe),
+        BestCheckpoint(tmp_path),
+        LastCheckpoint(tmp_path),
+        SaveOnSignal(tmp_path / "last.ckpt"),
+        ReestimateBN(),
+        Throughput(),
+        EpochLines(),
+        WholeFileIO(),
+    ]
+
+    copies = pickle.loads(pickle.dumps(made))
+
+    assert [type(part) for part in copies] == [type(part) for part in made]
+
+
+def test_an_average_that_was_pickled_averages_the_same(tmp_path):
+    def average(ema: EMA) -> list[torch.Tensor]:
+        trainer(tmp_path / str(id(ema)), ema, epochs=1).fit(
+            module := classifier(), datamodule=digits(batch_size=256)
+        )
+        return weights(module)
+
+    copied = pickle.loads(pickle.dumps(EMA(0.9)))
+    assert all(map(torch.equal, average(copied), average(EMA(0.9))))

@@ -3,6 +3,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -524,3 +525,47 @@ def test_channels_last_computes_the_same_and_is_saved_the_same():
     torch.manual_seed(0)
     for expected, given in pairs:
         torch.testing.assert_close(given, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_module_is_built_again_from_a_checkpoint(tmp_path):
+    module = plain(rdrop=True, label_smoothing=0.1, optimizer="adamw")
+    trainer = L.Trainer(
+        max_epochs=1,
+        limit_train_batches=2,
+        limit_val_batches=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, datamodule=digits(batch_size=64))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    again = Classifier.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+
+    images = torch.rand(4, 1, 8, 8)
+    assert torch.equal(again.eval()(images), module.eval()(images))
+    assert (again.rdrop, again.label_smoothing, again.optimizer) == (1.0, 0.1, "adamw")
+    assert again.hparams == module.hparams
+
+
+def test_arguments_of_other_types_are_stored_as_plain_values():
+    from omegaconf import OmegaConf
+
+    model = OmegaConf.create(MODEL | {"num_classes": 10})
+    settings = {**SETTINGS, "lr": np.float64(0.1), "num_steps": np.int64(100)}
+
+    stored = dict(Classifier(model, **settings).hparams)
+
+    assert stored["model"] == MODEL | {"num_classes": 10}
+    assert {type(stored[key]) for key in ("lr", "num_steps", "model")} == {float, int, dict}
+    assert type(stored["model"]["strides"]) is list
+
+
+def test_arguments_that_are_not_plain_are_not_stored():
+    from repvgg.module import _plain
+
+    with pytest.raises(TypeError, match="is not a plain value"):
+        _plain({"model": {"dtype": torch.float32}})

@@ -1,0 +1,62 @@
+import os
+import pickle
+import signal
+import threading
+
+import pytest
+
+from repvgg.module import Diverged
+from repvgg.signals import Interrupted, interruptible, stopping
+
+ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
+
+
+@pytest.mark.parametrize("signum", ALL)
+def test_a_signal_interrupts_and_its_handler_is_given_back(signum):
+    before = [signal.getsignal(number) for number in ALL]
+
+    with pytest.raises(Interrupted, match=f"stopped by {signum.name}") as stopped, interruptible():
+        os.kill(os.getpid(), signum)
+
+    assert stopped.value.signum == signum
+    assert [signal.getsignal(number) for number in ALL] == before
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.SIGHUP not in stopping()
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_signals_that_a_system_does_not_have_are_left_out(monkeypatch):
+    monkeypatch.delattr(signal, "SIGHUP")
+    monkeypatch.delattr(signal, "SIGUSR1")
+
+    assert stopping() == [signal.SIGINT, signal.SIGTERM]
+
+
+def test_nothing_is_installed_outside_of_the_main_thread():
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def work() -> None:
+        with interruptible():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+    assert seen == [before]
+
+
+def test_exceptions_of_a_run_can_be_pickled():
+    stopped = pickle.loads(pickle.dumps(Interrupted(15)))
+    diverged = pickle.loads(pickle.dumps(Diverged(4, 0.1, "the loss")))
+
+    assert (str(stopped), stopped.signum) == ("stopped by SIGTERM", 15)
+    assert str(diverged) == str(Diverged(4, 0.1, "the loss"))
+    assert diverged.step == 4

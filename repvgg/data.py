@@ -20,7 +20,7 @@ from repvgg.datamodule import ImageData
 from repvgg.folder import Files, Shards, has_shards, read_contents, store
 from repvgg.images import MOST_PIXELS, fit
 from repvgg.model import DataContract, to_float
-from repvgg.scan import has_part, hold_out, read_parts
+from repvgg.scan import check_name, has_part, hold_out, read_parts
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -157,6 +157,7 @@ def imagefolder(
     if root is None:
         raise ValueError("data.root is missing: type data.root=FOLDER, with train/ and val/")
     root = root if "://" in root else str(Path(root).expanduser())
+    check_name(root)
     if max_pixels is None:
         max_pixels = MOST_PIXELS
     check_integer("data.max_pixels", max_pixels, minimum=1, example=MOST_PIXELS)
@@ -248,6 +249,7 @@ def _cifar(
     check_integer("data.padding", padding, minimum=0, maximum=16, example=4)
     variation = by_batch(augment, padding=padding, erase=erase, size=32)
     folder = Path(root).expanduser()
+    check_name(folder)
     sources: dict[str, Stored]
     if has_part(folder, "train"):
         parts = read_parts(folder, holdout)

@@ -148,8 +148,8 @@ def find_parts(folder: Path, tally: Tally) -> dict[str, Path]:
     Raises:
         ValueError: it holds neither train/ nor classes, or two folders for one part.
     """
-    where = f"data.root={printable(folder)}"
-    _check_name(folder)
+    where = f"data.root={folder}"
+    check_name(folder)
     if not folder.is_dir():
         raise ValueError(f"{where}: there is no such folder")
     inside = _folders(folder, Tally())
@@ -204,7 +204,7 @@ def find(
         raise ValueError(f"data.root: there is no folder {printable(folder)}")
     named: dict[str, Path] = {}
     for path in _folders(folder, counted):
-        _check_name(path)
+        check_name(path)
         name = unicodedata.normalize("NFC", path.name)
         if name in named:
             raise ValueError(
@@ -246,6 +246,16 @@ def find(
     if tally is None:
         counted.check()
     return paths, torch.tensor(labels), classes
+
+
+def check_name(path: Path | str) -> None:
+    """Refuse a name that is not UTF-8: it could not be printed or written into a checkpoint.
+
+    Raises:
+        ValueError: likewise.
+    """
+    if printable(path) != str(path):
+        raise ValueError(f"data.root: the name {printable(path)} is not UTF-8; rename the folder")
 
 
 def hold_out(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -326,12 +336,6 @@ def _entries(folder: Path, tally: Tally | None = None) -> tuple[list, list]:
             f"data.root: {printable(folder)} cannot be listed: {error.strerror}"
         ) from error
     return folders, files
-
-
-def _check_name(path: Path) -> None:
-    """Names are written into checkpoints and printed."""
-    if printable(path) != str(path):
-        raise ValueError(f"data.root: the name {printable(path)} is not UTF-8; rename the folder")
 
 
 def _place(path: Path, root: Path) -> str:

@@ -2,17 +2,21 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 from commands import ROOT, make
 
 from repvgg import workers
+from repvgg.augment import POLICIES
 from repvgg.batches import WorkersDied
 from repvgg.data import imagefolder
+from repvgg.images import open_image
 
 READ = """
 import functools, multiprocessing, os, pathlib, signal, sys, threading
@@ -32,9 +36,13 @@ def signal_group(stop):
             os.killpg(0, number)
 
 def interrupted():
-    noted = set()
+    noted, main = set(), os.getpid()
+
+    def note(number, _):
+        noted.add(number) if os.getpid() == main else os._exit(1)
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: noted.add(number))
+        signal.signal(number, note)
     stop = threading.Event()
     thread = threading.Thread(target=signal_group, args=(stop,))
     thread.start()
@@ -132,6 +140,16 @@ def test_workers_live_from_epoch_to_epoch_and_give_its_order(start_method, root)
     data.teardown("fit")
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_augmentation_can_be_sent_to_a_process(policy, root):
+    data = open_data(root, augment=policy, erase=0.5 * (policy != "none"))
+
+    vary = pickle.loads(pickle.dumps(data.augment))
+
+    assert (vary is None) == (policy == "none")
+    assert vary is None or vary(open_image(data.train.paths[0])).shape == (3, 16, 16)
+
+
 def test_readers_can_take_turns_and_leave_before_the_end(root):
     data = open_data(root, batch_size=1, num_workers=2)
     expected = [
@@ -166,15 +184,19 @@ def test_a_killed_worker_is_told_in_one_line(root):
 
 
 def test_a_worker_that_sends_nothing_is_told_dead(root, monkeypatch):
-    monkeypatch.setattr(workers, "PATIENCE", 0.1)
-    data = open_data(root, batch_size=1)
-    reader = iter(data.train_dataloader())
-    next(reader)
-    for pid in pids(data.train):
-        os.kill(pid, signal.SIGSTOP)
+    monkeypatch.setattr(workers, "PATIENCE", 0.5)
+    monkeypatch.setattr(workers, "GRACE", 0)
+    data = open_data(root)
+    data.augment = stuck
 
     with pytest.raises(WorkersDied, match="has sent no batch for"):
-        list(reader)
+        list(data.train_dataloader())
+
+    assert pids(data.train) == []
+
+
+def stuck(image):
+    threading.Event().wait()
 
 
 def test_an_error_of_a_worker_is_raised_with_where_it_was(root):

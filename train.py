@@ -46,6 +46,7 @@ def train(settings: Settings, config: dict[str, Any], folder: Path) -> None:
 
     from repvgg import callbacks, checkpoint
     from repvgg.batches import WorkersDied
+    from repvgg.datamodule import ImageData
     from repvgg.memory import keep_memory
     from repvgg.model import to_float
     from repvgg.module import Diverged
@@ -64,6 +65,12 @@ def train(settings: Settings, config: dict[str, Any], folder: Path) -> None:
         cutmix=settings.cutmix,
         seed=settings.seed,
     )
+    if not isinstance(data, ImageData):
+        raise ValueError(
+            f"data._target_={settings.data['_target_']}: gives a {type(data).__name__}; must give "
+            "a repvgg.datamodule.ImageData, which says what the images are. Any other "
+            "LightningDataModule trains with repvgg.module.Classifier in a Trainer of your own"
+        )
     model = fit_model(settings.model, data)
     if start is not None and "bn_eps" in start.config:
         model = {"bn_eps": start.config["bn_eps"]} | model
@@ -88,7 +95,7 @@ def train(settings: Settings, config: dict[str, Any], folder: Path) -> None:
     check_batch_of_one(module.net, to_float(images[:1]), data.batch_size)
     prepare(module, settings, to_float(images))
     if processes.rank() == 0:
-        print(describe(settings, module, steps, rate, folder) + begun)
+        print(data.summary(), describe(settings, module, steps, rate, folder) + begun, sep="\n")
         if not trainer.fast_dev_run:
             runs.record(config, folder)
     best = last.with_name("best.ckpt")
@@ -380,13 +387,15 @@ def report_stop(stopped: Any, last: Path) -> NoReturn:
 
 def report(metrics: Any, data: Any, best: Path) -> None:
     """What came out, and what to type next."""
-    for part in (data.train, data.val, data.test):
+    for part in (data.train, data.val, *([data.test] if data.has_test else [])):
         if unreadable := sorted(getattr(part, "unreadable", ())):
             print(f"{len(unreadable)} images could not be read; others took their place:")
             print(*unreadable, sep="\n")
     checkpoint_path = shlex.quote(runs.relative(best))
     if metrics:
-        print(f"test accuracy {metrics['test/accuracy']:.4f}, loss {metrics['test/loss']:.4f}")
+        what = "test accuracy" if data.has_test else "validation accuracy of the checkpoint"
+        why = "" if data.has_test else "; these images chose the checkpoint, there are no others"
+        print(f"{what} {metrics['test/accuracy']:.4f}, loss {metrics['test/loss']:.4f}{why}")
     print(f"checkpoint    {checkpoint_path}")
     print(f"deploy it     python deploy.py ckpt={checkpoint_path}")
 

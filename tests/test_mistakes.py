@@ -72,6 +72,11 @@ def fail(monkeypatch, tmp_path, capfd):
         ("train.py", ["ema=1"], "ema=1: must be a number of at least 0 and below 1"),
         ("train.py", ["compile=maybe"], "compile='maybe': must be true or false"),
         ("train.py", ["optim.base_batch_size=0"], "optim.base_batch_size=0: must be an integer"),
+        (
+            "train.py",
+            ["data._target_=collections.Counter"],
+            "data._target_=collections.Counter: gives a Counter; must give a repvgg.datamodule",
+        ),
         ("train.py", ["data=imagefolder"], "data.root is missing: type data.root=FOLDER"),
         ("train.py", ["data=imagefolder", "data.root=gone"], "there is no folder gone/train"),
         ("train.py", ["experiment=cifar11"], "experiment=cifar11: there is no such choice"),

@@ -171,8 +171,10 @@ def test_the_learning_rate_ends_at_zero_after_the_steps_that_run(switch, steps, 
 
 def test_spawned_processes_train(tmp_path):
     done = subprocess.run(
-        [sys.executable, ROOT / "train.py", *SHORT, "trainer.max_epochs=1", "ema=0.9"]
-        + ["trainer.strategy=ddp_spawn", "trainer.devices=2", "trainer.accelerator=cpu"],
+        [
+            *(sys.executable, ROOT / "train.py", *SHORT, "trainer.max_epochs=1", "ema=0.9"),
+            *("trainer.strategy=ddp_spawn", "trainer.devices=2", "trainer.accelerator=cpu"),
+        ],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -4,6 +4,7 @@ Hydra's grammar cannot take every path, and Hydra and Python tell mistakes in ma
 prepares the one and shortens the other; everything else stays Hydra's.
 """
 
+import contextlib
 import difflib
 import os
 import re
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
+from repvgg import signals
 from repvgg.arguments import refusal
 
 PATH_KEYS = ("ckpt", "out", "init", "resume", "verify", "data.root", "hydra.run.dir")
@@ -102,7 +104,7 @@ def run(
 
     show_traceback = os.environ.get(FULL_ERROR) == "1"
     os.environ[FULL_ERROR] = "1"  # makes Hydra raise its errors instead of printing them
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    end_on_signals()
     try:
         plan = prepare(parse_arguments(sys.argv[1:]))
         sys.argv[1:] = [*plan.arguments.options, *plan.arguments.overrides]
@@ -184,7 +186,7 @@ def script(job: Callable[[dict[str, Any]], None], text: str, defaults: dict[str,
 
     unset = {key: value for key, value in defaults.items() if isinstance(value, Unset)}
     settings = defaults | dict.fromkeys(unset)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    end_on_signals()
     try:
         for argument in sys.argv[1:]:
             if argument in ("-h", "--help"):
@@ -232,9 +234,17 @@ def _parse(argument: str, defaults: dict[str, Any]) -> tuple[str, Any]:
     return key, value
 
 
+def end_on_signals() -> None:
+    """End with 128 + the number of a signal, with what has to be tidied up; Ctrl-C is Python's."""
+    for number in signals.stopping():
+        if number != signal.SIGINT:
+            signal.signal(number, lambda signum, _: sys.exit(128 + signum))
+
+
 def fail(message: str, status: int = 1) -> NoReturn:
     """Print one line on stderr and exit."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # of a terminal that was closed
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from repvgg import cli, lock, processes, runs, schedule
-from repvgg.settings import LearningRate, Settings, scale_learning_rate
+from repvgg.settings import LearningRate, Settings, is_emulated, scale_learning_rate
 
 CONFIG = Path(__file__).absolute().parent / "configs" / "train.yaml"
 MOST_CALIBRATED = 512  # training images that give a deployed network its statistics back
@@ -52,6 +52,12 @@ def train(settings: Settings, config: dict[str, Any], folder: Path) -> None:
     from repvgg.module import Diverged
 
     quieten()
+    if is_emulated(settings.trainer) and processes.rank() == 0:
+        print(
+            "trainer.precision=bf16-mixed: this processor has no instructions for it and emulates "
+            "them, many times slower than 32-true",
+            file=sys.stderr,
+        )
     L.seed_everything(settings.seed, verbose=False)
     describing = callbacks.SelfDescribing(checkpoint.KEY)
     trainer = build_trainer(settings, folder, describing)
@@ -120,6 +126,8 @@ def train(settings: Settings, config: dict[str, Any], folder: Path) -> None:
     for logger in trainer.loggers:
         log_hyperparameters(logger, shown, metrics)
     if processes.rank() == 0:
+        if trainer.checkpoint_callback.best_model_score is None:
+            print("no validation ran: best.ckpt is the last checkpoint")
         report(metrics, data, best)
         show_logs(trainer.loggers, folder)
 
@@ -527,8 +535,6 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
     # Only a resumed run finds its folder in use: `train` refuses any other.
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* not empty")
-    # Batches keep their order without a change of the loader.
-    warnings.filterwarnings("ignore", message=r"You requested to overfit but enabled")
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

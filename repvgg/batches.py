@@ -22,7 +22,7 @@ Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 Mixture = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-class WorkersDied(RuntimeError):  # noqa: N818 - as for `Diverged`
+class WorkersDied(ChildProcessError):  # noqa: N818 - as for `Diverged`
     """Worker processes were killed, hang or have no shared memory left: one line, with advice."""
 
 

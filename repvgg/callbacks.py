@@ -8,7 +8,6 @@ import os
 import platform
 import secrets
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -79,8 +78,6 @@ class BestCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         disabled = trainer.fast_dev_run  # type: ignore[attr-defined]
         if not self.best_model_path and not disabled:
-            if trainer.is_global_zero:
-                print("no validation ran: best.ckpt is the last checkpoint", file=sys.stderr)
             self.best_model_path = self.format_checkpoint_name({})
             trainer.save_checkpoint(self.best_model_path)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -216,12 +215,6 @@ def _check_trainer(trainer: dict[str, Any]) -> None:
             f"must be one of {', '.join(allowed_precisions)} on this device",
             "32-true",
         )
-    if trainer["precision"] == "bf16-mixed" and not (on_gpu or has_bf16()):
-        print(
-            "trainer.precision=bf16-mixed: this processor has no instructions for it and emulates "
-            "them, many times slower than 32-true",
-            file=sys.stderr,
-        )
 
 
 def _check_trainer_keys(trainer: dict[str, Any]) -> None:
@@ -248,8 +241,10 @@ def _check_trainer_keys(trainer: dict[str, Any]) -> None:
             raise refusal(f"trainer.{key}", value, "must be true or false", "true")
 
 
-def has_bf16() -> bool:
-    """Whether this processor computes convolutions in bf16."""
+def is_emulated(trainer: dict[str, Any]) -> bool:
+    """Whether training is to compute in bf16 on a processor that has no instructions for it."""
     import torch
 
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    on_gpu = trainer["accelerator"] != "cpu" and torch.accelerator.is_available()
+    in_bf16 = trainer["precision"] == "bf16-mixed"
+    return in_bf16 and not on_gpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -8,8 +8,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"arguments", "reparam", "losses", "rdrop", "verify", "benchmark", "runs", "memory", "copying"}
-    | {"bytecode", "kinds", "standins", "batches"},
+    {"arguments", "reparam", "losses", "rdrop", "verify", "benchmark", "memory", "copying"}
+    | {"bytecode", "kinds", "standins", "batches", "signals", "processes", "schedule", "metrics"}
+    | {"lock"},
+    {"cli"},
+    {"runs", "settings"},
     {"reading", "ranges", "layouts", "images", "files", "flags", "proxies", "passing"}
     | {"workers"},
     {"patching", "scan"},
@@ -28,21 +31,20 @@ LAYERS = [
     {"recognize"},
     {"module", "data", "callbacks", "checkpoint", "export"},
     {"quantize", "certificate"},
-    {"cli"},
 ]
 FRONTIERS = {
-    "hydra": {"cli"},
+    "hydra": {"cli", "runs"},
     "omegaconf": {"cli", "runs"},
-    "lightning": {"module", "datamodule", "callbacks"},
+    "lightning": {"module", "datamodule", "callbacks", "processes", "settings"},
     "torchvision": {"data", "datamodule", "augment", "zoo"},
-    "torchmetrics": {"module"},
+    "torchmetrics": {"module", "metrics"},
     "onnx": {"export", "quantize"},
     "onnxruntime": {"export", "quantize"},
     "openvino": {"export"},
     "safetensors": {"export", "data", "certificate", "files"},
     "numpy": {"quantize", "images", "files", "recognize", "standins"},
     "PIL": {"images", "folder", "augment"},
-    "filelock": {"data"},
+    "filelock": {"data", "lock"},
     "fsspec": {"folder"},
     "litdata": {"folder"},
 }

@@ -74,11 +74,16 @@ def fail(monkeypatch, tmp_path, capfd):
         ("train.py", ["optim.base_batch_size=0"], "optim.base_batch_size=0: must be an integer"),
         (
             "train.py",
+            ["model=repvgg_tiny", "data.batch_size=1", "model.strides=[2,2,2,2,2]"],
+            "data.batch_size=1: BatchNorm cannot normalize one value for each channel",
+        ),
+        (
+            "train.py",
             ["data._target_=collections.Counter"],
             "data._target_=collections.Counter: gives a Counter; must give a repvgg.datamodule",
         ),
         ("train.py", ["data=imagefolder"], "data.root is missing: type data.root=FOLDER"),
-        ("train.py", ["data=imagefolder", "data.root=gone"], "there is no folder gone/train"),
+        ("train.py", ["data=imagefolder", "data.root=gone"], "data.root=gone: there is no such folder"),
         ("train.py", ["experiment=cifar11"], "experiment=cifar11: there is no such choice"),
         ("train.py", ["resume=auto"], "resume=auto: there is no checkpoints/last.ckpt in runs/"),
         ("train.py", ["trainer.precision=64-true"], "trainer.precision='64-true': must be one of"),

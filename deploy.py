@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from repvgg import cli
-from repvgg.arguments import check_integer, check_number
+from repvgg.checks import check_integer, check_number
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from repvgg.artifact import Artifact, Description
     from repvgg.checkpoint import Checkpoint
-    from repvgg.model import DataContract
+    from repvgg.contract import DataContract
     from repvgg.verify import Predictor, Verdict
 
 CONFIG = Path(__file__).absolute().parent / "configs" / "deploy.yaml"
@@ -174,8 +174,8 @@ def deploy(path: Path, folder: Path, config: dict[str, Any]) -> str:
 
     from repvgg import certificate, checkpoint, verify
     from repvgg.artifact import Description
+    from repvgg.contract import to_float
     from repvgg.forms import deployed_form
-    from repvgg.model import to_float
 
     restored = checkpoint.load(path)
     labelled = bool((restored.probe.labels != checkpoint.UNKNOWN).all())
@@ -450,7 +450,7 @@ def load_sets(config: dict[str, Any], restored: "Checkpoint") -> Sets:
     """
     import torch
 
-    from repvgg.model import to_float
+    from repvgg.contract import to_float
 
     images = to_float(restored.probe.images)
     if config.get("data") is None:

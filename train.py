@@ -46,9 +46,9 @@ def train(settings: Settings, config: dict[str, Any], folder: Path) -> None:
 
     from repvgg import callbacks, checkpoint
     from repvgg.batches import WorkersDied
+    from repvgg.contract import to_float
     from repvgg.datamodule import ImageData
     from repvgg.memory import keep_memory
-    from repvgg.model import to_float
     from repvgg.module import Diverged
 
     quieten()
@@ -306,7 +306,7 @@ def log_hyperparameters(logger: Any, settings: dict[str, Any], metrics: Any) -> 
 def initialize(network: Any, start: Any, data: Any, path: str) -> str:
     """Take over the weights of a checkpoint; a line for the reader that says which did not come."""
     from repvgg import checkpoint
-    from repvgg.model import Normalize, to_float
+    from repvgg.contract import Normalize, to_float
 
     normalize = Normalize(data.contract.mean, data.contract.std)
     images, _ = data.spread(data.train, MOST_CALIBRATED)

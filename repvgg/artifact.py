@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repvgg.arguments import refusal
-from repvgg.model import DataContract, Normalize, to_float
+from repvgg.checks import refusal
+from repvgg.contract import DataContract, Normalize, to_float
 
 METADATA_KEY = "repvgg"
 INPUTS = ("float32", "uint8")

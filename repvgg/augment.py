@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from repvgg.arguments import check_number, refusal
 from repvgg.batches import Augmentation
+from repvgg.checks import check_number, refusal
 from repvgg.folder import Transform
 from repvgg.images import to_tensor
 

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
-from repvgg.arguments import check_number
+from repvgg.checks import check_number
 from repvgg.copying import (
     computes_weights,
     copied,

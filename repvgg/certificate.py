@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from repvgg import verify
+from repvgg.contract import to_float
 from repvgg.export import open_artifact
-from repvgg.model import to_float
 from repvgg.verify import Predictor, Verdict
 
 SUMS = "SHA256SUMS"

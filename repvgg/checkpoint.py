@@ -24,9 +24,10 @@ from torch.nn import functional as F
 
 from repvgg import recognize
 from repvgg.artifact import METADATA_KEY, Description
+from repvgg.contract import DataContract, Normalize, to_float
 from repvgg.files import METADATA, read
 from repvgg.forms import switch_to_deploy
-from repvgg.model import DataContract, Normalize, RepVGG, to_float
+from repvgg.model import RepVGG
 from repvgg.unfold import switch_to_train
 from repvgg.zoo import build_model, imagenet_classes
 

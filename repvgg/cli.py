@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
 from repvgg import signals
-from repvgg.arguments import refusal
+from repvgg.checks import refusal
 
 PATH_KEYS = ("ckpt", "out", "init", "resume", "verify", "data.root", "hydra.run.dir")
 SWEEP = {"-m", "--multirun"}

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from repvgg.arguments import check_integer, check_number, refusal
 from repvgg.augment import by_batch, by_image, random_affine
 from repvgg.batches import Stored
+from repvgg.checks import check_integer, check_number, refusal
+from repvgg.contract import DataContract, to_float
 from repvgg.datamodule import ImageData
 from repvgg.folder import Files, Shards, has_shards, read_contents, store
 from repvgg.images import MOST_PIXELS, fit
-from repvgg.model import DataContract, to_float
 from repvgg.scan import check_name, has_part, hold_out, read_parts
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

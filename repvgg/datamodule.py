@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from repvgg.arguments import check_integer, check_number, refusal
 from repvgg.batches import Batch, Batches, Request, Source, Stored
-from repvgg.model import DataContract, Normalize, to_float
+from repvgg.checks import check_integer, check_number, refusal
+from repvgg.contract import DataContract, Normalize, to_float
 
 
 class ImageData(L.LightningDataModule):

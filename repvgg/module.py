@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassCalibrationError
 
-from repvgg.arguments import check_integer, check_number, refusal
 from repvgg.block import RepVGGBlock
+from repvgg.checks import check_integer, check_number, refusal
 from repvgg.forms import switch_to_deploy
 from repvgg.losses import cross_entropy, rdrop_loss
 from repvgg.metrics import ImageMean

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from repvgg.arguments import check_number, refusal
+from repvgg.checks import check_number, refusal
 from repvgg.images import extensions, looks_like_image, printable
 
 NAMES = {

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from repvgg.arguments import check_integer, check_number, refusal
+from repvgg.checks import check_integer, check_number, refusal
 from repvgg.cli import did_you_mean
 
 # Arguments of lightning.Trainer that train.py sets or cannot honour, and what to type instead.

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from repvgg.arguments import check_integer, check_number, refusal
+from repvgg.checks import check_integer, check_number, refusal
 from repvgg.expand import over_parameterize as expand
 from repvgg.model import RepVGG
 

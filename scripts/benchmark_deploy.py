@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 import repvgg
 from repvgg import cli, export, quantize, verify
-from repvgg.arguments import check_integer, check_number, refusal
 from repvgg.artifact import METADATA_KEY, Description, build_program
 from repvgg.benchmark import count_macs
-from repvgg.model import DataContract
+from repvgg.checks import check_integer, check_number, refusal
+from repvgg.contract import DataContract
 from repvgg.ranges import minmax
 
 DEFAULTS: dict[str, Any] = {

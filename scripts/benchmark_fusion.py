@@ -19,7 +19,7 @@ from torch import nn
 
 import repvgg
 from repvgg import cli, verify
-from repvgg.arguments import check_integer, refusal
+from repvgg.checks import check_integer, refusal
 
 DEFAULTS: dict[str, Any] = {
     "networks": ["resnet18", "resnet34", "resnet50", "resnet152", "mobilenet_v2", "repvgg_a0"],

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from repvgg import cli
-from repvgg.arguments import check_integer, refusal
+from repvgg.checks import check_integer, refusal
 from repvgg.losses import rdrop_loss
 from repvgg.module import Classifier
 from repvgg.rdrop import Noise

@@ -27,8 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import repvgg
 from repvgg import cli
-from repvgg.arguments import check_integer
 from repvgg.block import compile_blocks
+from repvgg.checks import check_integer
 from repvgg.memory import keep_memory
 
 DEFAULTS: dict[str, Any] = {

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from repvgg import checkpoint, cli
-from repvgg.arguments import check_integer, check_integers, check_number, refusal
 from repvgg.benchmark import count_parameters
+from repvgg.checks import check_integer, check_integers, check_number, refusal
+from repvgg.contract import DataContract
 from repvgg.files import read
-from repvgg.model import DataContract
 
 DEFAULTS: dict[str, Any] = {
     "path": None,

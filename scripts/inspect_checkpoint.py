@@ -13,8 +13,8 @@ import numpy as np
 from torch import Tensor
 
 from repvgg import checkpoint, cli, recognize
-from repvgg.arguments import check_integers
 from repvgg.artifact import Description
+from repvgg.checks import check_integers
 from repvgg.files import read
 from repvgg.standins import StandIn
 

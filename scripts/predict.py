@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from repvgg import cli
-from repvgg.arguments import check_integer
+from repvgg.checks import check_integer
+from repvgg.contract import DataContract, to_float
 from repvgg.export import open_artifact
 from repvgg.images import fit, open_image, to_tensor
-from repvgg.model import DataContract, to_float
 
 DEFAULTS: dict[str, Any] = {"model": None, "images": None, "batch_size": 32}
 

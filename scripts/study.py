@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from repvgg.batches import Augmentation, Stored
+from repvgg.contract import DataContract, to_float
 from repvgg.data import digits
 from repvgg.folder import store
 from repvgg.images import open_image
-from repvgg.model import DataContract, to_float
 from repvgg.normalizations import is_normalization
 from repvgg.scan import find
 

@@ -16,14 +16,14 @@ from torch import nn
 
 import repvgg
 from repvgg import checkpoint, cli
-from repvgg.arguments import check_integer, check_number
 from repvgg.artifact import Description
 from repvgg.batches import Stored
 from repvgg.certificate import accuracy
 from repvgg.checkpoint import Checkpoint, Probe
+from repvgg.checks import check_integer, check_number
+from repvgg.contract import DataContract, Normalize, to_float
 from repvgg.datamodule import ImageData
 from repvgg.export import save_safetensors
-from repvgg.model import DataContract, Normalize, to_float
 
 DEFAULTS: dict[str, Any] = {
     "model": "repvgg_tiny",

@@ -23,7 +23,7 @@ from torch.fx.experimental.optimization import fuse as fuse_by_fx
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from repvgg import cli, fuse_conv_bn, verify
-from repvgg.arguments import check_integer, refusal
+from repvgg.checks import check_integer, refusal
 from repvgg.normalizations import is_normalization
 
 DEFAULTS: dict[str, Any] = {

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from repvgg import checkpoint, cli, quantize, verify
-from repvgg.arguments import check_integer, check_number, refusal
 from repvgg.artifact import Description
 from repvgg.certificate import accuracy
+from repvgg.checks import check_integer, check_number, refusal
+from repvgg.contract import to_float
 from repvgg.datamodule import ImageData
 from repvgg.export import build_onnx
 from repvgg.forms import switch_to_deploy
-from repvgg.model import to_float
 from repvgg.ranges import RANGES, Histogram, minmax
 from repvgg.zoo import create_model, list_models
 

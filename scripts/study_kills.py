@@ -30,7 +30,7 @@ import repvgg.callbacks
 import repvgg.data
 import repvgg.module
 from repvgg import cli, runs
-from repvgg.arguments import check_integer, check_number, refusal
+from repvgg.checks import check_integer, check_number, refusal
 
 ROOT = Path(__file__).parents[1]
 DEFAULTS: dict[str, Any] = {

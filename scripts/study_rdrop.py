@@ -28,7 +28,7 @@ import study
 import torch
 
 from repvgg import cli
-from repvgg.arguments import check_integer, check_number, refusal
+from repvgg.checks import check_integer, check_number, refusal
 from repvgg.datamodule import ImageData
 
 DEFAULTS: dict[str, Any] = {

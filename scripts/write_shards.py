@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from repvgg import cli
-from repvgg.arguments import check_integer
+from repvgg.checks import check_integer
 from repvgg.folder import CONTENTS, write_shards
 from repvgg.scan import has_part, read_parts
 

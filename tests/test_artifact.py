@@ -4,7 +4,7 @@ import pytest
 
 from repvgg import artifact
 from repvgg.artifact import Description
-from repvgg.model import DataContract
+from repvgg.contract import DataContract
 
 CONTRACT = DataContract(["a", "b", "c"], 3, [32, 32], [0.4, 0.5, 0.6], [0.2, 0.3, 0.2], "bilinear")
 

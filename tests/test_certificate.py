@@ -9,8 +9,8 @@ import repvgg
 from repvgg import certificate
 from repvgg.artifact import Description, build_program
 from repvgg.certificate import Recorded, judge_rounded
+from repvgg.contract import DataContract, to_float
 from repvgg.export import FORMATS
-from repvgg.model import DataContract, to_float
 
 CONTRACT = DataContract(["a", "b", "c"], 3, [32, 32], [0.4, 0.5, 0.6], [0.2, 0.3, 0.2], "bilinear")
 

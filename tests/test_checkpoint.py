@@ -11,8 +11,8 @@ from networks import relative_error, settle
 import repvgg
 from repvgg import checkpoint, create_model
 from repvgg.artifact import Description
+from repvgg.contract import DataContract
 from repvgg.export import save_safetensors
-from repvgg.model import DataContract
 from repvgg.zoo import build_model
 
 CONFIG = {"name": "repvgg_tiny", "num_classes": 3, "in_channels": 1, "strides": [1, 1, 2, 2, 1]}

@@ -25,9 +25,9 @@ from PIL import Image
 import deploy
 import repvgg
 from repvgg import certificate, export
+from repvgg.contract import DataContract
 from repvgg.data import digits
 from repvgg.export import FORMATS, Format
-from repvgg.model import DataContract
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from torch import nn
 import repvgg
 from repvgg import export
 from repvgg.artifact import METADATA_KEY, Description, build_program
+from repvgg.contract import DataContract
 from repvgg.export import FORMATS, open_artifact
-from repvgg.model import DataContract
 
 CONTRACT = DataContract(["a", "b", "c"], 3, [32, 32], [0.4, 0.5, 0.6], [0.2, 0.3, 0.2], "bilinear")
 PORTABLE = [name for name in FORMATS if name != "aoti"]  # which takes ten seconds to compile

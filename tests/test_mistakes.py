@@ -83,7 +83,11 @@ def fail(monkeypatch, tmp_path, capfd):
             "data._target_=collections.Counter: gives a Counter; must give a repvgg.datamodule",
         ),
         ("train.py", ["data=imagefolder"], "data.root is missing: type data.root=FOLDER"),
-        ("train.py", ["data=imagefolder", "data.root=gone"], "data.root=gone: there is no such folder"),
+        (
+            "train.py",
+            ["data=imagefolder", "data.root=gone"],
+            "data.root=gone: there is no such folder",
+        ),
         ("train.py", ["experiment=cifar11"], "experiment=cifar11: there is no such choice"),
         ("train.py", ["resume=auto"], "resume=auto: there is no checkpoints/last.ckpt in runs/"),
         ("train.py", ["trainer.precision=64-true"], "trainer.precision='64-true': must be one of"),

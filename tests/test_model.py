@@ -15,7 +15,7 @@ import torch
 from networks import relative_error, settle
 
 import repvgg
-from repvgg.model import DataContract
+from repvgg.contract import DataContract
 
 GOLDENS = np.load(Path(__file__).with_name("goldens.npz"))
 

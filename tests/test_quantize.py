@@ -8,9 +8,9 @@ from torch import nn
 
 import repvgg
 from repvgg.artifact import Description
+from repvgg.contract import DataContract
 from repvgg.export import build_onnx, load_onnx, load_openvino
 from repvgg.forms import deployed_form
-from repvgg.model import DataContract
 from repvgg.quantize import layers, measure, quantize, rewrite, run
 from repvgg.ranges import RANGES, minmax
 from repvgg.zoo import build_model

@@ -30,8 +30,8 @@ from PIL import Image
 import repvgg
 from repvgg import RepVGGBlock, checkpoint, cli, create_model
 from repvgg.artifact import Description, build_program
+from repvgg.contract import DataContract
 from repvgg.export import save_safetensors
-from repvgg.model import DataContract
 from repvgg.verify import relative_error
 
 

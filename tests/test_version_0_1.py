@@ -9,8 +9,8 @@ from commands import run
 from networks import relative_error
 
 import repvgg
+from repvgg.contract import to_float
 from repvgg.export import open_artifact
-from repvgg.model import to_float
 
 HELD = Path(__file__).with_name("data") / "version_0_1"
 

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from repvgg import cli, fuse_conv_bn, verify
-from repvgg.arguments import check_integer, refusal
+from repvgg.checks import check_integer, refusal
 from repvgg.normalizations import is_normalization
 from scripts import study
 from scripts.studies import library_networks, paper_networks

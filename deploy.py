@@ -492,7 +492,7 @@ def quantize(
 ) -> tuple[dict[str, Any], Any]:
     """Choose how to round; what the report says of it, and the `onnx.ModelProto`."""
     from repvgg import quantize
-    from repvgg.normalizations import is_never_updated, is_normalization
+    from repvgg.fusion.normalizations import is_never_updated, is_normalization
 
     norms = [module for module in restored.model.modules() if is_normalization(module)]
     if norms and all(is_never_updated(norm) for norm in norms):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from repvgg.block import QARepVGGBlock, RepVGGBlock
     from repvgg.expand import over_parameterize
     from repvgg.forms import reestimate_bn, switch_to_deploy
-    from repvgg.fuse import fuse_conv_bn
+    from repvgg.fusion.fuse import fuse_conv_bn
     from repvgg.model import RepVGG
     from repvgg.unfold import switch_to_train
     from repvgg.zoo import create_model, list_models
@@ -43,7 +43,7 @@ _HOME = {
     "RepVGG": "model",
     "RepVGGBlock": "block",
     "create_model": "zoo",
-    "fuse_conv_bn": "fuse",
+    "fuse_conv_bn": "fusion.fuse",
     "list_models": "zoo",
     "over_parameterize": "expand",
     "reestimate_bn": "forms",

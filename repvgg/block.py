@@ -24,17 +24,17 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from repvgg.checks import check_number
-from repvgg.copying import (
+from repvgg.fusion.copying import (
     computes_weights,
     copied,
     has_computed_weights,
     plain_weights,
     present_value,
 )
-from repvgg.geometry import Geometry, embedding
-from repvgg.linear import Rows, is_linear
-from repvgg.normalizations import is_normalization, read_normalization
-from repvgg.reading import has_own_code
+from repvgg.fusion.foldable import Rows, is_linear
+from repvgg.fusion.geometry import Geometry, embedding
+from repvgg.fusion.normalizations import is_normalization, read_normalization
+from repvgg.fusion.source import has_own_code
 from repvgg.reparam import Affine, bare_affine, bn_affine, identity_kernel, merge, scale_output
 
 KERNEL_SIZE = 3

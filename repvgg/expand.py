@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from repvgg import dataflow, linear
 from repvgg.block import KERNEL_SIZE, RepVGGBlock, conv_geometry, give_geometry
-from repvgg.copying import copied
+from repvgg.fusion import dataflow, foldable
+from repvgg.fusion.copying import copied
+from repvgg.fusion.normalizations import Normalization, is_never_updated, read_normalization
+from repvgg.fusion.surgery import put
 from repvgg.model import RepVGG
-from repvgg.normalizations import Normalization, is_never_updated, read_normalization
 from repvgg.reparam import identity_kernel, pad_kernel
-from repvgg.rewriting import put
 
 
 class RepVGGConv(RepVGGBlock):
@@ -191,7 +191,7 @@ def over_parameterize(model: nn.Module, *, branch_drop: float = 0.0) -> nn.Modul
         if isinstance(bn, _BatchNorm) and bn.training == conv.training:
             reading = read_normalization(bn)
             assert isinstance(reading, Normalization)
-            slot = linear.replacement(bn, reading, 4).train(bn.training)
+            slot = foldable.replacement(bn, reading, 4).train(bn.training)
             put(model, bn, slot)
             if not reading.tail:
                 replaced.add(str(behind))
@@ -224,7 +224,7 @@ def _flows(model: nn.Module) -> list[dataflow.Dataflow]:
 
 def _is_step(module: nn.Module) -> bool:
     """As for fusing, and the blocks that are made here."""
-    return isinstance(module, RepVGGConv) or linear.is_step(module)
+    return isinstance(module, RepVGGConv) or foldable.is_step(module)
 
 
 def _is_called_plainly(name: str, flow: dataflow.Dataflow) -> bool:
@@ -237,8 +237,8 @@ def _is_called_plainly(name: str, flow: dataflow.Dataflow) -> bool:
 def _is_eligible(conv: nn.Conv2d) -> bool:
     stride, dilation, padding = conv.stride, conv.dilation, conv.padding
     return (
-        linear.is_linear(conv)
-        and linear.refusal(conv, values=False) is None
+        foldable.is_linear(conv)
+        and foldable.refusal(conv, values=False) is None
         and conv.kernel_size == (KERNEL_SIZE, KERNEL_SIZE)
         and stride[0] == stride[1]
         and dilation[0] == dilation[1]
@@ -260,7 +260,7 @@ def _bn_behind(
     if set(flow.calls[behind]) != users:
         return None
     bn = modules[behind]
-    if not isinstance(bn, _BatchNorm) or linear.refusal(bn, values=False) is not None:
+    if not isinstance(bn, _BatchNorm) or foldable.refusal(bn, values=False) is not None:
         return None
     reading = read_normalization(bn)
     fits = isinstance(reading, Normalization) and reading.dims in (2, None)

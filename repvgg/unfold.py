@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repvgg.block import QARepVGGBlock, RepVGGBlock, conv_geometry, convolution_like
-from repvgg.copying import copied, plain_weights
-from repvgg.geometry import Geometry, embedding
-from repvgg.linear import is_linear
+from repvgg.fusion.copying import copied, plain_weights
+from repvgg.fusion.foldable import is_linear
+from repvgg.fusion.geometry import Geometry, embedding
+from repvgg.fusion.tracer import has_hooks
 from repvgg.reparam import bare_affine, identity_kernel
-from repvgg.tracing import has_hooks
 
 Model = TypeVar("Model", bound=nn.Module)
 BATCH = 64  # images in a forward

@@ -20,8 +20,8 @@ from repvgg.batches import Augmentation, Stored
 from repvgg.contract import DataContract, to_float
 from repvgg.data import digits
 from repvgg.folder import store
+from repvgg.fusion.normalizations import is_normalization
 from repvgg.images import open_image
-from repvgg.normalizations import is_normalization
 from repvgg.scan import find
 
 Row = dict[str, Any]

@@ -24,7 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from repvgg import cli, fuse_conv_bn, verify
 from repvgg.checks import check_integer, refusal
-from repvgg.normalizations import is_normalization
+from repvgg.fusion.normalizations import is_normalization
 
 DEFAULTS: dict[str, Any] = {
     "out": "docs/fusion",

@@ -263,7 +263,7 @@ def test_computed_weights_have_their_present_value(how, name, in_place):
         for key, parameter in layer.named_parameters():
             if key != "bias":
                 parameter.mul_(1.5)
-    expected = copy.deepcopy(repvgg.copying.copied(block))(IMAGES)
+    expected = copy.deepcopy(repvgg.fusion.copying.copied(block))(IMAGES)
     if in_place:
         block.switch_to_deploy()
         given = block(IMAGES)

@@ -10,6 +10,7 @@ from torch import nn
 
 import repvgg
 from repvgg import fuse_conv_bn
+from repvgg.fusion import FusionReport
 
 
 def images(*shape: int) -> torch.Tensor:
@@ -39,7 +40,7 @@ def conv_bn(*args, dims: int = 2, **options) -> nn.Sequential:
     return nn.Sequential(conv(*args, bias=False, **options), bn(args[1]))
 
 
-def merged(network: nn.Module, x: torch.Tensor) -> tuple[nn.Module, repvgg.folding.FusionReport]:
+def merged(network: nn.Module, x: torch.Tensor) -> tuple[nn.Module, FusionReport]:
     """The fused network, which was held against the given one."""
     network = settle(network).double()
     before = {key: value.clone() for key, value in network.state_dict().items()}

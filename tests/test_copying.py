@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from repvgg.copying import copied, plain_weights, unwrapped
+from repvgg.fusion.copying import copied, plain_weights, unwrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 

@@ -9,7 +9,8 @@ import torch
 from networks import relative_error, settle
 from torch import nn
 
-from repvgg import dataflow, fuse_conv_bn, linear
+from repvgg import fuse_conv_bn
+from repvgg.fusion import dataflow, foldable
 
 
 def images(*shape: int) -> torch.Tensor:
@@ -335,7 +336,7 @@ class Caches(Pair):
 def test_what_a_forward_keeps_does_not_enter_the_next_graph():
     network = settle(Caches())
 
-    flow = dataflow.trace(network, linear.is_step)
+    flow = dataflow.trace(network, foldable.is_step)
 
     for graph in flow.graphs:
         graph.lint()
@@ -369,7 +370,7 @@ def test_parts_that_do_not_run_are_fused_for_themselves():
 def test_the_dataflow_names_the_calls_and_the_reasons():
     network = settle(nn.Sequential(Calls(), Pair()))
 
-    flow = dataflow.trace(copy.deepcopy(network), linear.is_step)
+    flow = dataflow.trace(copy.deepcopy(network), foldable.is_step)
 
     assert {"0.pair.conv", "0.seq.1", "1.bn"} <= set(flow.calls)
     assert flow.untraced == {"0": "it needs a value when it calls __float__"}

@@ -20,7 +20,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import repvgg
 from repvgg import fuse_conv_bn
-from repvgg.normalizations import is_normalization
+from repvgg.fusion import FusionReport
+from repvgg.fusion.normalizations import is_normalization
 
 
 def images(*shape: int) -> torch.Tensor:
@@ -48,7 +49,7 @@ def network(forward, **attributes) -> nn.Module:
     return settle(cls(**attributes)).double()
 
 
-def fused(model: nn.Module) -> tuple[nn.Module, repvgg.folding.FusionReport]:
+def fused(model: nn.Module) -> tuple[nn.Module, FusionReport]:
     found, report = fuse_conv_bn(model)
     assert relative_error(model(X), found(X)) < 1e-12
     return found, report
@@ -965,15 +966,15 @@ def test_images_of_a_wrong_shape_are_an_error():
 
 
 def test_a_wrong_fold_is_named_on_images(monkeypatch):
-    from repvgg import linear
+    from repvgg.fusion import foldable
 
-    absorb = linear.absorb_behind
+    absorb = foldable.absorb_behind
 
     def wrong(value, found):
         kernel, bias = absorb(value, found)
         return type(value)(kernel * 1.001, bias)
 
-    monkeypatch.setattr(linear, "absorb_behind", wrong)
+    monkeypatch.setattr(foldable, "absorb_behind", wrong)
 
     with pytest.raises(ValueError, match="the folded network gives something else on these images"):
         fuse_conv_bn(small(), X.float())

@@ -8,7 +8,7 @@ from networks import relative_error, settle
 from torch import nn
 
 from repvgg import fuse_conv_bn, verify
-from repvgg.normalizations import is_normalization
+from repvgg.fusion.normalizations import is_normalization
 
 
 def count(network: nn.Module) -> int:

@@ -22,7 +22,7 @@ def forms(size: float, damage: float = 0.0):
             if isinstance(block, repvgg.RepVGGBlock):
                 block.branch_3x3.bn.bias.add_(size).round_()
                 block.branch_1x1.bn.bias.sub_(size).round_()
-        reference = repvgg.copying.copied(network).double()
+        reference = repvgg.fusion.copying.copied(network).double()
         folded64 = repvgg.switch_to_deploy(reference)
         folded = repvgg.switch_to_deploy(network)
         folded64.stem.reparam.bias.mul_(1 + damage)

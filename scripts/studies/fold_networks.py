@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from repvgg import cli, fuse_conv_bn, verify
 from repvgg.checks import check_integer, refusal
-from repvgg.normalizations import is_normalization
+from repvgg.fusion.normalizations import is_normalization
 from scripts import study
 from scripts.studies import library_networks, paper_networks
 from scripts.studies.library_networks import UnfitError

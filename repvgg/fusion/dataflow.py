@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from repvgg.bytecode import compares_identities, compares_with_none, names_argument
-from repvgg.copying import copied
-from repvgg.flags import Values
-from repvgg.proxies import UntraceableError
-from repvgg.reading import is_of_torch, read
-from repvgg.tracing import (
+from repvgg.fusion.bytecode import compares_identities, compares_with_none, names_argument
+from repvgg.fusion.copying import copied
+from repvgg.fusion.flags import Values
+from repvgg.fusion.proxies import UntraceableError
+from repvgg.fusion.source import is_of_torch, read
+from repvgg.fusion.tracer import (
     Tracer,
     has_hooks,
     in_a_line,

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from repvgg.copying import copied
-from repvgg.dataflow import uses
-from repvgg.reading import has_own_code
+from repvgg.fusion.copying import copied
+from repvgg.fusion.dataflow import uses
+from repvgg.fusion.source import has_own_code
+from repvgg.fusion.tracer import Tracer, has_hooks, in_a_line
 from repvgg.reparam import bn_affine
-from repvgg.tracing import Tracer, has_hooks, in_a_line
 
 NORMALIZATIONS: dict[type[nn.Module], int | None] = {  # and their dimensions in space; None: any
     nn.BatchNorm1d: 1,

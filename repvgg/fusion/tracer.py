@@ -20,12 +20,12 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from repvgg.bytecode import compares_identities, compares_with_none
-from repvgg.flags import TRACKED, Values, setting, tracked, value_of
-from repvgg.kinds import kind_of
-from repvgg.patching import OWN, flat, genuine, patched
-from repvgg.proxies import UntraceableError, Value, is_value
-from repvgg.reading import is_of_torch
+from repvgg.fusion.bytecode import compares_identities, compares_with_none
+from repvgg.fusion.flags import TRACKED, Values, setting, tracked, value_of
+from repvgg.fusion.kinds import kind_of
+from repvgg.fusion.patching import OWN, flat, genuine, patched
+from repvgg.fusion.proxies import UntraceableError, Value, is_value
+from repvgg.fusion.source import is_of_torch
 
 VAR_ARGUMENTS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 MAX_WAYS = 16  # through one forward, by its decisions

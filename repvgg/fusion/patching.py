@@ -13,11 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from repvgg.proxies import asked_by_torch, is_value
+from repvgg.fusion.proxies import asked_by_torch, is_value
 
 MAX_FUNCTIONS = 2000  # whose names are looked at
 MAX_HELD = 10_000  # things in a list or dictionary of a Python module
-OWN = ("repvgg.tracing", "repvgg.proxies", __name__, "repvgg.kinds", "repvgg.flags")
+OWN = (
+    "repvgg.fusion.tracer",
+    "repvgg.fusion.proxies",
+    __name__,
+    "repvgg.fusion.kinds",
+    "repvgg.fusion.flags",
+)
 _BUILDERS = ("zeros", "ones", "empty", "rand", "randn", "full", "tensor")  # of torch, from sizes
 _RESHAPES = ("expand", "view", "reshape", "repeat")  # of constant tensors
 _QUERIES: tuple[tuple[types.ModuleType, Callable[[], bool]], ...] = (

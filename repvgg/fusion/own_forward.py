@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import fx, nn
 
-from repvgg import linear
-from repvgg.bytecode import code_of, is_decorated
-from repvgg.dataflow import Dataflow, Flags, describe, erase, is_transparent, shared_copy
-from repvgg.flags import (
+from repvgg.fusion import foldable
+from repvgg.fusion.bytecode import code_of, is_decorated
+from repvgg.fusion.dataflow import Dataflow, Flags, describe, erase, is_transparent, shared_copy
+from repvgg.fusion.flags import (
     alternatives,
     held_values,
     other_callables,
@@ -18,9 +18,9 @@ from repvgg.flags import (
     setting,
     value_of,
 )
-from repvgg.reading import is_of_torch
-from repvgg.rewriting import Case
-from repvgg.tracing import Tracer, has_hooks
+from repvgg.fusion.source import is_of_torch
+from repvgg.fusion.surgery import Case
+from repvgg.fusion.tracer import Tracer, has_hooks
 
 OUTSIDE = ("placeholder", "output")
 MAX_CASES = 8  # graphs of one forward
@@ -30,7 +30,7 @@ def thin_children(owner: nn.Module) -> set[nn.Module]:
     """Children of anybody's class that only call layers in a row: they are seen through."""
     thin: set[nn.Module] = set()
     for module in reversed(list(owner.modules())):
-        if module is owner or is_of_torch(module) or linear.is_step(module):
+        if module is owner or is_of_torch(module) or foldable.is_step(module):
             continue
         if type(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
             thin.add(module)
@@ -99,7 +99,7 @@ class OwnForward:
         steps = {
             twin.get_submodule(path)
             for path, module in self.owner.named_modules()
-            if linear.is_step(module)
+            if foldable.is_step(module)
         }
         tries = {twin.get_submodule(path): values for path, values in flags.items()}
         tracer = Tracer(steps, flags=tries, tensors=True)

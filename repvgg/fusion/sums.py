@@ -14,19 +14,19 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from repvgg import linear
-from repvgg.bytecode import is_decorated
-from repvgg.dataflow import Dataflow, Flags, uses
-from repvgg.flags import (
+from repvgg.fusion import foldable
+from repvgg.fusion.batchnorms import FusionReport
+from repvgg.fusion.bytecode import is_decorated
+from repvgg.fusion.dataflow import Dataflow, Flags, uses
+from repvgg.fusion.flags import (
     global_flags,
 )
-from repvgg.folding import FusionReport
-from repvgg.geometry import POOLS, embedding, read_geometry, read_subsampling, small_kernel
-from repvgg.normalizations import is_normalization, read_normalization
-from repvgg.own_forward import OwnForward, thin_children
+from repvgg.fusion.geometry import POOLS, embedding, read_geometry, read_subsampling, small_kernel
+from repvgg.fusion.normalizations import is_normalization, read_normalization
+from repvgg.fusion.own_forward import OwnForward, thin_children
+from repvgg.fusion.surgery import give_forward, put
+from repvgg.fusion.tracer import has_hooks
 from repvgg.reparam import Affine, merge
-from repvgg.rewriting import give_forward, put
-from repvgg.tracing import has_hooks
 
 ADDITIONS = (add, iadd, torch.add, "add", "add_")
 
@@ -109,7 +109,7 @@ def merge_sums(
         name: of the module in it.
         values: kernels in float64 that were rounded in `model`, by name; the merged ones are added.
         report: what is left, and why, is added to `unmerged`.
-        of_values: as `values` in `repvgg.linear.refusal`.
+        of_values: as `values` in `repvgg.fusion.foldable.refusal`.
         flags: those with which `flow` was made.
 
     Returns:
@@ -219,7 +219,7 @@ class _Sums:
             group = self._compatible([b for b in branches if b.source is source])
             if len(group) < 2 or self._is_disturbed(root, nodes, group):
                 continue
-            accumulates = any(linear.may_overwrite(node, None) for node in nodes)
+            accumulates = any(foldable.may_overwrite(node, None) for node in nodes)
             if accumulates and len(group) < len(branches):  # it would keep the first one's dtype
                 continue
             if not self._is_guarded(group):
@@ -268,7 +268,7 @@ class _Sums:
         calls = self.flow.calls.get(path, [])
         within = bool(calls) and all(self._is_own(call, path) for call in calls)
         known = read_geometry(module) is not None
-        known = known and linear.refusal(module, values=self.of_values) is None
+        known = known and foldable.refusal(module, values=self.of_values) is None
         if not within or not known or self.calls[module] != 1 or path in self.flow.reached:
             return itself
         return Branch(term, source, node, module, path, step)
@@ -285,7 +285,7 @@ class _Sums:
         """Whether a step only refuses inputs of the wrong rank."""
         return (
             node.op == "call_module"
-            and type(self.owner.get_submodule(str(node.target))) is linear.Rows
+            and type(self.owner.get_submodule(str(node.target))) is foldable.Rows
         )
 
     def _compatible(self, group: list[Branch]) -> list[Branch]:
@@ -318,7 +318,7 @@ class _Sums:
             module = None
             if node.op == "call_module":
                 module = self.owner.get_submodule(str(node.target))
-            if isinstance(module, linear.Rows) or not linear.may_overwrite(node, module):
+            if isinstance(module, foldable.Rows) or not foldable.may_overwrite(node, module):
                 continue
             if node in nodes:
                 if not self._is_fresh(node.args[0], nodes):
@@ -363,7 +363,7 @@ class _Sums:
         )
         biases = [getattr(b.module, "bias", None) for b in group]
         trains = any(isinstance(b, nn.Parameter) and b.requires_grad for b in biases)
-        kernel = linear.in_format_of(old.weight, total.kernel)
+        kernel = foldable.in_format_of(old.weight, total.kernel)
         conv.weight = nn.Parameter(kernel, old.weight.requires_grad)
         conv.bias = nn.Parameter(total.bias.to(old.weight), trains)
         self.totals[main.name] = total
@@ -412,10 +412,10 @@ def _num_taps(branch: Branch) -> int:
 
 def _plain(cls: type[nn.Module]) -> Any:
     """Torch's own class of a convolution."""
-    return next(base for base in linear.CONVOLUTIONS if issubclass(cls, base))
+    return next(base for base in foldable.CONVOLUTIONS if issubclass(cls, base))
 
 
 def _is_augmented(node: fx.Node) -> bool:
     """Whether a step is x += y, or another of its kind."""
     home = getattr(node.target, "__module__", "")
-    return home == "_operator" and linear.may_overwrite(node, None)
+    return home == "_operator" and foldable.may_overwrite(node, None)

@@ -1,7 +1,7 @@
 """Which modules are affine maps that may be changed, and how they are read and written.
 
 A module is judged by what it does: a subclass of a convolution that brings no code of its own is
-one. Normalizations are read in `repvgg.normalizations`.
+one. Normalizations are read in `repvgg.fusion.normalizations`.
 """
 
 import operator
@@ -13,16 +13,16 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-from repvgg.normalizations import (
+from repvgg.fusion.normalizations import (
     Normalization,
     is_never_updated,
     is_normalization,
     read_normalization,
 )
-from repvgg.reading import has_own_code, is_of_torch
+from repvgg.fusion.source import has_own_code, is_of_torch
+from repvgg.fusion.tracer import has_hooks
 from repvgg.reparam import Affine, bare_affine, scale_input, scale_output
 from repvgg.reparam import transpose_kernel as transpose
-from repvgg.tracing import has_hooks
 
 Linear = _ConvNd | nn.Linear
 

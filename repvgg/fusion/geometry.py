@@ -12,8 +12,8 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from repvgg import linear
-from repvgg.normalizations import is_normalization, read_normalization
+from repvgg.fusion import foldable
+from repvgg.fusion.normalizations import is_normalization, read_normalization
 from repvgg.reparam import Affine, bare_affine, identity_kernel, scale_output
 
 POOLS = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
@@ -61,7 +61,7 @@ def small_kernel(
         )
         if not same:
             return None
-        return linear.affine(module) if value is None else value
+        return foldable.affine(module) if value is None else value
     if conv.in_channels != conv.out_channels:
         return None
     dims = len(conv.kernel_size)
@@ -84,7 +84,7 @@ def small_kernel(
 def read_geometry(module: nn.Module | None, like: _ConvNd | None = None) -> Geometry | None:
     """How a module moves over its input; None where it is no branch."""
     if isinstance(module, _ConvNd):
-        known = linear.is_linear(module)
+        known = foldable.is_linear(module)
         if isinstance(module, _ConvTransposeNd) or not known:
             return None
         size, stride, dilation = module.kernel_size, module.stride, module.dilation

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from repvgg.bytecode import in_message
+from repvgg.fusion.bytecode import in_message
 
 
 class UntraceableError(ValueError):

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from repvgg.bytecode import code_of
+from repvgg.fusion.bytecode import code_of
 
 MAX_TRIES = 24  # settings of one module that are tried
 MANY = 32  # more indices than a network has outputs

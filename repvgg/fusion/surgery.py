@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from repvgg.flags import expression
+from repvgg.fusion.flags import expression
 
 Case = tuple[tuple[tuple[str, Any], ...], fx.Graph]  # values of attributes, and the graph they give
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from repvgg.kinds import is_finite_number
+from repvgg.fusion.kinds import is_finite_number
 
 _NOTHING = ("contiguous", "clone", "detach")
 _DROPOUTS = (

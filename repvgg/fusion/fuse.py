@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor, fx, nn
 
-from repvgg import branches, dataflow, linear, verify
-from repvgg.copying import copied, plain_weights, require_images, require_network, unwrapped
-from repvgg.flags import Values, settings_to_try
-from repvgg.folding import Folding, FusionReport
-from repvgg.normalizations import is_normalization, read_once
+from repvgg import verify
+from repvgg.fusion import dataflow, foldable, sums
+from repvgg.fusion.batchnorms import Folding, FusionReport
+from repvgg.fusion.copying import copied, plain_weights, require_images, require_network, unwrapped
+from repvgg.fusion.flags import Values, settings_to_try
+from repvgg.fusion.normalizations import is_normalization, read_once
+from repvgg.fusion.surgery import put
+from repvgg.fusion.tracer import OnlyFollowed, in_a_line
 from repvgg.reparam import Affine
-from repvgg.rewriting import put
-from repvgg.tracing import OnlyFollowed, in_a_line
 from repvgg.verify import SAME
 
 
@@ -19,7 +20,7 @@ def fuse_conv_bn(model: nn.Module, images: Tensor | None = None) -> tuple[nn.Mod
 
     BN(W*x + b) is one convolution (RepVGG, eq. 3), and so is W*BN(x) + b where no border is padded
     with zeros, and a sum of parallel convolutions of one x (section 3.3), x itself among them. What
-    feeds what is read off the forward (`repvgg.dataflow`), never off the order of children: a
+    feeds what is read off the forward (`fusion.dataflow`), never off the order of children: a
     BatchNorm is folded into the convolutions that feed it if all it is ever given comes from them
     and all they ever give goes to it, along every way that the forward may take: by its arguments,
     by sizes and values that it tests, by flags (truth values, texts, numbers) of its modules.
@@ -134,10 +135,10 @@ def _fold_and_merge(
     """Fold pairs and merge sums in turn, until neither finds more."""
     report = FusionReport()
     exact: dict[str, Affine] = {}  # kernels in float64, by the names of their layers
-    flow = dataflow.trace(network, linear.is_step)
+    flow = dataflow.trace(network, foldable.is_step)
     flags = _flags(network, flow)
     if flags:
-        flow = dataflow.trace(network, linear.is_step, flags)
+        flow = dataflow.trace(network, foldable.is_step, flags)
     while True:
         report.untraced.clear()
         report.untraced.update(flow.untraced)
@@ -148,7 +149,7 @@ def _fold_and_merge(
         step = FusionReport()
         kernels = dict(exact)
         Folding(folded, flow, step, kernels, of_values=values).run()
-        after = dataflow.trace(folded, linear.is_step, flags) if step.fused else flow
+        after = dataflow.trace(folded, foldable.is_step, flags) if step.fused else flow
         if not dataflow.equal(flow, after):
             reason = "some forward depends on what would be replaced (its class, or what it says)"
             step = FusionReport(kept={n: step.kept.get(n, reason) for n in _norms(network)})
@@ -177,34 +178,34 @@ def _merge_all(
     """Merge sums of branches in every forward that adds; None where there are none."""
     merged = dataflow.shared_copy(network)
     kernels = dict(exact)
-    sums = [
+    merged_sums = [
         (owner, names)
-        for owner in branches.owners(flow, network)
-        for names in branches.merge_sums(
+        for owner in sums.owners(flow, network)
+        for names in sums.merge_sums(
             merged, owner, flow, kernels, report, of_values=values, flags=flags
         )
     ]
-    if not sums:
+    if not merged_sums:
         return None
-    owners = {owner for owner, _ in sums}
+    owners = {owner for owner, _ in merged_sums}
 
     def trace_around(network: nn.Module) -> dataflow.Dataflow:
         known = {network.get_submodule(owner) for owner in owners}
         return dataflow.trace(
-            network, lambda module: module in known or linear.is_step(module), flags
+            network, lambda module: module in known or foldable.is_step(module), flags
         )
 
     if not dataflow.equal(trace_around(network), trace_around(merged), apart_from=owners):
         report.unmerged.update(dict.fromkeys(owners, "another forward depends on what it is"))
         return None
-    for _, names in sums:
+    for _, names in merged_sums:
         report.merged.append(names)
         for name in names[1:]:
             if report.kept.pop(name, None) is not None:
                 report.fused.append((names[0], name))
     exact.clear()
     exact.update(kernels)
-    return merged, dataflow.trace(merged, linear.is_step, flags)
+    return merged, dataflow.trace(merged, foldable.is_step, flags)
 
 
 def _flags(network: nn.Module, flow: dataflow.Dataflow) -> dict[str, list[Values]]:

@@ -7,13 +7,13 @@ from typing import NamedTuple
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from repvgg import dataflow, linear
-from repvgg.flags import plain_attributes
-from repvgg.normalizations import Normalization, is_normalization, read_normalization
-from repvgg.passing import Passing, read_passing, source_of
+from repvgg.fusion import dataflow, foldable
+from repvgg.fusion.flags import plain_attributes
+from repvgg.fusion.normalizations import Normalization, is_normalization, read_normalization
+from repvgg.fusion.passing import Passing, read_passing, source_of
+from repvgg.fusion.surgery import put
+from repvgg.fusion.tracer import either, elsewhere, exclude_each_other
 from repvgg.reparam import Affine
-from repvgg.rewriting import put
-from repvgg.tracing import either, elsewhere, exclude_each_other
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class Folding:
                         self.report.kept[name] = reason
         for name in self.changed:
             module = self.modules[name]
-            assert linear.is_linear(module)
-            linear.write(module, self.values[name], self.trains.get(name, False))
+            assert foldable.is_linear(module)
+            foldable.write(module, self.values[name], self.trains.get(name, False))
 
     def _fold_behind(self, name: str, found: Normalization) -> str | None:
         """Fold a normalization into all that feeds it; or why not."""
@@ -112,14 +112,14 @@ class Folding:
             module = None if source is None else self.modules[source]
             if feed is None or source is None or not isinstance(module, nn.Linear | _ConvNd):
                 return self._not_a_layer(given if feed is None else [feed.origin])
-            if not linear.is_linear(module):
+            if not foldable.is_linear(module):
                 return f"{source}: {self._refuse(source) or 'it has code of its own'}"
             feeds.setdefault(source, []).append(feed)
         values = {}
         ndims = set()
         for source, ways in feeds.items():
             module = self.modules[source]
-            assert linear.is_linear(module)
+            assert foldable.is_linear(module)
             reason = self._refusal(source, ways) or self._mismatch(module, found, ndim=ways[0].ndim)
             if reason is not None:
                 return f"{source}: {reason}"
@@ -134,8 +134,8 @@ class Folding:
             # The steps in between stay: what goes in must give, behind them, what was normalized.
             shift = found.scale * passing.shift + found.shift - passing.shift
             inner = replace(found, shift=shift / passing.scale)
-            value = linear.absorb_behind(self._value(source), inner)
-            if not linear.fits(module, value):
+            value = foldable.absorb_behind(self._value(source), inner)
+            if not foldable.fits(module, value):
                 return f"{source}: the folded numbers overflow {module.weight.dtype}"
             values[source] = value
         if len(ndims) > 1:
@@ -201,7 +201,7 @@ class Folding:
                 return "it is called with keyword arguments"
             names = {self.flow.called(user) for user in users}
             target = names.pop() if len(names) == 1 else None
-            if target is None or not linear.is_linear(self.modules[target]):
+            if target is None or not foldable.is_linear(self.modules[target]):
                 return "it does not feed a convolution alone"
             if any(self._is_overwritten_between(call, user) for user in users):
                 return "something in between may work in place"
@@ -210,17 +210,17 @@ class Folding:
             return "it feeds several convolutions"
         (target,) = targets
         module = self.modules[target]
-        assert linear.is_linear(module)
+        assert foldable.is_linear(module)
         fed = {user for call in calls for user in dataflow.uses(call)}
         if target in self.flow.reached or self._refuse(target) is not None:
             return "the convolution may not be changed"
-        if set(self.flow.calls[target]) != fed or linear.pads_with_zeros(module):
+        if set(self.flow.calls[target]) != fed or foldable.pads_with_zeros(module):
             return "the convolution has other inputs, or pads its border with zeros"
         channels = getattr(module, "in_channels", getattr(module, "in_features", None))
         if self._mismatch(module, found, channels) is not None:
             return "the convolution does not fit"
-        value = linear.absorb_before(module, self._value(target), found)
-        if not linear.fits(module, value):
+        value = foldable.absorb_before(module, self._value(target), found)
+        if not foldable.fits(module, value):
             return "the folded numbers overflow"
         ndim = self._ndim(module)
         self._take(name, found, calls, {target: value}, ndim, [(name, target)])
@@ -242,7 +242,7 @@ class Folding:
         return self._refuse(source)
 
     def _refuse(self, name: str) -> str | None:
-        return linear.refusal(self.modules[name], values=self.of_values)
+        return foldable.refusal(self.modules[name], values=self.of_values)
 
     def _is_overwritten_between(self, first: fx.Node, last: fx.Node) -> bool:
         """Whether the input of the first step may have changed when the last one runs."""
@@ -251,14 +251,14 @@ class Folding:
             called = self.flow.called(node)
             elsewhere = exclude_each_other(node, first) or exclude_each_other(node, last)
             module = None if called is None else self.modules.get(called)
-            if not elsewhere and linear.may_overwrite(node, module):
+            if not elsewhere and foldable.may_overwrite(node, module):
                 return True
             node = node.next
         return False
 
     def _mismatch(
         self,
-        module: linear.Linear,
+        module: foldable.Linear,
         found: Normalization,
         channels: int | None = None,
         ndim: int | None = None,
@@ -266,7 +266,7 @@ class Folding:
         """Why a normalization does not work on the channels of a convolution."""
         if channels is None:
             channels = getattr(module, "out_channels", getattr(module, "out_features", None))
-        dims = linear.dimensions(module) if ndim is None else ndim - 2
+        dims = foldable.dimensions(module) if ndim is None else ndim - 2
         if found.dims is not None and found.dims != (dims or 1):
             return "the normalization is for inputs of other dimensions"
         if channels != len(found.scale):
@@ -294,7 +294,7 @@ class Folding:
             bias = getattr(old, "bias", None)
             trains = isinstance(bias, nn.Parameter) and bias.requires_grad
             self.trains[source] = self.trains.get(source, False) or trains
-        self.modules[name] = linear.replacement(old, found, ndim)
+        self.modules[name] = foldable.replacement(old, found, ndim)
         put(self.model, old, self.modules[name])
         if not found.tail:
             for call in calls:
@@ -303,12 +303,12 @@ class Folding:
 
     def _value(self, name: str) -> Affine:
         module = self.modules[name]
-        assert linear.is_linear(module)
-        return self.values[name] if name in self.values else linear.affine(module)
+        assert foldable.is_linear(module)
+        return self.values[name] if name in self.values else foldable.affine(module)
 
     def _ndim(self, module: nn.Module) -> int:
-        assert linear.is_linear(module)
-        return 2 + linear.dimensions(module)
+        assert foldable.is_linear(module)
+        return 2 + foldable.dimensions(module)
 
     def _describe(self, nodes: Iterable[fx.Node]) -> str:
         """The steps, for the reader."""

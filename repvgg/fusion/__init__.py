@@ -1,0 +1,9 @@
+"""Fold BatchNorms into convolutions, and merge parallel branches, in any network.
+
+`tracer` follows a network's forward, `dataflow` finds its layers, `batchnorms` and `sums` change
+them, `fuse` does all of it.
+"""
+
+from repvgg.fusion.fuse import FusionReport, fuse_conv_bn
+
+__all__ = ["FusionReport", "fuse_conv_bn"]

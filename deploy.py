@@ -175,7 +175,7 @@ def deploy(path: Path, folder: Path, config: dict[str, Any]) -> str:
     from repvgg import certificate, checkpoint, verify
     from repvgg.artifact import Description
     from repvgg.contract import to_float
-    from repvgg.forms import deployed_form
+    from repvgg.models.forms import deployed_form
 
     restored = checkpoint.load(path)
     labelled = bool((restored.probe.labels != checkpoint.UNKNOWN).all())
@@ -390,7 +390,7 @@ class Forms(NamedTuple):
         cls, restored: "Checkpoint", network: "nn.Module", description: "Description"
     ) -> "Forms":
         from repvgg.artifact import build_program
-        from repvgg.forms import deployed_form
+        from repvgg.models.forms import deployed_form
 
         plain = replace(description, input="float32")
         double = copy.deepcopy(restored.model).double()

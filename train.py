@@ -325,7 +325,7 @@ def prepare(module: Any, settings: Settings, images: Any) -> None:
     import torch
     from torch import nn
 
-    from repvgg.block import RepVGGBlock, compile_blocks
+    from repvgg.models.block import RepVGGBlock, compile_blocks
     from repvgg.rdrop import find_noise
 
     name = settings.model["name"]

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from repvgg import checkpoint, losses, rdrop, reparam, verify
-    from repvgg.block import QARepVGGBlock, RepVGGBlock
-    from repvgg.expand import over_parameterize
-    from repvgg.forms import reestimate_bn, switch_to_deploy
     from repvgg.fusion.fuse import fuse_conv_bn
-    from repvgg.model import RepVGG
-    from repvgg.unfold import switch_to_train
-    from repvgg.zoo import create_model, list_models
+    from repvgg.models.block import QARepVGGBlock, RepVGGBlock
+    from repvgg.models.forms import reestimate_bn, switch_to_deploy
+    from repvgg.models.multi_branch import switch_to_train
+    from repvgg.models.network import RepVGG
+    from repvgg.models.over_parameterize import over_parameterize
+    from repvgg.models.registry import create_model, list_models
 
 __version__ = "0.1.0"
 
@@ -39,16 +39,16 @@ __all__ = [
 ]
 
 _HOME = {
-    "QARepVGGBlock": "block",
-    "RepVGG": "model",
-    "RepVGGBlock": "block",
-    "create_model": "zoo",
+    "QARepVGGBlock": "models.block",
+    "RepVGG": "models.network",
+    "RepVGGBlock": "models.block",
+    "create_model": "models.registry",
     "fuse_conv_bn": "fusion.fuse",
-    "list_models": "zoo",
-    "over_parameterize": "expand",
-    "reestimate_bn": "forms",
-    "switch_to_deploy": "forms",
-    "switch_to_train": "unfold",
+    "list_models": "models.registry",
+    "over_parameterize": "models.over_parameterize",
+    "reestimate_bn": "models.forms",
+    "switch_to_deploy": "models.forms",
+    "switch_to_train": "models.multi_branch",
 }
 
 

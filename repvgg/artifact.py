@@ -26,7 +26,7 @@ class Description:
     """What a file says of itself beside the weights.
 
     Attributes:
-        config: the arguments of `repvgg.zoo.build_model`.
+        config: the arguments of `repvgg.models.registry.build_model`.
         data: what the network expects and what its outputs mean.
         input: "float32", images (N, C, H, W) in [0, 1]; or "uint8", images (N, H, W, C) in 0..255.
         output: "logits", or "probabilities" behind a softmax; (N, K).

@@ -26,10 +26,10 @@ from repvgg import recognize
 from repvgg.artifact import METADATA_KEY, Description
 from repvgg.contract import DataContract, Normalize, to_float
 from repvgg.files import METADATA, read
-from repvgg.forms import switch_to_deploy
-from repvgg.model import RepVGG
-from repvgg.unfold import switch_to_train
-from repvgg.zoo import build_model, imagenet_classes
+from repvgg.models.forms import switch_to_deploy
+from repvgg.models.multi_branch import switch_to_train
+from repvgg.models.network import RepVGG
+from repvgg.models.registry import build_model, imagenet_classes
 
 KEY = "repvgg"  # of our entry beside what Lightning stores
 FORMAT = 1
@@ -68,7 +68,7 @@ class Checkpoint(NamedTuple):
     Attributes:
         model: the network, in eval mode, on the CPU; in its training form, or deployed if that is
             what was stored.
-        config: the arguments of `repvgg.zoo.build_model` that rebuilt it.
+        config: the arguments of `repvgg.models.registry.build_model` that rebuilt it.
         data: the data contract.
         probe: the recorded images, labels and logits.
         origin: what file of others it came from; empty if it is ours.
@@ -100,7 +100,7 @@ def describe(
     mode and the random state as they were.
 
     Args:
-        config: arguments of `repvgg.zoo.build_model`, of plain types.
+        config: arguments of `repvgg.models.registry.build_model`, of plain types.
         images: (N, C, H, W), uint8, for the probe.
         labels: (N,).
 

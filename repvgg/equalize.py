@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repvgg.block import RepVGGBlock
-from repvgg.model import RepVGG
+from repvgg.models.block import RepVGGBlock
+from repvgg.models.network import RepVGG
 from repvgg.reparam import scale_input, scale_output
 
 EQUALIZING_ROUNDS = 50

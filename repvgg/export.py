@@ -26,8 +26,8 @@ from repvgg.artifact import (
     layer_counts,
     without_grad,
 )
-from repvgg.forms import deployed_form
-from repvgg.zoo import build_model
+from repvgg.models.forms import deployed_form
+from repvgg.models.registry import build_model
 
 ONNX_OPSET = 18  # the lowest that torch's exporter writes
 METADATA_FILE = "repvgg.json"  # of a .pt2 archive

@@ -20,13 +20,13 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassCalibrationError
 
-from repvgg.block import RepVGGBlock
 from repvgg.checks import check_integer, check_number, refusal
-from repvgg.forms import switch_to_deploy
 from repvgg.losses import cross_entropy, rdrop_loss
 from repvgg.metrics import ImageMean
+from repvgg.models.block import RepVGGBlock
+from repvgg.models.forms import switch_to_deploy
+from repvgg.models.registry import build_model
 from repvgg.rdrop import Noise, find_noise, predict, predict_twice, predict_views
-from repvgg.zoo import build_model
 
 AUXILIARY_WEIGHT = 0.1  # of each auxiliary cross-entropy, in the RepVGGplus recipe
 NOISE_KEYS = ("dropout", "branch_drop", "drop_path")  # of a model
@@ -74,7 +74,7 @@ class Classifier(L.LightningModule):
     """Trains a network with SGD or AdamW, warm-up and cosine decay.
 
     Args:
-        model: arguments of `repvgg.zoo.build_model`, `name` among them.
+        model: arguments of `repvgg.models.registry.build_model`, `name` among them.
         lr: peak learning rate.
         optimizer: "sgd", with Nesterov's correction, or "adamw".
         momentum: of SGD; AdamW's first beta.

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from repvgg.artifact import METADATA_KEY, Description
 from repvgg.equalize import can_equalize, equalize
 from repvgg.export import build_onnx, open_session
-from repvgg.model import RepVGG
+from repvgg.models.network import RepVGG
 from repvgg.ranges import RANGES, Histogram, Range
 from repvgg.verify import agreement
 

@@ -50,7 +50,7 @@ class Settings:
     """The keys of configs/train.yaml, which says what they mean.
 
     Attributes:
-        model: arguments of `repvgg.zoo.build_model`.
+        model: arguments of `repvgg.models.registry.build_model`.
         trainer: arguments of lightning.Trainer.
         data: a function that gives an `ImageData`, under `_target_`, and its arguments.
     """

@@ -27,9 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import repvgg
 from repvgg import cli
-from repvgg.block import compile_blocks
 from repvgg.checks import check_integer
 from repvgg.memory import keep_memory
+from repvgg.models.block import compile_blocks
 
 DEFAULTS: dict[str, Any] = {
     "model": "repvgg_a0",

@@ -25,9 +25,9 @@ from repvgg.checks import check_integer, check_number, refusal
 from repvgg.contract import to_float
 from repvgg.datamodule import ImageData
 from repvgg.export import build_onnx
-from repvgg.forms import switch_to_deploy
+from repvgg.models.forms import switch_to_deploy
+from repvgg.models.registry import create_model, list_models
 from repvgg.ranges import RANGES, Histogram, minmax
-from repvgg.zoo import create_model, list_models
 
 DEFAULTS: dict[str, Any] = {
     "root": None,

@@ -9,7 +9,7 @@ from networks import relative_error, settle
 from torch import nn
 
 from repvgg import QARepVGGBlock, RepVGGBlock
-from repvgg.block import compile_blocks
+from repvgg.models.block import compile_blocks
 
 CASES = {
     "identity": {"in_channels": 8, "out_channels": 8},

@@ -33,7 +33,7 @@ from repvgg.callbacks import (
 )
 from repvgg.data import digits
 from repvgg.datamodule import ImageData
-from repvgg.forms import reestimate_bn
+from repvgg.models.forms import reestimate_bn
 from repvgg.module import Classifier
 from repvgg.processes import cluster_plugins
 

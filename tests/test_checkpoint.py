@@ -13,7 +13,7 @@ from repvgg import checkpoint, create_model
 from repvgg.artifact import Description
 from repvgg.contract import DataContract
 from repvgg.export import save_safetensors
-from repvgg.zoo import build_model
+from repvgg.models.registry import build_model
 
 CONFIG = {"name": "repvgg_tiny", "num_classes": 3, "in_channels": 1, "strides": [1, 1, 2, 2, 1]}
 CONTRACT = DataContract(["a", "b", "c"], 1, [8, 8], [0.3], [0.4], "bilinear")

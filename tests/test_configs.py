@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 import deploy
 import repvgg
 from repvgg.export import FORMATS
-from repvgg.zoo import build_model
+from repvgg.models.registry import build_model
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))

@@ -8,8 +8,8 @@ from networks import relative_error, settle
 from torch import nn
 
 import repvgg
-from repvgg.expand import RepVGGConv
-from repvgg.forms import deployed_form
+from repvgg.models.forms import deployed_form
+from repvgg.models.over_parameterize import RepVGGConv
 
 
 def images(*shape: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ from networks import relative_error, settle
 from torch import nn
 
 import repvgg
-from repvgg.forms import reestimate_bn
+from repvgg.models.forms import reestimate_bn
 
 SMALL = {"depths": (1, 2, 2, 1), "widths": (8, 16, 16, 24), "num_classes": 5}
 

@@ -4,7 +4,7 @@ import torchvision
 from torch import nn
 
 import repvgg
-from repvgg.zoo import build_model
+from repvgg.models.registry import build_model
 
 # Millions of parameters, training / deployed. Published for A0 to B3g4 (RepVGG, tables 3 and 4,
 # and the authors' model list) and for D2se; RepVGGplus-L2pse counts its auxiliary heads.

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from repvgg.block import KERNEL_SIZE, RepVGGBlock, conv_geometry, give_geometry
 from repvgg.fusion import dataflow, foldable
 from repvgg.fusion.copying import copied
 from repvgg.fusion.normalizations import Normalization, is_never_updated, read_normalization
 from repvgg.fusion.surgery import put
-from repvgg.model import RepVGG
+from repvgg.models.block import KERNEL_SIZE, RepVGGBlock, conv_geometry, give_geometry
+from repvgg.models.network import RepVGG
 from repvgg.reparam import identity_kernel, pad_kernel
 
 

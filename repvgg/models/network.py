@@ -2,7 +2,7 @@
 
 RepVGG (Ding et al., 2021, arXiv:2101.03697), section 3.4 and table 2: a stem block, four stages,
 global average pooling, dropout, a linear layer. RepVGGplus adds auxiliary classifiers that exist
-while it trains. The named variants are in `repvgg.zoo`.
+while it trains. The named variants are in `repvgg.models.registry`.
 """
 
 import warnings
@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from repvgg.block import BLOCKS, RepVGGBlock
 from repvgg.checks import check_integer, check_integers, check_number, refusal
+from repvgg.models.block import BLOCKS, RepVGGBlock
 
 MAX_STEM_WIDTH = 64
 

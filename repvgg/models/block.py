@@ -537,7 +537,7 @@ def _read_branch(name: str, branch: nn.Module) -> Linear:
     if type(branch) is not Branch or "forward" in vars(branch):
         raise ValueError(
             f"{name} is of {type(branch).__name__} with code of its own, which cannot be folded: "
-            "it must be a convolution and a BatchNorm, repvgg.block.Branch"
+            "it must be a convolution and a BatchNorm, repvgg.models.block.Branch"
         )
     _check_hooks(name, branch)
     conv = branch.conv

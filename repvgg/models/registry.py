@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from repvgg.checks import check_integer, check_number, refusal
-from repvgg.expand import over_parameterize as expand
-from repvgg.model import RepVGG
+from repvgg.models.network import RepVGG
+from repvgg.models.over_parameterize import over_parameterize as expand
 
 _A = (2, 4, 14, 1)
 _B = (4, 6, 16, 1)

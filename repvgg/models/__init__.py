@@ -1,0 +1,26 @@
+"""Networks and their two forms: multi-branch to train, folded to deploy.
+
+`block` and `network` are RepVGG, `registry` has its variants, `forms` and `multi_branch` switch
+between the forms, `over_parameterize` gives any network's convolutions branches.
+"""
+
+from repvgg.models.block import QARepVGGBlock, RepVGGBlock
+from repvgg.models.forms import deployed_form, reestimate_bn, switch_to_deploy
+from repvgg.models.multi_branch import switch_to_train
+from repvgg.models.network import RepVGG
+from repvgg.models.over_parameterize import over_parameterize
+from repvgg.models.registry import build_model, create_model, list_models
+
+__all__ = [
+    "QARepVGGBlock",
+    "RepVGG",
+    "RepVGGBlock",
+    "build_model",
+    "create_model",
+    "deployed_form",
+    "list_models",
+    "over_parameterize",
+    "reestimate_bn",
+    "switch_to_deploy",
+    "switch_to_train",
+]

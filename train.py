@@ -45,9 +45,9 @@ def train(settings: Settings, config: dict[str, Any], folder: Path) -> None:
     from hydra.utils import instantiate
 
     from repvgg import callbacks, checkpoint
-    from repvgg.batches import WorkersDied
     from repvgg.contract import to_float
-    from repvgg.datamodule import ImageData
+    from repvgg.data.batches import WorkersDied
+    from repvgg.data.module import ImageData
     from repvgg.memory import keep_memory
     from repvgg.module import Diverged
 
@@ -74,7 +74,7 @@ def train(settings: Settings, config: dict[str, Any], folder: Path) -> None:
     if not isinstance(data, ImageData):
         raise ValueError(
             f"data._target_={settings.data['_target_']}: gives a {type(data).__name__}; must give "
-            "a repvgg.datamodule.ImageData, which says what the images are. Any other "
+            "a repvgg.data.module.ImageData, which says what the images are. Any other "
             "LightningDataModule trains with repvgg.module.Classifier in a Trainer of your own"
         )
     model = fit_model(settings.model, data)

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from repvgg import signals
-from repvgg.batches import WorkersDied
+from repvgg.data.batches import WorkersDied
 from repvgg.models.forms import reestimate_bn
 from repvgg.signals import Interrupted as Interrupted
 from repvgg.signals import interruptible as interruptible

@@ -314,7 +314,7 @@ def validate(settings: dict[str, Any], size: int, batch: int, classes: int) -> N
 
 def measure_data(settings: dict[str, Any]) -> None:
     """Images a second of the data alone, and of whole training steps on it."""
-    from repvgg.data import cifar10, imagefolder
+    from repvgg.data.sets import cifar10, imagefolder
 
     study.quieten()
     keep_memory()

@@ -1,4 +1,4 @@
-"""Rebuild the embedded data set, repvgg/digits.safetensors, from the copy scikit-learn carries.
+"""Rebuild the embedded data set, repvgg/data/digits.safetensors, from the copy scikit-learn carries.
 
     pip install scikit-learn && python scripts/make_digits.py [PATH]
 
@@ -27,7 +27,7 @@ ABOUT = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default = Path(__file__).parents[1] / "repvgg" / "digits.safetensors"
+    default = Path(__file__).parents[1] / "repvgg" / "data" / "digits.safetensors"
     parser.add_argument("path", nargs="?", type=Path, default=default)
     path = parser.parse_args().path
     digits = load_digits()

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from repvgg.batches import Augmentation, Stored
 from repvgg.contract import DataContract, to_float
-from repvgg.data import digits
-from repvgg.folder import store
+from repvgg.data.batches import Augmentation, Stored
+from repvgg.data.files import store
+from repvgg.data.images import open_image
+from repvgg.data.scan import find
+from repvgg.data.sets import digits
 from repvgg.fusion.normalizations import is_normalization
-from repvgg.images import open_image
-from repvgg.scan import find
 
 Row = dict[str, Any]
 

@@ -17,12 +17,12 @@ from torch import nn
 import repvgg
 from repvgg import checkpoint, cli
 from repvgg.artifact import Description
-from repvgg.batches import Stored
 from repvgg.certificate import accuracy
 from repvgg.checkpoint import Checkpoint, Probe
 from repvgg.checks import check_integer, check_number
 from repvgg.contract import DataContract, Normalize, to_float
-from repvgg.datamodule import ImageData
+from repvgg.data.batches import Stored
+from repvgg.data.module import ImageData
 from repvgg.export import save_safetensors
 
 DEFAULTS: dict[str, Any] = {

@@ -23,7 +23,7 @@ from repvgg.artifact import Description
 from repvgg.certificate import accuracy
 from repvgg.checks import check_integer, check_number, refusal
 from repvgg.contract import to_float
-from repvgg.datamodule import ImageData
+from repvgg.data.module import ImageData
 from repvgg.export import build_onnx
 from repvgg.models.forms import switch_to_deploy
 from repvgg.models.registry import create_model, list_models

@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import repvgg.callbacks
-import repvgg.data
+import repvgg.data.sets
 import repvgg.module
 from repvgg import cli, runs
 from repvgg.checks import check_integer, check_number, refusal

@@ -29,7 +29,7 @@ import torch
 
 from repvgg import cli
 from repvgg.checks import check_integer, check_number, refusal
-from repvgg.datamodule import ImageData
+from repvgg.data.module import ImageData
 
 DEFAULTS: dict[str, Any] = {
     "root": None,  # null: the digits

@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from repvgg.augment import POLICIES, by_batch, by_image, crop_and_flip
+from repvgg.data.augment import POLICIES, by_batch, by_image, crop_and_flip
 
 IMAGES = torch.randint(
     256, (6, 3, 8, 10), generator=torch.Generator().manual_seed(0), dtype=torch.uint8

@@ -3,8 +3,8 @@ import functools
 import pytest
 import torch
 
-from repvgg.augment import crop_and_flip
-from repvgg.batches import Batches, Stored
+from repvgg.data.augment import crop_and_flip
+from repvgg.data.batches import Batches, Stored
 
 SOURCE = Stored(torch.arange(24, dtype=torch.uint8).reshape(24, 1, 1, 1), torch.arange(24))
 

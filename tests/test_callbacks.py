@@ -17,7 +17,6 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from repvgg import callbacks, checkpoint
-from repvgg.batches import WorkersDied
 from repvgg.callbacks import (
     EMA,
     BestCheckpoint,
@@ -31,8 +30,9 @@ from repvgg.callbacks import (
     WholeFileIO,
     num_images,
 )
-from repvgg.data import digits
-from repvgg.datamodule import ImageData
+from repvgg.data.batches import WorkersDied
+from repvgg.data.module import ImageData
+from repvgg.data.sets import digits
 from repvgg.models.forms import reestimate_bn
 from repvgg.module import Classifier
 from repvgg.processes import cluster_plugins

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from repvgg.augment import random_affine
-from repvgg.batches import Batches, Stored
-from repvgg.data import digits
+from repvgg.data.augment import random_affine
+from repvgg.data.batches import Batches, Stored
+from repvgg.data.sets import digits
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,7 +39,7 @@ def test_the_embedded_file_is_what_the_script_builds(tmp_path):
 
     subprocess.run([sys.executable, ROOT / "scripts" / "make_digits.py", made], check=True)
 
-    assert made.read_bytes() == (ROOT / "repvgg" / "digits.safetensors").read_bytes()
+    assert made.read_bytes() == (ROOT / "repvgg" / "data" / "digits.safetensors").read_bytes()
 
 
 def test_every_part_holds_every_digit_about_equally():

@@ -10,9 +10,9 @@ import torch
 from commands import ROOT, make, quiet
 from torch import nn
 
-from repvgg import data as sources
-from repvgg.batches import Batches, Stored
-from repvgg.data import digits, imagefolder
+from repvgg.data import sets as sources
+from repvgg.data.batches import Batches, Stored
+from repvgg.data.sets import digits, imagefolder
 
 
 class Recorder(L.LightningModule):
@@ -106,8 +106,8 @@ def test_a_device_without_images_gets_one_batch_of_none(workers, tmp_path):
 
 DEVICES = """
 import lightning as L, torch
-from repvgg.batches import Stored
-from repvgg.data import digits
+from repvgg.data.batches import Stored
+from repvgg.data.sets import digits
 
 class Counter(L.LightningModule):
     count = 0.0

@@ -26,7 +26,7 @@ import deploy
 import repvgg
 from repvgg import certificate, export
 from repvgg.contract import DataContract
-from repvgg.data import digits
+from repvgg.data.sets import digits
 from repvgg.export import FORMATS, Format
 
 

@@ -8,11 +8,11 @@ import torch
 from commands import ROOT, make
 from PIL import Image
 
-from repvgg.batches import Batches, Request
-from repvgg.data import imagefolder
-from repvgg.folder import Files, Shards, store
-from repvgg.images import TooManyPixels, fit, open_image, to_tensor
-from repvgg.scan import find
+from repvgg.data.batches import Batches, Request
+from repvgg.data.files import Files, Shards, store
+from repvgg.data.images import TooManyPixels, fit, open_image, to_tensor
+from repvgg.data.scan import find
+from repvgg.data.sets import imagefolder
 
 SIZE = (16, 16)
 SCRIPT = ROOT / "scripts" / "write_shards.py"

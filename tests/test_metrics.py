@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torchmetrics.classification import MulticlassCalibrationError
 
-from repvgg.batches import Batches, Stored
-from repvgg.data import digits
-from repvgg.datamodule import ImageData
+from repvgg.data.batches import Batches, Stored
+from repvgg.data.module import ImageData
+from repvgg.data.sets import digits
 from repvgg.metrics import ImageMean
 from repvgg.module import Classifier
 

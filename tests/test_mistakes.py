@@ -80,7 +80,7 @@ def fail(monkeypatch, tmp_path, capfd):
         (
             "train.py",
             ["data._target_=collections.Counter"],
-            "data._target_=collections.Counter: gives a Counter; must give a repvgg.datamodule",
+            "data._target_=collections.Counter: gives a Counter; must give a repvgg.data.module",
         ),
         ("train.py", ["data=imagefolder"], "data.root is missing: type data.root=FOLDER"),
         (

@@ -9,8 +9,8 @@ import torch
 import torchvision
 from torch import nn
 
-from repvgg.batches import Batches, Stored
-from repvgg.data import digits
+from repvgg.data.batches import Batches, Stored
+from repvgg.data.sets import digits
 from repvgg.losses import rdrop_loss
 from repvgg.module import Classifier, Diverged, parameter_groups
 from repvgg.rdrop import Noise, predict_twice

@@ -10,9 +10,9 @@ import torch
 from commands import make
 from PIL import features
 
-from repvgg.data import cifar10, imagefolder
-from repvgg.images import extensions
-from repvgg.scan import find, hold_out, read_parts
+from repvgg.data.images import extensions
+from repvgg.data.scan import find, hold_out, read_parts
+from repvgg.data.sets import cifar10, imagefolder
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 

@@ -12,18 +12,18 @@ import pytest
 import torch
 from commands import ROOT, make
 
-from repvgg import workers
-from repvgg.augment import POLICIES
-from repvgg.batches import WorkersDied
-from repvgg.data import imagefolder
-from repvgg.images import open_image
+from repvgg.data import workers
+from repvgg.data.augment import POLICIES
+from repvgg.data.batches import WorkersDied
+from repvgg.data.images import open_image
+from repvgg.data.sets import imagefolder
 
 READ = """
 import functools, multiprocessing, os, pathlib, signal, sys, threading
-from repvgg.batches import Batches
-from repvgg.folder import Files
-from repvgg.images import fit
-from repvgg.scan import find
+from repvgg.data.batches import Batches
+from repvgg.data.files import Files
+from repvgg.data.images import fit
+from repvgg.data.scan import find
 
 def read():
     paths, labels, _ = find(pathlib.Path(sys.argv[1]))
@@ -69,7 +69,7 @@ def left_open():
 def without_memory():
     try:
         list(read()[1])
-    except RuntimeError as error:
+    except ChildProcessError as error:
         print(error)
 
 if __name__ == "__main__":

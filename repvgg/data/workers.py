@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import torch.multiprocessing  # tensors are sent through shared memory
 
-from repvgg.batches import WorkersDied
+from repvgg.data.batches import WorkersDied
 
 IGNORED = {
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)

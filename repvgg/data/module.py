@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from repvgg.batches import Batch, Batches, Request, Source, Stored
 from repvgg.checks import check_integer, check_number, refusal
 from repvgg.contract import DataContract, Normalize, to_float
+from repvgg.data.batches import Batch, Batches, Request, Source, Stored
 
 
 class ImageData(L.LightningDataModule):

@@ -1,6 +1,6 @@
 """Which images a folder holds: train/, val/ and test/, each with one folder for each class.
 
-What is an image is decided by its extension, in `repvgg.images.extensions`. Hidden files and files
+What is an image is decided by its extension, in `data.images.extensions`. Hidden files and files
 of other kinds are left out and counted, links to folders are followed, and a file that looks like
 an image but cannot be read here is an error: nothing is dropped in silence.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from repvgg.checks import check_number, refusal
-from repvgg.images import extensions, looks_like_image, printable
+from repvgg.data.images import extensions, looks_like_image, printable
 
 NAMES = {
     "train": ("train", "training"),

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from repvgg.augment import by_batch, by_image, random_affine
-from repvgg.batches import Stored
 from repvgg.checks import check_integer, check_number, refusal
 from repvgg.contract import DataContract, to_float
-from repvgg.datamodule import ImageData
-from repvgg.folder import Files, Shards, has_shards, read_contents, store
-from repvgg.images import MOST_PIXELS, fit
-from repvgg.scan import check_name, has_part, hold_out, read_parts
+from repvgg.data.augment import by_batch, by_image, random_affine
+from repvgg.data.batches import Stored
+from repvgg.data.files import Files, Shards, has_shards, read_contents, store
+from repvgg.data.images import MOST_PIXELS, fit
+from repvgg.data.module import ImageData
+from repvgg.data.scan import check_name, has_part, hold_out, read_parts
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -84,7 +84,7 @@ def cifar100(*, root: str, **options: Any) -> ImageData:
         root: a folder with train/ and test/, one folder of images for each class in both, and val/
             too if there is one; or one with the files of the authors, which are downloaded there,
             and checked, if they are missing.
-        options: augment, padding and erase, of `repvgg.augment.by_batch`; holdout, the share of the
+        options: augment, padding and erase, of `data.augment.by_batch`; holdout, the share of the
             training images, by class, that validates where there is no val/; num_workers, processes
             that decode a folder of images; batch_size, views, mixup, cutmix, repeats and seed, of
             `ImageData`.
@@ -119,7 +119,7 @@ def imagefolder(
 
     Without val/ (or valid/, validation/), some training images validate. Without test/, the
     validation images test. A folder of classes without train/ is training images. What is an image
-    is decided by its extension; see `repvgg.scan`.
+    is decided by its extension; see `repvgg.data.scan`.
 
     Args:
         root: the folder; or one that `scripts/write_shards.py` made of it, also as s3://... or
@@ -130,13 +130,13 @@ def imagefolder(
             scales as little as covers the size.
         interpolation: "bilinear" or "bicubic".
         mean, std: by channel, of images in [0, 1].
-        augment, erase: of the training images: see `repvgg.augment.by_image`.
+        augment, erase: of the training images: see `repvgg.data.augment.by_image`.
         num_workers: processes that decode; None takes as many as there are processors, at most 8.
         skip_unreadable: take another image in the place of one that cannot be read, and leave out
             files of formats that cannot be read here.
         max_pixels: an image of more pixels is an error; None takes 178,956,970, Pillow's limit.
         in_memory: decode all images once, fitted to `image_size`: for small ones. They are varied
-            by the batch, as in `repvgg.augment.by_batch`.
+            by the batch, as in `repvgg.data.augment.by_batch`.
         holdout: share of the training images, by class, that validates where val/ is missing.
         cache_size: what shards that were fetched may take on the disk.
         options: batch_size, views, mixup, cutmix, repeats and seed, of `ImageData`.

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from repvgg.batches import Request, Stored, same_seed
-from repvgg.images import MOST_PIXELS, TooManyPixels, fit, open_image, pixel_limit, to_tensor
-from repvgg.workers import Workers
+from repvgg.data.batches import Request, Stored, same_seed
+from repvgg.data.images import MOST_PIXELS, TooManyPixels, fit, open_image, pixel_limit, to_tensor
+from repvgg.data.workers import Workers
 
 Fit = Callable[[Image.Image], Image.Image]
 Transform = Callable[[Image.Image], Tensor]

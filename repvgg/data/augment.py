@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from repvgg.batches import Augmentation
 from repvgg.checks import check_number, refusal
-from repvgg.folder import Transform
-from repvgg.images import to_tensor
+from repvgg.data.batches import Augmentation
+from repvgg.data.files import Transform
+from repvgg.data.images import to_tensor
 
 POLICIES = ("none", "basic", "autoaugment", "randaugment", "trivialaugment")
 GREY = [124, 116, 104]  # ImageNet's mean; what is erased is close to 0 in the network

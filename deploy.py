@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from repvgg.artifact import Artifact, Description
-    from repvgg.checkpoint import Checkpoint
+    from repvgg.checkpoint.native import Checkpoint
     from repvgg.contract import DataContract
     from repvgg.verify import Predictor, Verdict
 

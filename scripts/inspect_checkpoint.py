@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from repvgg import checkpoint, cli, recognize
+from repvgg import checkpoint, cli
 from repvgg.artifact import Description
+from repvgg.checkpoint import recognize
+from repvgg.checkpoint.standins import StandIn
+from repvgg.checkpoint.tensors import read
 from repvgg.checks import check_integers
-from repvgg.files import read
-from repvgg.standins import StandIn
 
 DEFAULTS: dict[str, Any] = {"path": None, "strides": cli.Unset(list, "[2,2,2,2,2]")}
 MOST = 6  # lines of a list

@@ -1,4 +1,4 @@
-"""Rebuild the embedded data set, repvgg/data/digits.safetensors, from the copy scikit-learn carries.
+"""Rebuild the embedded digits, repvgg/data/digits.safetensors, from the copy scikit-learn has.
 
     pip install scikit-learn && python scripts/make_digits.py [PATH]
 

@@ -18,7 +18,7 @@ import repvgg
 from repvgg import checkpoint, cli
 from repvgg.artifact import Description
 from repvgg.certificate import accuracy
-from repvgg.checkpoint import Checkpoint, Probe
+from repvgg.checkpoint.native import Checkpoint, Probe
 from repvgg.checks import check_integer, check_number
 from repvgg.contract import DataContract, Normalize, to_float
 from repvgg.data.batches import Stored

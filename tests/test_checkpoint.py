@@ -11,7 +11,7 @@ from networks import relative_error, settle
 import repvgg
 from repvgg import checkpoint, create_model
 from repvgg.artifact import Description
-from repvgg.contract import DataContract
+from repvgg.contract import DataContract, to_float
 from repvgg.export import save_safetensors
 from repvgg.models.registry import build_model
 
@@ -46,7 +46,7 @@ def test_the_restored_predictor_reproduces_the_recorded_logits(tmp_path):
 
     restored = checkpoint.load(tmp_path / "best.ckpt")
 
-    logits = restored.predictor(checkpoint.to_float(restored.probe.images))
+    logits = restored.predictor(to_float(restored.probe.images))
     torch.testing.assert_close(logits, restored.probe.logits, rtol=1e-5, atol=1e-6)
 
 

@@ -18,8 +18,9 @@ import torch
 from networks import relative_error, settle
 
 import repvgg
-from repvgg import checkpoint, create_model, files
-from repvgg.standins import StandIn
+from repvgg import checkpoint, create_model
+from repvgg.checkpoint import tensors
+from repvgg.checkpoint.standins import StandIn
 
 RAN: list[str] = []  # what code of a file would add to
 
@@ -98,7 +99,7 @@ def test_extras_beside_the_weights_leave_the_weights_alone(zipped, protocol, tmp
         _use_new_zipfile_serialization=zipped,
     )
 
-    content = files.read(tmp_path / "a.pth")
+    content = tensors.read(tmp_path / "a.pth")
 
     assert all(torch.equal(content["state_dict"][key], value) for key, value in weights.items())
     assert content["scalar"] == 0.5
@@ -164,7 +165,7 @@ def test_a_hostile_file_ends_in_one_error_and_runs_nothing(case, tmp_path, capfd
     RAN.clear()
 
     with pytest.raises(ValueError, match=message):
-        files.read(tmp_path / "a.pth")
+        tensors.read(tmp_path / "a.pth")
 
     assert RAN == []
     assert capfd.readouterr() == ("", "")
@@ -185,7 +186,7 @@ def test_a_call_beside_the_weights_is_not_made(call, tmp_path):
     torch.save({"x": call, "state_dict": network().state_dict()}, tmp_path / "a.pth")
     RAN.clear()
 
-    assert isinstance(files.read(tmp_path / "a.pth")["x"], StandIn)
+    assert isinstance(tensors.read(tmp_path / "a.pth")["x"], StandIn)
     assert RAN == []
 
 
@@ -195,7 +196,7 @@ def test_state_onto_functions_and_classes_changes_neither(tmp_path):
     for target in (b"History", b"run_code"):
         archive(tmp_path / "a.pth", b"}U\x01ac" + name + b"\n" + target + b"\n}U\x01kK\x01sbs.")
 
-        content = files.read(tmp_path / "a.pth")
+        content = tensors.read(tmp_path / "a.pth")
 
         assert repr(content["a"]) == f"<stand-in for {__name__}.{target.decode()}>"
     assert (dict(vars(History)), dict(vars(run_code))) == before
@@ -207,7 +208,7 @@ def test_no_module_is_imported_because_a_file_names_it(tmp_path, monkeypatch):
     archive(tmp_path / "a.pth", b"}U\x01acimported_by_a_file\nName.inner\n)\x81s.")
     RAN.clear()
 
-    content = files.read(tmp_path / "a.pth")
+    content = tensors.read(tmp_path / "a.pth")
 
     assert content["a"].name == "imported_by_a_file.Name.inner"
     assert RAN == []
@@ -219,13 +220,13 @@ def test_a_program_behind_a_pickle_is_not_loaded(tmp_path):
         torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "a.pth")
 
     with pytest.raises(ValueError, match="a program of TorchScript"):
-        files.read(tmp_path / "a.pth")
+        tensors.read(tmp_path / "a.pth")
 
 
 def test_weights_inside_a_pickled_network_are_asked_for_alone(tmp_path):
     for content, message in (
-        ({"model": network()}, r"not opened.*: model \(a repvgg\.model\.RepVGG\)"),
-        (network(), r"holds a repvgg\.model\.RepVGG, whose loading could run code"),
+        ({"model": network()}, r"not opened.*: model \(a repvgg\.models\.network\.RepVGG\)"),
+        (network(), r"holds a repvgg\.models\.network\.RepVGG, whose loading could run code"),
     ):
         torch.save(content, tmp_path / "a.pth")
 
@@ -259,7 +260,7 @@ def test_arrays_of_objects_are_never_unpickled(tmp_path):
     np.savez(tmp_path / "a.npz", x=np.array([Calls(run_code, 1)], dtype=object), y=np.ones(2))
     RAN.clear()
 
-    content = files.read(tmp_path / "a.npz")
+    content = tensors.read(tmp_path / "a.npz")
 
     assert (repr(content["x"]), content["y"].sum()) == ("<stand-in for numpy.ndarray>", 2)
     assert RAN == []
@@ -326,7 +327,7 @@ def test_metadata_of_a_state_dict_is_dropped(tmp_path):
     weights._metadata = {"": {"version": 1}}
     torch.save([weights, pathlib.Path("x")], tmp_path / "a.pth")
 
-    content = files.read(tmp_path / "a.pth")
+    content = tensors.read(tmp_path / "a.pth")
 
     assert list(content["0"]) == list(weights)
     assert pickle.loads(pickle.dumps(content["1"])).name == "pathlib.PosixPath"

@@ -10,7 +10,8 @@ from networks import relative_error, settle
 from safetensors.torch import save_file
 
 import repvgg
-from repvgg import checkpoint, create_model, list_models, recognize
+from repvgg import checkpoint, create_model, list_models
+from repvgg.checkpoint import recognize
 
 NAMINGS = {
     "the authors'": foreign.authors,
@@ -442,5 +443,7 @@ def test_an_opened_file_is_stored_as_a_checkpoint_of_ours_in_its_own_form(tmp_pa
 def test_a_file_that_needs_code_says_whose(tmp_path):
     write(tmp_path / "module.pth", narrow("repvgg_a0"))
 
-    with pytest.raises(ValueError, match=r"a repvgg\.model\.RepVGG, whose loading could run code"):
+    with pytest.raises(
+        ValueError, match=r"a repvgg\.models\.network\.RepVGG, whose loading could run code"
+    ):
         checkpoint.load(tmp_path / "module.pth")

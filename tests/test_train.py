@@ -17,6 +17,7 @@ from networks import settle
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import repvgg
+from repvgg.contract import to_float
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_a_checkpoint_holds_plain_types_and_no_more(folder):
 def test_the_checkpoint_opens_without_lightning(folder):
     restored = repvgg.checkpoint.load(folder / "checkpoints" / "best.ckpt")
 
-    logits = restored.predictor(repvgg.checkpoint.to_float(restored.probe.images))
+    logits = restored.predictor(to_float(restored.probe.images))
     assert restored.data.classes == [str(digit) for digit in range(10)]
     torch.testing.assert_close(logits, restored.probe.logits, rtol=1e-5, atol=1e-5)
 

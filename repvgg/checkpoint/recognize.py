@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repvgg.files import STORE
-from repvgg.layouts import LAYOUTS, Layout, split_key
+from repvgg.checkpoint.layouts import LAYOUTS, Layout, split_key
+from repvgg.checkpoint.standins import StandIn
+from repvgg.checkpoint.tensors import STORE
 from repvgg.models.network import MAX_STEM_WIDTH, RepVGG
 from repvgg.models.registry import create_model, identify
-from repvgg.standins import StandIn
 
 COUNTER = "num_batches_tracked"  # files from before it existed lack it; no prediction reads it
 REDUCTIONS = (16, 4, 8)  # of squeeze-and-excite gates, the usual ones

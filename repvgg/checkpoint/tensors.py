@@ -1,7 +1,7 @@
 """Files of tensors, by torch, safetensors or numpy, opened without running what they say.
 
 What else stands in a file of torch (paths, times, configs, whole objects) is an inert stand-in: see
-`repvgg.standins`.
+`repvgg.checkpoint.standins`.
 """
 
 import pickle
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from repvgg import standins
-from repvgg.standins import StandIn
+from repvgg.checkpoint import standins
+from repvgg.checkpoint.standins import StandIn
 
 SAFETENSORS = b"{"  # ninth byte of a file of that format
 METADATA = "__metadata__"  # where such a file says more

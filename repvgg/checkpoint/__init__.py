@@ -1,0 +1,44 @@
+"""Checkpoints: our self-describing format, and third-party files.
+
+`native` is our format and opens every file, `tensors` reads weights of any container, `recognize`
+and `layouts` find which network third-party weights belong to, `standins` opens pickles without
+running their code.
+"""
+
+from repvgg.checkpoint.native import (
+    KEY,
+    NETWORK_PREFIX,
+    UNKNOWN,
+    Checkpoint,
+    Network,
+    Probe,
+    describe,
+    description,
+    from_state_dict,
+    imagenet,
+    initialize,
+    is_ours,
+    load,
+    open_network,
+    save,
+    with_noise,
+)
+
+__all__ = [
+    "KEY",
+    "NETWORK_PREFIX",
+    "UNKNOWN",
+    "Checkpoint",
+    "Network",
+    "Probe",
+    "describe",
+    "description",
+    "from_state_dict",
+    "imagenet",
+    "initialize",
+    "is_ours",
+    "load",
+    "open_network",
+    "save",
+    "with_noise",
+]

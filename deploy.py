@@ -24,9 +24,9 @@ from repvgg.checks import check_integer, check_number
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from repvgg.artifact import Artifact, Description
     from repvgg.checkpoint.native import Checkpoint
-    from repvgg.contract import DataContract
+    from repvgg.contract import DataContract, Description
+    from repvgg.export.artifact import Artifact
     from repvgg.verify import Predictor, Verdict
 
 CONFIG = Path(__file__).absolute().parent / "configs" / "deploy.yaml"
@@ -173,8 +173,7 @@ def deploy(path: Path, folder: Path, config: dict[str, Any]) -> str:
     import torch  # here, so that --help answers at once
 
     from repvgg import certificate, checkpoint, verify
-    from repvgg.artifact import Description
-    from repvgg.contract import to_float
+    from repvgg.contract import Description, to_float
     from repvgg.models.forms import deployed_form
 
     restored = checkpoint.load(path)
@@ -292,8 +291,8 @@ def export(
     import torch
 
     from repvgg import verify
-    from repvgg.artifact import count_layers
-    from repvgg.export import FORMATS
+    from repvgg.export.artifact import count_layers
+    from repvgg.export.formats import FORMATS
 
     for name in config["formats"]:
         target = folder / FORMATS[name].filename
@@ -327,7 +326,7 @@ def judge_int8(
     import onnx
 
     from repvgg import certificate
-    from repvgg.artifact import count_layers
+    from repvgg.export.artifact import count_layers
 
     write(INT8, onnx.save_model, rounded, folder / INT8)
     images, labels = judged
@@ -389,7 +388,7 @@ class Forms(NamedTuple):
     def of(
         cls, restored: "Checkpoint", network: "nn.Module", description: "Description"
     ) -> "Forms":
-        from repvgg.artifact import build_program
+        from repvgg.export.artifact import build_program
         from repvgg.models.forms import deployed_form
 
         plain = replace(description, input="float32")
@@ -491,7 +490,7 @@ def quantize(
     config: dict[str, Any],
 ) -> tuple[dict[str, Any], Any]:
     """Choose how to round; what the report says of it, and the `onnx.ModelProto`."""
-    from repvgg import quantize
+    from repvgg.export import int8
     from repvgg.fusion.normalizations import is_never_updated, is_normalization
 
     norms = [module for module in restored.model.modules() if is_normalization(module)]
@@ -500,7 +499,7 @@ def quantize(
             "int8=true: this network was never trained: its BatchNorms have the statistics they "
             "began with, so ranges would be measured on what it will never see; train it first"
         )
-    found = quantize.quantize(
+    found = int8.quantize(
         network,
         description,
         sets.measured,
@@ -522,7 +521,7 @@ def quantize(
 
 def open_int8(path: Path) -> "dict[str, Artifact]":
     """Open a file of 8 bits in every engine that is installed."""
-    from repvgg.export import load_onnx, load_openvino
+    from repvgg.export.formats import load_onnx, load_openvino
 
     found = {f"{path.name}, onnxruntime": load_onnx(path)}
     if find_spec("openvino"):
@@ -538,7 +537,7 @@ def in_bf16(folded: "nn.Sequential", folder: Path) -> "dict[str, Predictor]":
     """
     import torch
 
-    from repvgg.export import FORMATS, load_openvino
+    from repvgg.export.formats import FORMATS, load_openvino
 
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         raise ValueError("bf16=true: this processor has no bf16; type bf16=false")
@@ -615,8 +614,8 @@ def latency(predictors: "dict[str, Predictor]", images: "Tensor") -> dict[str, A
     """Milliseconds per image, all predictors interleaved, one of them twice as a control."""
     import torch
 
-    from repvgg.artifact import Artifact
     from repvgg.benchmark import measure_latency
+    from repvgg.export.artifact import Artifact
 
     control = f"{DEPLOYED}, again"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from repvgg import verify
 from repvgg.contract import to_float
-from repvgg.export import open_artifact
+from repvgg.export.formats import open_artifact
 from repvgg.verify import Predictor, Verdict
 
 SUMS = "SHA256SUMS"

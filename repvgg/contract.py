@@ -1,12 +1,19 @@
-"""What images a network takes: their classes, size and normalization."""
+"""What images a network takes, and what a file says of itself."""
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from repvgg.checks import refusal
+
+METADATA_KEY = "repvgg"
+INPUTS = ("float32", "uint8")
+OUTPUTS = ("logits", "probabilities")
 
 
 @dataclass(frozen=True)
@@ -90,3 +97,63 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file says of itself beside the weights.
+
+    Attributes:
+        config: the arguments of `repvgg.models.registry.build_model`.
+        data: what the network expects and what its outputs mean.
+        input: "float32", images (N, C, H, W) in [0, 1]; or "uint8", images (N, H, W, C) in 0..255.
+        output: "logits", or "probabilities" behind a softmax; (N, K).
+
+    Raises:
+        ValueError: an input or output of another name.
+    """
+
+    config: Mapping[str, Any]
+    data: DataContract
+    input: str = "float32"
+    output: str = "logits"
+
+    def __post_init__(self) -> None:
+        if self.input not in INPUTS:
+            raise refusal("input", self.input, f"must be one of {', '.join(INPUTS)}", "uint8")
+        if self.output not in OUTPUTS:
+            raise refusal("output", self.output, f"must be one of {', '.join(OUTPUTS)}", "logits")
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "model": dict(self.config),
+                "data": asdict(self.data),
+                "input": self.input,
+                "output": self.output,
+            },
+            sort_keys=True,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "Description":
+        content = json.loads(text)
+        return cls(
+            content["model"],
+            DataContract(**content["data"]),
+            content.get("input", "float32"),
+            content.get("output", "logits"),
+        )
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Turn images (N, C, H, W) in [0, 1] into what the file takes; contiguous.
+
+        Images that were stored as uint8 come back as they were stored.
+        """
+        if self.input == "uint8":
+            images = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        return images.contiguous()
+
+    def example(self, count: int = 2) -> Tensor:
+        """Black images as the file takes them."""
+        return self.encode(torch.zeros(count, self.data.in_channels, *self.data.image_size))

@@ -24,12 +24,13 @@ import turns
 from torch import Tensor, nn
 
 import repvgg
-from repvgg import cli, export, quantize, verify
-from repvgg.artifact import METADATA_KEY, Description, build_program
+from repvgg import cli, verify
 from repvgg.benchmark import count_macs
 from repvgg.checks import check_integer, check_number, refusal
-from repvgg.contract import DataContract
-from repvgg.ranges import minmax
+from repvgg.contract import METADATA_KEY, DataContract, Description
+from repvgg.export import formats, int8
+from repvgg.export.artifact import build_program
+from repvgg.export.calibration import minmax
 
 DEFAULTS: dict[str, Any] = {
     "model": "repvgg_a0",
@@ -139,12 +140,12 @@ def prepare(folder: Path, settings: dict[str, Any]) -> None:
     import onnx
 
     trained, deployed, description = build(settings)
-    proto = export.build_onnx(deployed, description)
+    proto = formats.build_onnx(deployed, description)
     onnx.save_model(proto, folder / "model.onnx")
     images = torch.rand(8, 3, settings["size"], settings["size"])
-    measured = quantize.measure(proto, description, images)
+    measured = int8.measure(proto, description, images)
     ranges = {name: minmax(histogram) for name, histogram in measured.items()}
-    onnx.save_model(quantize.rewrite(proto, ranges, description), folder / "int8.onnx")
+    onnx.save_model(int8.rewrite(proto, ranges, description), folder / "int8.onnx")
     program = build_program(trained, description)
     converted = torch.onnx.export(
         program,
@@ -152,7 +153,7 @@ def prepare(folder: Path, settings: dict[str, Any]) -> None:
         input_names=["images"],
         output_names=["logits"],
         dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),  # as the deployed one
-        opset_version=export.ONNX_OPSET,
+        opset_version=formats.ONNX_OPSET,
         verbose=False,
     )
     assert converted is not None
@@ -188,10 +189,10 @@ def candidate(
     if name.endswith("int8"):
         file = "int8.onnx"
     if "onnxruntime" in name:
-        return export.load_onnx(folder / file, spin=True)  # it has a process of its own
+        return formats.load_onnx(folder / file, spin=True)  # it has a process of its own
     if "OpenVINO" in name:
         precision = "bf16" if name.endswith("bf16") else "f32"
-        return export.load_openvino(folder / file, precision=precision)
+        return formats.load_openvino(folder / file, precision=precision)
     program = trained if name.startswith("trained") else build_program(deployed, description)
     if name.startswith("timm"):
         import timm

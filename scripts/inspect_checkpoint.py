@@ -13,11 +13,11 @@ import numpy as np
 from torch import Tensor
 
 from repvgg import checkpoint, cli
-from repvgg.artifact import Description
 from repvgg.checkpoint import recognize
 from repvgg.checkpoint.standins import StandIn
 from repvgg.checkpoint.tensors import read
 from repvgg.checks import check_integers
+from repvgg.contract import Description
 
 DEFAULTS: dict[str, Any] = {"path": None, "strides": cli.Unset(list, "[2,2,2,2,2]")}
 MOST = 6  # lines of a list

@@ -17,7 +17,7 @@ from repvgg import cli
 from repvgg.checks import check_integer
 from repvgg.contract import DataContract, to_float
 from repvgg.data.images import fit, open_image, to_tensor
-from repvgg.export import open_artifact
+from repvgg.export.formats import open_artifact
 
 DEFAULTS: dict[str, Any] = {"model": None, "images": None, "batch_size": 32}
 

@@ -18,16 +18,16 @@ import study
 import torch
 from torch import Tensor, nn
 
-from repvgg import checkpoint, cli, quantize, verify
-from repvgg.artifact import Description
+from repvgg import checkpoint, cli, verify
 from repvgg.certificate import accuracy
 from repvgg.checks import check_integer, check_number, refusal
-from repvgg.contract import to_float
+from repvgg.contract import Description, to_float
 from repvgg.data.module import ImageData
-from repvgg.export import build_onnx
+from repvgg.export import int8
+from repvgg.export.calibration import RANGES, Histogram, minmax
+from repvgg.export.formats import build_onnx
 from repvgg.models.forms import switch_to_deploy
 from repvgg.models.registry import create_model, list_models
-from repvgg.ranges import RANGES, Histogram, minmax
 
 DEFAULTS: dict[str, Any] = {
     "root": None,
@@ -148,7 +148,7 @@ def examine(job: Job, settings: dict[str, Any]) -> list[study.Row]:
         to_float(images[0][rows]) for rows in (order[:count], order[count : 2 * count])
     )
     shown, labels = to_float(test[0]), test[1]
-    found = quantize.quantize(
+    found = int8.quantize(
         deployed,
         description,
         measured,
@@ -156,18 +156,18 @@ def examine(job: Job, settings: dict[str, Any]) -> list[study.Row]:
         float_layers=settings["float_layers"],
     )
     proto = build_onnx(deployed, description)
-    histograms = quantize.measure(proto, description, measured)
+    histograms = int8.measure(proto, description, measured)
     scores = {
-        "float32": quantize.run(proto, description, shown),
-        "chosen": quantize.run(found.model, description, shown),
+        "float32": int8.run(proto, description, shown),
+        "chosen": int8.run(found.model, description, shown),
     }
     for name, find in RANGES.items():
         ranges = {tensor: find(histogram) for tensor, histogram in histograms.items()}
-        rounded = quantize.rewrite(proto, ranges, description)
-        scores[name] = quantize.run(rounded, description, shown)
+        rounded = int8.rewrite(proto, ranges, description)
+        scores[name] = int8.run(rounded, description, shown)
     ranges = {tensor: minmax(histogram) for tensor, histogram in histograms.items()}
-    rounded = quantize.rewrite(proto, ranges, description, per_channel=False)
-    scores["minmax, weights by tensor"] = quantize.run(rounded, description, shown)
+    rounded = int8.rewrite(proto, ranges, description, per_channel=False)
+    scores["minmax, weights by tensor"] = int8.run(rounded, description, shown)
     kernels = [m.weight for m in deployed.modules() if isinstance(m, nn.Conv2d)]
     return [
         {

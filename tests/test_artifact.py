@@ -2,9 +2,8 @@ import json
 
 import pytest
 
-from repvgg import artifact
-from repvgg.artifact import Description
-from repvgg.contract import DataContract
+from repvgg.contract import DataContract, Description
+from repvgg.export import artifact
 
 CONTRACT = DataContract(["a", "b", "c"], 3, [32, 32], [0.4, 0.5, 0.6], [0.2, 0.3, 0.2], "bilinear")
 

@@ -7,10 +7,10 @@ from networks import settle
 
 import repvgg
 from repvgg import certificate
-from repvgg.artifact import Description, build_program
 from repvgg.certificate import Recorded, judge_rounded
-from repvgg.contract import DataContract, to_float
-from repvgg.export import FORMATS
+from repvgg.contract import DataContract, Description, to_float
+from repvgg.export.artifact import build_program
+from repvgg.export.formats import FORMATS
 
 CONTRACT = DataContract(["a", "b", "c"], 3, [32, 32], [0.4, 0.5, 0.6], [0.2, 0.3, 0.2], "bilinear")
 

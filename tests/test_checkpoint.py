@@ -10,9 +10,8 @@ from networks import relative_error, settle
 
 import repvgg
 from repvgg import checkpoint, create_model
-from repvgg.artifact import Description
-from repvgg.contract import DataContract, to_float
-from repvgg.export import save_safetensors
+from repvgg.contract import DataContract, Description, to_float
+from repvgg.export.formats import save_safetensors
 from repvgg.models.registry import build_model
 
 CONFIG = {"name": "repvgg_tiny", "num_classes": 3, "in_channels": 1, "strides": [1, 1, 2, 2, 1]}

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 import deploy
 import repvgg
-from repvgg.export import FORMATS
+from repvgg.export.formats import FORMATS
 from repvgg.models.registry import build_model
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -27,7 +27,7 @@ import repvgg
 from repvgg import certificate, export
 from repvgg.contract import DataContract
 from repvgg.data.sets import digits
-from repvgg.export import FORMATS, Format
+from repvgg.export.formats import FORMATS, Format
 
 
 @pytest.fixture(scope="module")
@@ -158,12 +158,12 @@ def test_a_failed_verdict_leaves_nothing_behind(damage, message, folder, tmp_pat
 
 
 def test_int8_that_loses_too_much_leaves_nothing_behind(folder, tmp_path, monkeypatch):
-    from repvgg import quantize
+    from repvgg.export import int8
 
     def narrow(histogram):
         return 0.0, histogram.high / 100
 
-    monkeypatch.setattr(quantize, "RANGES", {"narrow": narrow})
+    monkeypatch.setattr(int8, "RANGES", {"narrow": narrow})
     path = str(folder / "checkpoints" / "best.ckpt")
     config = settings(ckpt=path, out=str(tmp_path / "out"), int8=True, int8_float_layers=0)
 

@@ -4,7 +4,7 @@ from networks import settle
 from torch import nn
 
 import repvgg
-from repvgg.equalize import can_equalize, equalize
+from repvgg.export.equalize import can_equalize, equalize
 
 
 def deployed(**config) -> nn.Module:

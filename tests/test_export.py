@@ -11,10 +11,10 @@ from networks import relative_error, settle
 from torch import nn
 
 import repvgg
-from repvgg import export
-from repvgg.artifact import METADATA_KEY, Description, build_program
-from repvgg.contract import DataContract
-from repvgg.export import FORMATS, open_artifact
+from repvgg.contract import METADATA_KEY, DataContract, Description
+from repvgg.export import formats
+from repvgg.export.artifact import build_program
+from repvgg.export.formats import FORMATS, open_artifact
 
 CONTRACT = DataContract(["a", "b", "c"], 3, [32, 32], [0.4, 0.5, 0.6], [0.2, 0.3, 0.2], "bilinear")
 PORTABLE = [name for name in FORMATS if name != "aoti"]  # which takes ten seconds to compile
@@ -206,15 +206,15 @@ def without_description(name: str, path) -> None:
 
         save_file({"a": torch.ones(2)}, path)
     elif name == "onnx":
-        proto = export.build_onnx(deployed, description)
+        proto = formats.build_onnx(deployed, description)
         proto.ClearField("metadata_props")
         onnx.save_model(proto, path)
     elif name == "pt2":
-        torch.export.save(export.export_program(deployed, description), path)
+        torch.export.save(formats.export_program(deployed, description), path)
     else:
         import openvino
 
-        proto = export.build_onnx(deployed, description)
+        proto = formats.build_onnx(deployed, description)
         openvino.save_model(openvino.Core().read_model(proto.SerializeToString()), path)
 
 

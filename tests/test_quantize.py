@@ -7,13 +7,12 @@ from networks import settle
 from torch import nn
 
 import repvgg
-from repvgg.artifact import Description
-from repvgg.contract import DataContract
-from repvgg.export import build_onnx, load_onnx, load_openvino
+from repvgg.contract import DataContract, Description
+from repvgg.export.calibration import RANGES, minmax
+from repvgg.export.formats import build_onnx, load_onnx, load_openvino
+from repvgg.export.int8 import layers, measure, quantize, rewrite, run
 from repvgg.models.forms import deployed_form
 from repvgg.models.registry import build_model
-from repvgg.quantize import layers, measure, quantize, rewrite, run
-from repvgg.ranges import RANGES, minmax
 
 CONTRACT = DataContract(["a", "b", "c"], 3, [32, 32], [0.4, 0.5, 0.6], [0.2, 0.3, 0.2], "bilinear")
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from repvgg.ranges import Histogram, least_squares, minmax, percentile
+from repvgg.export.calibration import Histogram, least_squares, minmax, percentile
 
 BINS = 2048
 

@@ -29,9 +29,9 @@ from PIL import Image
 
 import repvgg
 from repvgg import RepVGGBlock, checkpoint, cli, create_model
-from repvgg.artifact import Description, build_program
-from repvgg.contract import DataContract
-from repvgg.export import save_safetensors
+from repvgg.contract import DataContract, Description
+from repvgg.export.artifact import build_program
+from repvgg.export.formats import save_safetensors
 from repvgg.verify import relative_error
 
 

@@ -10,7 +10,7 @@ from networks import relative_error
 
 import repvgg
 from repvgg.contract import to_float
-from repvgg.export import open_artifact
+from repvgg.export.formats import open_artifact
 
 HELD = Path(__file__).with_name("data") / "version_0_1"
 

@@ -5,10 +5,10 @@ image size, mean and std, interpolation) and a probe: a few validation images wi
 trained network gave them. It holds plain types and tensors alone, so it loads with
 `torch.load(weights_only=True)`, in a process without Lightning, and runs no code of the file.
 
-Third-party files hold weights alone, in layouts of their own (`checkpoint.layouts`). They are opened
-too; what they do not say is then assumed to be as for ImageNet, and their probe is of noise. One
-without a classifier, such as the backbone of a detector, gives no logits: `open_network` opens it,
-`load` does not.
+Third-party files hold weights alone, in layouts of their own (`checkpoint.layouts`). They are
+opened too; what they do not say is then assumed to be as for ImageNet, and their probe is of noise.
+One without a classifier, such as the backbone of a detector, gives no logits: `open_network` opens
+it, `load` does not.
 """
 
 import os
@@ -22,10 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from repvgg.artifact import METADATA_KEY, Description
 from repvgg.checkpoint import recognize
 from repvgg.checkpoint.tensors import METADATA, read
-from repvgg.contract import DataContract, Normalize, to_float
+from repvgg.contract import METADATA_KEY, DataContract, Description, Normalize, to_float
 from repvgg.models.forms import switch_to_deploy
 from repvgg.models.multi_branch import switch_to_train
 from repvgg.models.network import RepVGG

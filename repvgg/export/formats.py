@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repvgg.artifact import (
-    METADATA_KEY,
+from repvgg.contract import METADATA_KEY, Description
+from repvgg.export.artifact import (
     Artifact,
-    Description,
     build_program,
     count_layers,
     described,

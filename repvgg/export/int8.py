@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repvgg.artifact import METADATA_KEY, Description
-from repvgg.equalize import can_equalize, equalize
-from repvgg.export import build_onnx, open_session
+from repvgg.contract import METADATA_KEY, Description
+from repvgg.export.calibration import RANGES, Histogram, Range
+from repvgg.export.equalize import can_equalize, equalize
+from repvgg.export.formats import build_onnx, open_session
 from repvgg.models.network import RepVGG
-from repvgg.ranges import RANGES, Histogram, Range
 from repvgg.verify import agreement
 
 BINS = 2048

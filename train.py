@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from repvgg import cli, lock, processes, runs, schedule
-from repvgg.settings import LearningRate, Settings, is_emulated, scale_learning_rate
+from repvgg import cli
+from repvgg.training import lock, processes, runs, schedule
+from repvgg.training.settings import LearningRate, Settings, is_emulated, scale_learning_rate
 
 CONFIG = Path(__file__).absolute().parent / "configs" / "train.yaml"
 MOST_CALIBRATED = 512  # training images that give a deployed network its statistics back
@@ -44,12 +45,13 @@ def train(settings: Settings, config: dict[str, Any], folder: Path) -> None:
     import lightning as L
     from hydra.utils import instantiate
 
-    from repvgg import callbacks, checkpoint
+    from repvgg import checkpoint
     from repvgg.contract import to_float
     from repvgg.data.batches import WorkersDied
     from repvgg.data.module import ImageData
-    from repvgg.memory import keep_memory
-    from repvgg.module import Diverged
+    from repvgg.training import callbacks
+    from repvgg.training.classifier import Diverged
+    from repvgg.training.malloc import keep_memory
 
     quieten()
     if is_emulated(settings.trainer) and processes.rank() == 0:
@@ -75,7 +77,7 @@ def train(settings: Settings, config: dict[str, Any], folder: Path) -> None:
         raise ValueError(
             f"data._target_={settings.data['_target_']}: gives a {type(data).__name__}; must give "
             "a repvgg.data.module.ImageData, which says what the images are. Any other "
-            "LightningDataModule trains with repvgg.module.Classifier in a Trainer of your own"
+            "LightningDataModule trains with training.classifier.Classifier in your own Trainer"
         )
     model = fit_model(settings.model, data)
     if start is not None and "bn_eps" in start.config:
@@ -137,7 +139,7 @@ def build_trainer(settings: Settings, folder: Path, describing: Any) -> Any:
     from hydra.utils import instantiate
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from repvgg import callbacks
+    from repvgg.training import callbacks
 
     given = dict(settings.trainer)
     more = instantiate(given.pop("callbacks", None) or [], _convert_="all")
@@ -202,7 +204,7 @@ def check_network(settings: Settings) -> None:
 
 
 def build_module(settings: Settings, model: dict[str, Any], steps: "Steps", rate: float) -> Any:
-    from repvgg.module import Classifier
+    from repvgg.training.classifier import Classifier
 
     return Classifier(
         model,
@@ -365,7 +367,7 @@ def describe(
     settings: Settings, module: Any, steps: "Steps", rate: LearningRate, folder: Path
 ) -> str:
     """What the run is, before it starts."""
-    from repvgg.module import parameter_groups
+    from repvgg.training.classifier import parameter_groups
 
     count = sum(parameter.numel() for parameter in module.parameters())
     lines = [
@@ -382,7 +384,7 @@ def describe(
 
 def report_stop(stopped: Any, last: Path) -> NoReturn:
     """Say why it stopped, and how to go on; the status tells a signal from a mistake."""
-    from repvgg.module import Diverged
+    from repvgg.training.classifier import Diverged
 
     path = shlex.quote(runs.relative(last))
     if isinstance(stopped, Diverged):
@@ -421,7 +423,7 @@ def show_logs(loggers: list[Any], folder: Path) -> None:
 def progress_bar(settings: dict[str, Any]) -> list[Any]:
     from lightning.pytorch.callbacks import TQDMProgressBar
 
-    from repvgg.callbacks import EpochLines
+    from repvgg.training.callbacks import EpochLines
 
     if not settings["enable_progress_bar"]:
         return []

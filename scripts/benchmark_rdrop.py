@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from repvgg import cli
 from repvgg.checks import check_integer, refusal
 from repvgg.losses import rdrop_loss
-from repvgg.module import Classifier
 from repvgg.rdrop import Noise
+from repvgg.training.classifier import Classifier
 
 DEFAULTS: dict[str, Any] = {
     "model": "repvgg_a0",

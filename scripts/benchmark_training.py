@@ -28,8 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import repvgg
 from repvgg import cli
 from repvgg.checks import check_integer
-from repvgg.memory import keep_memory
 from repvgg.models.block import compile_blocks
+from repvgg.training.malloc import keep_memory
 
 DEFAULTS: dict[str, Any] = {
     "model": "repvgg_a0",
@@ -159,7 +159,7 @@ def in_lightning(
 
 
 def build_module(model: str, classes: int) -> Any:
-    from repvgg.module import Classifier
+    from repvgg.training.classifier import Classifier
 
     return Classifier(
         {"name": model, "num_classes": classes},

@@ -131,7 +131,7 @@ def fit(
     lr: float,
     seed: int,
 ) -> None:
-    from repvgg.module import Classifier
+    from repvgg.training.classifier import Classifier
 
     data = ImageData(
         images, images, images, contract, batch_size=min(64, len(images.labels)), seed=seed

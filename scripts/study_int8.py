@@ -79,7 +79,7 @@ loaded = functools.cache(study.load_images)  # once in each process
 
 def train(job: Job, settings: dict[str, Any]) -> study.Row:
     """Train one network and keep it as a self-describing checkpoint."""
-    from repvgg.module import Classifier
+    from repvgg.training.classifier import Classifier
 
     images, test, contract, augment = loaded(settings["root"])
     data = ImageData(

@@ -26,11 +26,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import repvgg.callbacks
 import repvgg.data.sets
-import repvgg.module
-from repvgg import cli, runs
+import repvgg.training.callbacks
+import repvgg.training.classifier
+from repvgg import cli
 from repvgg.checks import check_integer, check_number, refusal
+from repvgg.training import runs
 
 ROOT = Path(__file__).parents[1]
 DEFAULTS: dict[str, Any] = {

@@ -183,8 +183,8 @@ def build(
     job: Job, settings: dict[str, Any], costs: dict[str, dict[str, float]]
 ) -> tuple[Any, ImageData, int]:
     """The module, its data and the number of steps."""
-    from repvgg.module import Classifier
     from repvgg.rdrop import Noise
+    from repvgg.training.classifier import Classifier
 
     train, test, contract, augment = loaded(settings["root"])
     train = study.subset(train, job.labels, job.seed)

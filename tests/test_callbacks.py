@@ -16,8 +16,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from repvgg import callbacks, checkpoint
-from repvgg.callbacks import (
+from repvgg import checkpoint
+from repvgg.data.batches import WorkersDied
+from repvgg.data.module import ImageData
+from repvgg.data.sets import digits
+from repvgg.models.forms import reestimate_bn
+from repvgg.training import callbacks
+from repvgg.training.callbacks import (
     EMA,
     BestCheckpoint,
     EpochLines,
@@ -30,12 +35,8 @@ from repvgg.callbacks import (
     WholeFileIO,
     num_images,
 )
-from repvgg.data.batches import WorkersDied
-from repvgg.data.module import ImageData
-from repvgg.data.sets import digits
-from repvgg.models.forms import reestimate_bn
-from repvgg.module import Classifier
-from repvgg.processes import cluster_plugins
+from repvgg.training.classifier import Classifier
+from repvgg.training.processes import cluster_plugins
 
 MODEL = {
     "name": "repvgg_tiny",

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from repvgg import lock
+from repvgg.training import lock
 
 HOLD = """
 import sys
 from pathlib import Path
-from repvgg import lock
+from repvgg.training import lock
 with lock.hold(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

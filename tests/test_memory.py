@@ -7,7 +7,7 @@ STEPS = """
 import resource
 import sys
 import torch
-from repvgg.memory import keep_memory
+from repvgg.training.malloc import keep_memory
 
 if sys.argv[1] == "kept":
     assert keep_memory()

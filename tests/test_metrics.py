@@ -11,8 +11,8 @@ from torchmetrics.classification import MulticlassCalibrationError
 from repvgg.data.batches import Batches, Stored
 from repvgg.data.module import ImageData
 from repvgg.data.sets import digits
-from repvgg.metrics import ImageMean
-from repvgg.module import Classifier
+from repvgg.training.classifier import Classifier
+from repvgg.training.metrics import ImageMean
 
 SIZES = (1, 3, 9, 21, 257)  # images: one device without any, and unequal numbers of batches
 

@@ -12,8 +12,8 @@ from torch import nn
 from repvgg.data.batches import Batches, Stored
 from repvgg.data.sets import digits
 from repvgg.losses import rdrop_loss
-from repvgg.module import Classifier, Diverged, parameter_groups
 from repvgg.rdrop import Noise, predict_twice
+from repvgg.training.classifier import Classifier, Diverged, parameter_groups
 
 MODEL = {
     "name": "repvgg_tiny",
@@ -565,7 +565,7 @@ def test_arguments_of_other_types_are_stored_as_plain_values():
 
 
 def test_arguments_that_are_not_plain_are_not_stored():
-    from repvgg.module import _plain
+    from repvgg.training.classifier import _plain
 
     with pytest.raises(TypeError, match="is not a plain value"):
         _plain({"model": {"dtype": torch.float32}})

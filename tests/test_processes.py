@@ -1,6 +1,6 @@
 import pytest
 
-from repvgg.processes import check_processes, cluster_plugins, rank, started_together
+from repvgg.training.processes import check_processes, cluster_plugins, rank, started_together
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none",

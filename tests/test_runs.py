@@ -4,7 +4,8 @@ import re
 import pytest
 from omegaconf import OmegaConf
 
-from repvgg import cli, runs
+from repvgg import cli
+from repvgg.training import runs
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from repvgg.schedule import Schedule, from_trainer_settings, optimizer_steps
+from repvgg.training.schedule import Schedule, from_trainer_settings, optimizer_steps
 
 BATCHES = 10
 

@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 from test_configs import compose
 
-from repvgg.settings import Optim, Settings, scale_learning_rate
+from repvgg.training.settings import Optim, Settings, scale_learning_rate
 
 
 def read(*typed: str) -> Settings:

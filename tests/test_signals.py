@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from repvgg.module import Diverged
 from repvgg.signals import Interrupted, interruptible, stopping
+from repvgg.training.classifier import Diverged
 
 ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 

@@ -22,11 +22,11 @@ from torchmetrics.classification import MulticlassCalibrationError
 
 from repvgg.checks import check_integer, check_number, refusal
 from repvgg.losses import cross_entropy, rdrop_loss
-from repvgg.metrics import ImageMean
 from repvgg.models.block import RepVGGBlock
 from repvgg.models.forms import switch_to_deploy
 from repvgg.models.registry import build_model
 from repvgg.rdrop import Noise, find_noise, predict, predict_twice, predict_views
+from repvgg.training.metrics import ImageMean
 
 AUXILIARY_WEIGHT = 0.1  # of each auxiliary cross-entropy, in the RepVGGplus recipe
 NOISE_KEYS = ("dropout", "branch_drop", "drop_path")  # of a model

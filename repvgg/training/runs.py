@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from repvgg import cli, processes
+from repvgg import cli
+from repvgg.training import processes
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override

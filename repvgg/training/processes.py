@@ -80,7 +80,7 @@ def cluster_plugins(environment: Mapping[str, str] = os.environ) -> list[Any]:
     """What a `lightning.Trainer` needs under SLURM so that it does not requeue the job itself.
 
     Lightning would handle SIGUSR1, write hpc_ckpt_1.ckpt into its default_root_dir and begin every
-    later run from it. `repvgg.callbacks.SaveOnSignal` handles the signal. Pass the folder of the
+    later run from it. `callbacks.SaveOnSignal` handles the signal. Pass the folder of the
     run as `default_root_dir` too, so that such a file of another run is not read.
     """
     if "TORCHELASTIC_RUN_ID" in environment or not _uses_slurm(environment):

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from repvgg.training.settings import Settings
+
 SWITCHES = (  # arguments of lightning.Trainer that decide it
     "max_epochs",
     "max_steps",
@@ -77,3 +79,34 @@ def from_trainer_settings(num_batches: int, settings: Mapping[str, Any]) -> Sche
     """`optimizer_steps` with the arguments of a trainer, of which other ones do not count."""
     given = {key: settings[key] for key in SWITCHES if settings.get(key) is not None}
     return optimizer_steps(num_batches, **given)
+
+
+class Steps(NamedTuple):
+    """Optimizer steps of the run, of an epoch and of the two warm-ups; images in a step of all
+    devices; batches of each device in an epoch."""
+
+    total: int
+    epoch: int
+    warmup: int
+    rdrop_warmup: int
+    images: int
+    batches: int
+
+
+def count_steps(settings: Settings, data: Any, devices: int) -> Steps:
+    accumulated = settings.trainer["accumulate_grad_batches"]
+    data.check_batch(data.batch_size * devices)
+    batches = len(data.train.labels) // (data.batch_size * devices)
+    counted = from_trainer_settings(batches, settings.trainer)
+    images = data.batch_size * devices * accumulated
+    warmups = (settings.optim.warmup_epochs, settings.rdrop_warmup)
+    warmup, rdrop_warmup = (round(warmup * counted.epoch) for warmup in warmups)
+    if settings.trainer.get("fast_dev_run"):
+        warmup, rdrop_warmup = min(warmup, counted.total), min(rdrop_warmup, counted.total)
+    if max(warmup, rdrop_warmup) > counted.total:
+        raise ValueError(
+            f"optim.warmup_epochs={warmups[0]:g} rdrop_warmup={warmups[1]:g}: longer than the "
+            f"{counted.total} steps that run, of {counted.epoch} in an epoch; pass for example "
+            "optim.warmup_epochs=0 rdrop_warmup=0"
+        )
+    return Steps(counted.total, counted.epoch, warmup, rdrop_warmup, images, counted.batches)

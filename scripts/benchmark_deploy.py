@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 import repvgg
 from repvgg import cli, verify
-from repvgg.benchmark import count_macs
 from repvgg.checks import check_integer, check_number, refusal
 from repvgg.contract import METADATA_KEY, DataContract, Description
+from repvgg.deploy.measure import count_macs
 from repvgg.export import formats, int8
 from repvgg.export.artifact import build_program
 from repvgg.export.calibration import minmax

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from repvgg import checkpoint, cli
-from repvgg.benchmark import count_parameters
 from repvgg.checkpoint.tensors import read
 from repvgg.checks import check_integer, check_integers, check_number, refusal
 from repvgg.contract import DataContract
+from repvgg.deploy.measure import count_parameters
 
 DEFAULTS: dict[str, Any] = {
     "path": None,

@@ -16,12 +16,12 @@ from torch import nn
 
 import repvgg
 from repvgg import checkpoint, cli
-from repvgg.certificate import accuracy
 from repvgg.checkpoint.native import Checkpoint, Probe
 from repvgg.checks import check_integer, check_number
 from repvgg.contract import DataContract, Description, Normalize, to_float
 from repvgg.data.batches import Stored
 from repvgg.data.module import ImageData
+from repvgg.deploy.certificate import accuracy
 from repvgg.export.formats import save_safetensors
 
 DEFAULTS: dict[str, Any] = {

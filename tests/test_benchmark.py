@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from repvgg.benchmark import count_macs, count_parameters, measure_latency
+from repvgg.deploy.measure import count_macs, count_parameters, measure_latency
 
 
 def test_multiply_accumulates_are_those_of_the_textbook():

@@ -6,9 +6,9 @@ import torch
 from networks import settle
 
 import repvgg
-from repvgg import certificate
-from repvgg.certificate import Recorded, judge_rounded
 from repvgg.contract import DataContract, Description, to_float
+from repvgg.deploy import certificate
+from repvgg.deploy.certificate import Recorded, judge_rounded
 from repvgg.export.artifact import build_program
 from repvgg.export.formats import FORMATS
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-import deploy
 import repvgg
+from repvgg.deploy import settings as deploy_settings
 from repvgg.export.formats import FORMATS
 from repvgg.models.registry import build_model
 
@@ -100,4 +100,4 @@ def test_the_deployment_composes_with_every_data_set(data):
 
 
 def test_the_formats_that_the_command_line_knows_are_those_of_the_package():
-    assert list(deploy.CHOICES) == list(FORMATS)
+    assert list(deploy_settings.CHOICES) == list(FORMATS)

@@ -24,9 +24,11 @@ from PIL import Image
 
 import deploy
 import repvgg
-from repvgg import certificate, export
+from repvgg import export
 from repvgg.contract import DataContract
 from repvgg.data.sets import digits
+from repvgg.deploy import certificate
+from repvgg.deploy import settings as settings_of_deploy
 from repvgg.export.formats import FORMATS, Format
 
 
@@ -287,7 +289,7 @@ def test_an_unknown_input_or_output_is_refused(key, value, folder, tmp_path):
 
 
 def test_a_missing_extra_is_told_before_anything_is_done(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(deploy, "find_spec", lambda name: None)
+    monkeypatch.setattr(settings_of_deploy, "find_spec", lambda name: None)
     path = str(folder / "checkpoints" / "best.ckpt")
 
     with pytest.raises(ValueError, match=r'type pip install -e "\.\[openvino\]"'):

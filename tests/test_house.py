@@ -13,8 +13,9 @@ MODULES = [
     for path in sorted(PACKAGE.rglob("*.py"))
     if path.name != "__init__.py"
 ]
-ALLOWED = re.compile(r"data(module)?\.py|augment\.py|data/")  # need torchvision anyway
-PRINTS = re.compile(r"cli\.py")
+# Imported late, by what needs torchvision and hydra anyway.
+ALLOWED = re.compile(r"data/|deploy/sets\.py|training/(run|setup|report)\.py")
+PRINTS = re.compile(r"cli\.py|(training|deploy)/run\.py|training/report\.py")
 HEAVY = ("litdata", "onnx", "onnxruntime", "safetensors", "hydra", "omegaconf", "torchvision")
 
 

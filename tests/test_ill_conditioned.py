@@ -6,9 +6,9 @@ import pytest
 import torch
 from networks import settle
 
-import deploy
 import repvgg
-from repvgg import certificate, verify
+from repvgg import verify
+from repvgg.deploy import certificate, verification
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -38,12 +38,12 @@ def judge(found):
         "float32": verify.compare_blocks(networks["reference"], networks["folded"], IMAGES),
     }
     deploy_forms = SimpleNamespace(**networks)
-    return deploy.judge_forms(deploy_forms, IMAGES, blocks)
+    return verification.judge_forms(deploy_forms, IMAGES, blocks)
 
 
 def test_an_ill_conditioned_network_is_deployed():
     verdicts = judge(forms(2.0**12))
-    assert verdicts[deploy.OWN].error > 1e-5
+    assert verdicts[verification.OWN].error > 1e-5
     assert all(verdict.passed for verdict in verdicts.values())
     assert verdicts["folded, float64"].tolerance == 1e-10
 

@@ -44,7 +44,11 @@ def fail(monkeypatch, tmp_path, capfd):
         ("train.py", ["+trainer.max_step=3"], "did you mean max_steps? allowed are accelerator"),
         ("train.py", ["+trainer.max_time=3"], "planned by steps; type +trainer.max_steps=N"),
         ("train.py", ["+trainer.barebones=true"], "trainer.barebones=True: it turns off"),
-        ("train.py", ["+data.foo=3"], "foo: repvgg.data.digits takes no argument of that name"),
+        (
+            "train.py",
+            ["+data.foo=3"],
+            "foo: repvgg.data.sets.digits takes no argument of that name",
+        ),
         ("train.py", ["+model.foo=3"], "unknown override 'foo': allowed are depths"),
         ("train.py", ["+trainer.callbacks=5"], "trainer.callbacks=5: must name a class"),
         ("train.py", ["+trainer.logger=wandb"], "trainer.logger='wandb': must name a class"),

@@ -78,7 +78,6 @@ def write(name: str, save: Callable[..., None], *arguments: Any) -> None:
 
 def describe_files(folder: Path, verified: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Size and checksum of every file; OpenVINO's weights are one by themselves."""
-
     return {
         written.name: {
             "bytes": written.stat().st_size,
@@ -99,7 +98,6 @@ def quantize(
     config: dict[str, Any],
 ) -> tuple[dict[str, Any], Any]:
     """Choose how to round; what the report says of it, and the `onnx.ModelProto`."""
-
     norms = [module for module in restored.model.modules() if is_normalization(module)]
     if norms and all(is_never_updated(norm) for norm in norms):
         raise ValueError(
@@ -128,7 +126,6 @@ def quantize(
 
 def open_int8(path: Path) -> dict[str, Artifact]:
     """Open a file of 8 bits in every engine that is installed."""
-
     found = {f"{path.name}, onnxruntime": load_onnx(path)}
     if find_spec("openvino"):
         found[f"{path.name}, OpenVINO"] = load_openvino(path)

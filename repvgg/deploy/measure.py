@@ -82,7 +82,6 @@ def measure_latency(
 
 def sizes(forms: Forms, images: Tensor) -> dict[str, Any]:
     """Parameters and multiply-accumulates for one image, before and after."""
-
     return {
         name: {
             "parameters": count_parameters(network),
@@ -120,7 +119,6 @@ def latency(predictors: dict[str, Predictor], images: Tensor) -> dict[str, Any]:
 
 def environment() -> dict[str, str]:
     """Versions and machine."""
-
     found = {"repvgg": repvgg.__version__, "python": platform.python_version()}
     packages = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "safetensors")
     for package in (*packages, "openvino"):

@@ -93,7 +93,6 @@ def accuracies(scores: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
 
 def compare_blocks(forms: Forms, images: Tensor, moved: set[str]) -> dict[str, dict[str, float]]:
     """The error of every block, or of every module where there are no blocks, by precision."""
-
     moved = {NETWORK + name for name in moved}
     found = {
         name: {
@@ -135,7 +134,6 @@ def exceeds(verdict: Verdict) -> str:
 
 def batched(predict: Predictor, images: Tensor, size: int = 64) -> Tensor:
     """Predict a set of images of any size."""
-
     with torch.no_grad():
         return torch.cat([predict(batch) for batch in images.split(size)])
 

@@ -28,7 +28,6 @@ def describe(
     settings: Settings, module: Any, steps: Steps, rate: LearningRate, folder: Path
 ) -> str:
     """What the run is, before it starts."""
-
     count = sum(parameter.numel() for parameter in module.parameters())
     lines = [
         f"{settings.model['name']}: {count / 1e6:.2f} M parameters, {steps.total} steps of "
@@ -60,7 +59,6 @@ def show(names: Sequence[str]) -> str:
 
 def report_stop(stopped: Any, last: Path) -> NoReturn:
     """Say why it stopped, and how to go on; the status tells a signal from a mistake."""
-
     path = shlex.quote(runs.relative(last))
     if isinstance(stopped, Diverged):
         kept = f"the last good checkpoint is {path}" if last.exists() else "nothing was saved yet"
@@ -87,7 +85,6 @@ def report(metrics: Any, data: Any, best: Path) -> None:
 
 def show_logs(loggers: list[Any], folder: Path) -> None:
     """What to type to see the curves, where TensorBoard has them."""
-
     if any(isinstance(logger, TensorBoardLogger) for logger in loggers):
         own = folder.is_relative_to(cli.start_folder() / runs.RUNS)
         logs = str(runs.RUNS) if own else runs.relative(folder)
@@ -96,7 +93,6 @@ def show_logs(loggers: list[Any], folder: Path) -> None:
 
 def log_hyperparameters(logger: Any, settings: dict[str, Any], metrics: Any) -> None:
     """Tell a logger what the run was, with how it ended where it takes that."""
-
     if isinstance(logger, TensorBoardLogger):
         logger.log_hyperparams(settings, metrics)
     else:

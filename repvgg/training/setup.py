@@ -119,7 +119,6 @@ def fit_model(model: dict[str, Any], data: Any) -> dict[str, Any]:
 
 def initialize(network: Any, start: Any, data: Any, path: str) -> str:
     """Take over the weights of a checkpoint; a line for the reader that says which did not come."""
-
     normalize = Normalize(data.contract.mean, data.contract.std)
     images, _ = data.spread(data.train, MOST_CALIBRATED)
     try:
@@ -134,7 +133,6 @@ def initialize(network: Any, start: Any, data: Any, path: str) -> str:
 
 def prepare(module: Any, settings: Settings, images: Any) -> None:
     """Find the noise for R-Drop; lay out, compile, checkpoint the network as it was asked for."""
-
     name = settings.model["name"]
     if module.rdrop > 0 and module.rdrop_views == 1:
         module.noise = find_noise(module.net, images)
@@ -169,7 +167,6 @@ def prepare(module: Any, settings: Settings, images: Any) -> None:
 
 
 def progress_bar(settings: dict[str, Any]) -> list[Any]:
-
     if not settings["enable_progress_bar"]:
         return []
     return [TQDMProgressBar() if sys.stdout.isatty() else callbacks.EpochLines()]
@@ -181,7 +178,6 @@ def check_devices(trainer: Any) -> None:
     Raises:
         ValueError: likewise.
     """
-
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if sweep and trainer.world_size > 1 and not processes.started_together():
         raise ValueError(
@@ -192,7 +188,6 @@ def check_devices(trainer: Any) -> None:
 
 def check_network(settings: Settings) -> None:
     """Build the network without its weights, so that a mistake is told before data is read."""
-
     wanted = {"num_classes": 2, "in_channels": 3}
     model = settings.model | {
         key: value for key, value in wanted.items() if settings.model.get(key) is None
@@ -236,7 +231,7 @@ def check_same_steps(
     def split(given: dict[str, Any]) -> tuple[Any, ...]:
         trainer = given["trainer"]
         return (
-            *(given["data"]["batch_size"], trainer["devices"], trainer["num_nodes"]),
+            *(given["data"].get("batch_size"), trainer["devices"], trainer["num_nodes"]),
             trainer["accumulate_grad_batches"],
         )
 
@@ -270,7 +265,6 @@ def check_same_steps(
 
 def check_runs(network: Any, images: Any, name: str) -> None:
     """Refuse a network that the images do not get through: most need a size of their own."""
-
     network.eval()
     try:
         with torch.no_grad():
@@ -301,7 +295,6 @@ def check_batch_of_one(network: Any, image: Any, batch_size: int) -> None:
 
 def quieten() -> None:
     """Silence what every run of the stack says and no user can act on."""
-
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # prints its report

@@ -280,8 +280,6 @@ def check_folder(folder: Path, *, resumed: bool, chosen: bool) -> None:
 def discard_if_empty(folder: Path) -> None:
     """Remove the folder Hydra made for a run that was refused, and empty ones above it in runs/."""
     runs = cli.start_folder() / RUNS
-    if processes.rank() != 0:
-        return
     for path in (folder, *(above for above in folder.parents if above.is_relative_to(runs))):
         if path in (Path.cwd(), cli.start_folder()) or not path.is_dir() or any(path.iterdir()):
             return

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from repvgg import checkpoint, losses, rdrop, reparam, verify
+    from repvgg import checkpoint, data, export, losses, rdrop, reparam, verify
     from repvgg.fusion.fuse import fuse_conv_bn
     from repvgg.models.block import QARepVGGBlock, RepVGGBlock
     from repvgg.models.forms import reestimate_bn, switch_to_deploy
@@ -26,6 +26,8 @@ __all__ = [
     "RepVGGBlock",
     "checkpoint",
     "create_model",
+    "data",
+    "export",
     "fuse_conv_bn",
     "list_models",
     "losses",

@@ -337,6 +337,35 @@ def test_callbacks_and_loggers_are_the_users_own(tmp_path):
     assert not list((tmp_path / "run").glob("events*"))
 
 
+def test_a_sweep_over_several_devices_is_rejected_before_it_trains(tmp_path):
+    devices = ["trainer.accelerator=cpu", "trainer.devices=2"]
+    done = run("train.py", *SHORT, "-m", "seed=0,1", *devices, cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert done.stderr.count("trainer.devices=2: a sweep trains on one device") == 2
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_run_of_the_users_own_configs_is_resumed_without_them(tmp_path):
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "mine.yaml").write_text(
+        "defaults: [train, _self_]\nseed: 7\nrdrop: 0.5\noptim: {lr: 0.03}\n"
+    )
+    own = ["--config-dir", "conf", "--config-name", "mine"]
+    short = ["model=repvgg_tiny", "trainer.max_epochs=1", "data.batch_size=128"]
+    begun = run("train.py", *short, *own, "hydra.run.dir=run", cwd=tmp_path)
+    shutil.rmtree(tmp_path / "conf")
+
+    resumed = run(
+        "train.py", "resume=run/checkpoints/last.ckpt", "trainer.max_epochs=2", cwd=tmp_path
+    )
+
+    assert begun.returncode == 0, begun.stderr
+    assert resumed.returncode == 0, resumed.stderr
+    assert "R-Drop 0.5 in one forward" in resumed.stdout
+    assert "learning rate 0.03\n" in resumed.stdout
+
+
 def test_a_resumed_run_takes_another_rate_and_as_many_images_in_a_step_on_two_devices(
     trained, folder, tmp_path
 ):

@@ -1,6 +1,7 @@
 """One short run of train.py, which the tests of both commands look at."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the processors; read wh
 import absl.logging
 import pytest
 from commands import SHORT, run
+
+if hasattr(signal, "SIGHUP"):  # ignored under nohup, and then in every run that a test starts
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Hydra closes every handler there is, and absl's closes its stream unless it is the process's own:
 # pytest's, where OpenVINO was the first to import absl, in a test.

@@ -123,7 +123,7 @@ data.val = Stored(*(tensor[:1] for tensor in data.val))
 trainer = L.Trainer(
     accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_progress_bar=False
 )
-print("counted", trainer.validate(Counter(), datamodule=data, verbose=False)[0]["images"])
+print(f"counted {trainer.validate(Counter(), datamodule=data, verbose=False)[0]['images']}\n", end="", flush=True)
 """
 
 

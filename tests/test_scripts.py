@@ -279,7 +279,7 @@ def test_a_run_that_is_killed_at_random_ends_as_it_should(tmp_path):
     )
 
     assert done.returncode == 0, done.stderr
-    assert "2 kills" in done.stdout
+    assert "2 times SIGKILL" in done.stdout
     assert "0 with a tensor that differs" in done.stdout
     assert list(tmp_path.iterdir()) == []
 

@@ -123,7 +123,8 @@ data.val = Stored(*(tensor[:1] for tensor in data.val))
 trainer = L.Trainer(
     accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_progress_bar=False
 )
-print(f"counted {trainer.validate(Counter(), datamodule=data, verbose=False)[0]['images']}\n", end="", flush=True)
+images = trainer.validate(Counter(), datamodule=data, verbose=False)[0]["images"]
+print(f"counted {images}\\n", end="", flush=True)  # in one piece: both processes print
 """
 
 

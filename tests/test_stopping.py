@@ -152,9 +152,7 @@ def test_the_profiler_prints_its_report(tmp_path):
 @pytest.mark.parametrize(
     ("switch", "steps"),
     [
-        ("+trainer.limit_train_batches=5", 10),
         ("+trainer.limit_train_batches=0.5", 20),
-        ("+trainer.overfit_batches=3", 6),
         ("+trainer.max_steps=30", 30),
     ],
 )

@@ -144,6 +144,26 @@ def test_code_that_only_a_run_folder_names_has_to_be_typed(here):
     assert resumed(f"resume=job/{runs.LAST}", composed=today)["data"]["command"] == "true"
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        *("repvgg.cli.os.system", "repvgg.data.digits.os.system", "repvgg.data.sets.os.system"),
+        *("lightning.Trainer.fit", "lightning.pytorch.trainer.trainer.os.system", "${seed}"),
+    ],
+)
+@pytest.mark.parametrize("place", ["data", "nested"])
+def test_a_name_that_only_begins_as_ours_is_not_ours(target, place, here):
+    called = {"_target_": target}
+    sections = {
+        "data": {"data": called},
+        "nested": {"trainer": CONFIG["trainer"] | {"callbacks": [[called]]}},
+    }
+    make(here / "job", **sections[place])
+
+    with pytest.raises(ValueError, match="names code that is not this project's"):
+        resumed(f"resume=job/{runs.LAST}")
+
+
 def test_a_run_of_version_0_1_is_resumed(here):
     folder = make(here / "job")
     (folder / runs.CHOICES).unlink()

@@ -1,6 +1,7 @@
 """The folders of runs: which one is gone on from, and which process may write into it."""
 
 import os
+import re
 import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -44,8 +45,12 @@ RESUMABLE = (
     "activation_checkpointing",
     "keep_memory",
 )
-# Code that a recorded configuration may name; anything else has to be typed again.
-OWN_CODE = ("repvgg.", "lightning.Trainer", "lightning.pytorch.")
+# Code that a recorded configuration may name, whole: a dotted name also reaches what its module
+# imports. Anything else has to be typed again.
+_OWN_CODE = re.compile(
+    r"repvgg\.data\.(digits|cifar10|cifar100|imagefolder)|lightning\.Trainer"
+    r"|lightning\.pytorch\.(callbacks|loggers|profilers)\.[A-Z]\w*"
+)
 
 
 def plan(arguments: cli.Arguments) -> cli.Plan:
@@ -198,7 +203,7 @@ def _require_own_code(
     named = {str(one.value()) for one in typed if one.key_or_group.endswith("_target_")}
     named |= {str(value) for key, value in _leaves(composed) if key.endswith("_target_")}
     for key, target in _leaves(recorded):
-        if not key.endswith("_target_") or str(target).startswith(OWN_CODE) or target in named:
+        if not key.endswith("_target_") or _OWN_CODE.fullmatch(str(target)) or target in named:
             continue
         raise ValueError(
             f"resume={relative(folder / LAST)}: {relative(folder / CONFIG)} names code that is not "
@@ -225,12 +230,8 @@ def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
     for key, value in config.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            parts = {str(i): part for i, part in enumerate(value)}
-            if any(isinstance(part, dict) for part in value):
-                yield from _leaves(parts, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
+        elif isinstance(value, list) and any(isinstance(part, dict | list) for part in value):
+            yield from _leaves({str(i): part for i, part in enumerate(value)}, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 

@@ -1,8 +1,8 @@
 """RepVGG: train it with branches, deploy it as plain 3x3 convolutions, verify every step.
 
-The public names below need torch alone, and load it when the first of them is used, so that a
-command line can answer `--help` without it. Training (`repvgg.training.classifier`, `repvgg.data`,
-`repvgg.training.callbacks`) needs lightning too and is imported by name.
+The public names below load torch, and `data` and `export` what they need, when the first of them is
+used, so that a command line can answer `--help` without it. Training (`repvgg.training.classifier`,
+`repvgg.training.callbacks`) needs lightning and is imported by name.
 """
 
 import importlib

@@ -1,13 +1,20 @@
-"""One form for refusing a value: the key, what was given, what is allowed, what to type."""
+"""Argument checks: the key, what was given, what is allowed, what to pass."""
 
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def refusal(key: str, given: object, allowed: str, example: object) -> ValueError:
     """Word the refusal of one value, for the caller to raise."""
     shown = f"'{given}'" if isinstance(given, str) else given
     return ValueError(f"{key}={shown}: {allowed}; type for example {key}={example}")
+
+
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """A hint at the allowed word that is most like the one given, or nothing."""
+    close = difflib.get_close_matches(given, list(allowed), n=1)
+    return f"did you mean {close[0]}? " if close else ""
 
 
 def check_integer(

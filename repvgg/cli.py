@@ -5,18 +5,17 @@ prepares the one and shortens the other; everything else stays Hydra's.
 """
 
 import contextlib
-import difflib
 import os
 import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
 from repvgg import signals
-from repvgg.checks import refusal
+from repvgg.checks import did_you_mean, refusal
 
 PATH_KEYS = ("ckpt", "out", "init", "resume", "verify", "data.root", "hydra.run.dir")
 SWEEP = {"-m", "--multirun"}
@@ -334,12 +333,6 @@ def known_keys(config: Path) -> list[str]:
 
     collect(OmegaConf.to_container(composed, resolve=False), "")
     return keys
-
-
-def did_you_mean(given: str, allowed: Iterable[str]) -> str:
-    """A hint at the word that is most like the one given, or nothing."""
-    close = difflib.get_close_matches(given, list(allowed), n=1)
-    return f"did you mean {close[0]}? " if close else ""
 
 
 def _one_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ MODULES = [
     if path.name != "__init__.py"
 ]
 # Imported late, by what needs torchvision and hydra anyway.
-ALLOWED = re.compile(r"data/|deploy/sets\.py|training/(run|setup|report)\.py")
+ALLOWED = re.compile(r"data/|training/(run|setup|report)\.py")
 PRINTS = re.compile(r"cli\.py|(training|deploy)/run\.py|training/report\.py")
 HEAVY = ("litdata", "onnx", "onnxruntime", "safetensors", "hydra", "omegaconf", "torchvision")
 

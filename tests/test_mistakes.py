@@ -54,6 +54,8 @@ def fail(monkeypatch, tmp_path, capfd):
         ("train.py", ["+trainer.logger=wandb"], "trainer.logger='wandb': must name a class"),
         ("train.py", ["trainer.deterministic=maybe"], "deterministic='maybe': must be true or"),
         ("train.py", ["+trainer.profiler=fast"], "it can only be one of ['simple', 'advanced'"),
+        ("train.py", ["optim.name=lion"], "optim.name='lion': must be one of sgd, adamw"),
+        ("train.py", ["label_smoothing=1"], "label_smoothing=1: must be a number of at least 0"),
         ("train.py", ["~label_smoothing"], "label_smoothing is missing"),
         ("train.py", ["~optim.lr"], "optim.lr is missing: the configuration must set it"),
         ("train.py", ["~trainer.precision"], "trainer.precision is missing"),

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from repvgg.data.module import ImageData
-    from repvgg.data.sets import cifar10, cifar100, digits, imagefolder
+    from repvgg.data.sets import cifar10, cifar100, digits, imagefolder, open_data
 
-__all__ = ["ImageData", "cifar10", "cifar100", "digits", "imagefolder"]
+__all__ = ["ImageData", "cifar10", "cifar100", "digits", "imagefolder", "open_data"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ worker processes.
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,27 @@ from repvgg.data.module import ImageData
 from repvgg.data.scan import check_name, has_part, hold_out, read_parts
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def open_data(config: Mapping[str, Any], **options: Any) -> ImageData:
+    """Open the data that a configuration names under `_target_`, with the arguments beside it.
+
+    Args:
+        options: further arguments, such as those of `ImageData`.
+
+    Raises:
+        ValueError: the function it names gives something else, or its own errors.
+    """
+    from hydra.utils import instantiate
+
+    data = instantiate(config, **options)
+    if not isinstance(data, ImageData):
+        raise ValueError(
+            f"data._target_={config['_target_']}: gives a {type(data).__name__}; must give "
+            "a repvgg.data.module.ImageData, which says what the images are. Any other "
+            "LightningDataModule trains with training.classifier.Classifier in your own Trainer"
+        )
+    return data
 
 
 def digits(*, batch_size: int = 64, augment: float = 1.0, **options: Any) -> ImageData:

@@ -5,9 +5,9 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
-from hydra.utils import instantiate
 from torch import Tensor
 
+from repvgg import data as data_sets
 from repvgg.checkpoint import Checkpoint
 from repvgg.contract import DataContract, to_float
 
@@ -40,7 +40,7 @@ def load_sets(config: dict[str, Any], restored: Checkpoint) -> Sets:
     if config.get("data") is None:
         return Sets(images[::2], images[1::2], None, "the checkpoint's probe")
 
-    data = instantiate(config["data"])
+    data = data_sets.open_data(config["data"])
     wanted, given = as_json(restored.data), as_json(data.contract)
     for key in ("in_channels", "image_size", "classes"):
         if wanted[key] != given[key]:

@@ -5,14 +5,13 @@ the authors' later releases. `repvgg_tiny` is ours, for images of 8 to 32 pixels
 QARepVGG (Chu et al., 2022, arXiv:2212.01593) has the shapes of its RepVGG namesake.
 """
 
-import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from repvgg.checks import check_integer, check_number, refusal
+from repvgg.checks import check_integer, check_number, did_you_mean, refusal
 from repvgg.models.network import RepVGG
 from repvgg.models.over_parameterize import over_parameterize as expand
 
@@ -211,6 +210,5 @@ def _replace_stem(network: nn.Module, in_channels: int) -> None:
 
 
 def _unknown(what: str, given: str, allowed: list[str]) -> str:
-    close = difflib.get_close_matches(given.lower(), allowed, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
+    hint = did_you_mean(given.lower(), allowed)
     return f"unknown {what} '{given}': {hint}allowed are {', '.join(allowed)}"

@@ -30,8 +30,7 @@ from torch.utils.data import DataLoader
 from repvgg import signals
 from repvgg.data.batches import WorkersDied
 from repvgg.models.forms import reestimate_bn
-from repvgg.signals import Interrupted as Interrupted
-from repvgg.signals import interruptible as interruptible
+from repvgg.signals import Interrupted
 
 ASKED_EVERY = 8  # batches, where there are several devices: whether one of them was sent a signal
 AGAIN_AFTER = 0.5  # seconds

@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from repvgg import checkpoint
 from repvgg.contract import to_float
 from repvgg.data.batches import WorkersDied
+from repvgg.data.sets import open_data
 from repvgg.signals import Interrupted, interruptible
 from repvgg.training import callbacks, lock, processes, runs
 from repvgg.training.classifier import Diverged
@@ -37,7 +38,6 @@ from repvgg.training.setup import (
     check_same_steps,
     fit_model,
     initialize,
-    open_data,
     prepare,
     quieten,
 )
@@ -76,7 +76,13 @@ def train(settings: Settings, config: dict[str, Any], folder: Path) -> None:
     check_devices(trainer)
     check_network(settings)
     start = checkpoint.open_network(settings.init) if settings.init and not resume else None
-    data = open_data(settings)
+    data = open_data(
+        settings.data,
+        views=settings.rdrop_views,
+        mixup=settings.mixup,
+        cutmix=settings.cutmix,
+        seed=settings.seed,
+    )
     model = fit_model(settings.model, data)
     if start is not None and "bn_eps" in start.config:
         model = {"bn_eps": start.config["bn_eps"]} | model

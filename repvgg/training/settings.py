@@ -5,8 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from repvgg.checks import check_integer, check_number, refusal
-from repvgg.cli import did_you_mean
+from repvgg.checks import check_integer, check_number, did_you_mean, refusal
 
 # Arguments of lightning.Trainer that train.py sets or cannot honour, and what to type instead.
 REFUSED_TRAINER_KEYS = {
@@ -101,6 +100,7 @@ class Settings:
         settings = cls(**config | {"optim": Optim(**config["optim"]), "trainer": trainer})
         _check(settings)
         _check_trainer(trainer)
+        _check_trainer_keys(trainer)  # imports Lightning, which takes seconds
         return settings
 
 
@@ -139,18 +139,10 @@ def _check_keys(config: dict[str, Any], kind: type, prefix: str) -> None:
 
 
 def _check(settings: Settings) -> None:
+    """Check what no constructor checks before data is read; `Classifier` checks the rest."""
     optim = settings.optim
-    if optim.name not in ("sgd", "adamw"):
-        raise refusal("optim.name", optim.name, "must be one of sgd, adamw", "sgd")
-    check_number("optim.lr", optim.lr, example=0.1)
-    check_number("optim.momentum", optim.momentum, below=1, example=0.9)
-    check_number("optim.weight_decay", optim.weight_decay, example=1e-4)
     if optim.base_batch_size is not None:
         check_integer("optim.base_batch_size", optim.base_batch_size, minimum=1, example=256)
-    alpha = settings.rdrop
-    check_number("rdrop", float(alpha) if isinstance(alpha, bool) else alpha, example=1)
-    check_integer("rdrop_views", settings.rdrop_views, minimum=1, maximum=2, example=2)
-    check_number("label_smoothing", settings.label_smoothing, below=1, example=0.1)
     check_number("mixup", settings.mixup, example=0.2)
     check_number("cutmix", settings.cutmix, example=1.0)
     check_number("ema", settings.ema, below=1, example=0.999)
@@ -158,10 +150,7 @@ def _check(settings: Settings) -> None:
     for key, example in (("batch_size", 64), ("repeats", 1)):  # before the images are read
         if key in settings.data:
             check_integer(f"data.{key}", settings.data[key], minimum=1, example=example)
-    for key in (
-        *("deployed_validation", "channels_last", "compile"),
-        *("activation_checkpointing", "keep_memory"),
-    ):
+    for key in ("channels_last", "compile", "activation_checkpointing", "keep_memory"):
         if not isinstance(getattr(settings, key), bool):
             raise refusal(key, getattr(settings, key), "must be true or false", "true")
     if settings.compile and settings.activation_checkpointing:
@@ -185,7 +174,6 @@ def _check_trainer(trainer: dict[str, Any]) -> None:
     """Refuse what Lightning would accept, or refuse only after hours of training."""
     import torch
 
-    _check_trainer_keys(trainer)
     epochs, every = trainer["max_epochs"], trainer["check_val_every_n_epoch"]
     check_integer("trainer.check_val_every_n_epoch", every, minimum=1, example=1)
     if every > epochs:

@@ -17,7 +17,6 @@ from torch import nn
 
 from repvgg import checkpoint
 from repvgg.contract import Normalize, to_float
-from repvgg.data.module import ImageData
 from repvgg.models.block import RepVGGBlock, compile_blocks
 from repvgg.rdrop import find_noise
 from repvgg.training import callbacks, processes, runs, schedule
@@ -27,28 +26,6 @@ from repvgg.training.schedule import Steps
 from repvgg.training.settings import Settings
 
 MOST_CALIBRATED = 512  # training images that give a deployed network its statistics back
-
-
-def open_data(settings: Settings) -> ImageData:
-    """Read the data of the settings.
-
-    Raises:
-        ValueError: it is no `ImageData`.
-    """
-    data = instantiate(
-        settings.data,
-        views=settings.rdrop_views,
-        mixup=settings.mixup,
-        cutmix=settings.cutmix,
-        seed=settings.seed,
-    )
-    if not isinstance(data, ImageData):
-        raise ValueError(
-            f"data._target_={settings.data['_target_']}: gives a {type(data).__name__}; must give "
-            "a repvgg.data.module.ImageData, which says what the images are. Any other "
-            "LightningDataModule trains with training.classifier.Classifier in your own Trainer"
-        )
-    return data
 
 
 def build_trainer(settings: Settings, folder: Path, describing: Any) -> Any:

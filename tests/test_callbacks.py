@@ -24,17 +24,15 @@ from repvgg.models.forms import reestimate_bn
 from repvgg.training import callbacks
 from repvgg.training.callbacks import (
     EMA,
-    BestCheckpoint,
     EpochLines,
     Interrupted,
-    LastCheckpoint,
     ReestimateBN,
     SaveOnSignal,
     SelfDescribing,
     Throughput,
-    WholeFileIO,
     num_images,
 )
+from repvgg.training.checkpoints import BestCheckpoint, LastCheckpoint, WholeFileIO
 from repvgg.training.classifier import Classifier
 from repvgg.training.processes import cluster_plugins
 

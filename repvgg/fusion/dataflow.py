@@ -21,11 +21,11 @@ from torch.nn.modules.dropout import _DropoutNd
 from repvgg.fusion.bytecode import compares_identities, compares_with_none, names_argument
 from repvgg.fusion.copying import copied
 from repvgg.fusion.flags import Values
+from repvgg.fusion.hooks import has_hooks
 from repvgg.fusion.proxies import UntraceableError
 from repvgg.fusion.source import is_of_torch, read
 from repvgg.fusion.tracer import (
     Tracer,
-    has_hooks,
     in_a_line,
     inside_wrapper,
     is_deliberate,

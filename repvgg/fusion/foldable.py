@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
+from repvgg.fusion.hooks import has_hooks
 from repvgg.fusion.normalizations import (
     Normalization,
     is_never_updated,
@@ -20,7 +21,6 @@ from repvgg.fusion.normalizations import (
     read_normalization,
 )
 from repvgg.fusion.source import has_own_code, is_of_torch
-from repvgg.fusion.tracer import has_hooks
 from repvgg.reparam import Affine, bare_affine, scale_input, scale_output
 from repvgg.reparam import transpose_kernel as transpose
 

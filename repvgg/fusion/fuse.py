@@ -8,9 +8,10 @@ from repvgg.fusion import dataflow, foldable, sums
 from repvgg.fusion.batchnorms import Folding, FusionReport
 from repvgg.fusion.copying import copied, plain_weights, require_images, require_network, unwrapped
 from repvgg.fusion.flags import Values, settings_to_try
+from repvgg.fusion.hooks import OnlyFollowed
 from repvgg.fusion.normalizations import is_normalization, read_once
 from repvgg.fusion.surgery import put
-from repvgg.fusion.tracer import OnlyFollowed, in_a_line
+from repvgg.fusion.tracer import in_a_line
 from repvgg.reparam import Affine
 from repvgg.verify import SAME
 

@@ -19,8 +19,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from repvgg.fusion.copying import copied
 from repvgg.fusion.dataflow import uses
+from repvgg.fusion.hooks import has_hooks
 from repvgg.fusion.source import has_own_code
-from repvgg.fusion.tracer import Tracer, has_hooks, in_a_line
+from repvgg.fusion.tracer import Tracer, in_a_line
 from repvgg.reparam import bn_affine
 
 NORMALIZATIONS: dict[type[nn.Module], int | None] = {  # and their dimensions in space; None: any

@@ -18,9 +18,10 @@ from repvgg.fusion.flags import (
     setting,
     value_of,
 )
+from repvgg.fusion.hooks import has_hooks
 from repvgg.fusion.source import is_of_torch
 from repvgg.fusion.surgery import Case
-from repvgg.fusion.tracer import Tracer, has_hooks
+from repvgg.fusion.tracer import Tracer
 
 OUTSIDE = ("placeholder", "output")
 MAX_CASES = 8  # graphs of one forward

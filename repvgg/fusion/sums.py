@@ -22,10 +22,10 @@ from repvgg.fusion.flags import (
     global_flags,
 )
 from repvgg.fusion.geometry import POOLS, embedding, read_geometry, read_subsampling, small_kernel
+from repvgg.fusion.hooks import has_hooks
 from repvgg.fusion.normalizations import is_normalization, read_normalization
 from repvgg.fusion.own_forward import OwnForward, thin_children
 from repvgg.fusion.surgery import give_forward, put
-from repvgg.fusion.tracer import has_hooks
 from repvgg.reparam import Affine, merge
 
 ADDITIONS = (add, iadd, torch.add, "add", "add_")

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from repvgg.fusion.copying import copied, plain_weights
 from repvgg.fusion.foldable import is_linear
 from repvgg.fusion.geometry import Geometry, embedding
-from repvgg.fusion.tracer import has_hooks
-from repvgg.models.block import QARepVGGBlock, RepVGGBlock, conv_geometry, convolution_like
+from repvgg.fusion.hooks import has_hooks
+from repvgg.models.block import QARepVGGBlock, RepVGGBlock
+from repvgg.models.branches import conv_geometry, convolution_like
 from repvgg.reparam import bare_affine, identity_kernel
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -15,7 +15,8 @@ from repvgg.fusion import dataflow, foldable
 from repvgg.fusion.copying import copied
 from repvgg.fusion.normalizations import Normalization, is_never_updated, read_normalization
 from repvgg.fusion.surgery import put
-from repvgg.models.block import KERNEL_SIZE, RepVGGBlock, conv_geometry, give_geometry
+from repvgg.models.block import KERNEL_SIZE, RepVGGBlock
+from repvgg.models.branches import conv_geometry, give_geometry
 from repvgg.models.network import RepVGG
 from repvgg.reparam import identity_kernel, pad_kernel
 

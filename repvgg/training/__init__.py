@@ -1,5 +1,5 @@
 """Training runs: the Lightning module, its callbacks, the settings, and the folders of runs.
 
-`classifier` learns, `callbacks` save and measure, `settings` checks a configuration, `runs` resumes
-one.
+`classifier` learns, `checkpoints` and `callbacks` save and measure, `settings` checks a
+configuration, `runs` resumes one.
 """

@@ -1,12 +1,6 @@
-"""What happens around the training loop: checkpoints, interruption, statistics, throughput."""
+"""What happens around the training loop: averaging, interruption, statistics, throughput."""
 
 import copy
-import glob
-import io
-import math
-import os
-import platform
-import secrets
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,11 +12,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import (
     Callback,
-    ModelCheckpoint,
     ProgressBar,
     WeightAveraging,
 )
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -34,127 +26,6 @@ from repvgg.signals import Interrupted
 
 ASKED_EVERY = 8  # batches, where there are several devices: whether one of them was sent a signal
 AGAIN_AFTER = 0.5  # seconds
-
-
-class BestCheckpoint(ModelCheckpoint):
-    """Keeps `best.ckpt`, of the highest validation accuracy; the lower loss decides a tie.
-
-    On a small validation set ties are the rule, and the first of them is an early, lucky epoch. In
-    a run without validation `best.ckpt` is the last checkpoint.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(
-            folder,
-            filename="best",
-            monitor="val/accuracy",
-            mode="max",
-            enable_version_counter=False,
-        )
-        self.best_loss = math.inf
-
-    def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
-        value = trainer.callback_metrics.get("val/loss")
-        loss = math.inf if value is None else value.item()
-        tie = current is not None and current == self.best_model_score
-        better = super().check_monitor_top_k(trainer, current) or bool(
-            tie and loss < self.best_loss
-        )
-        if better:
-            self.best_loss = loss
-        return better
-
-    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
-        super().on_train_batch_end(trainer, *rest)
-        # At max_steps within an epoch Lightning validates only if it is told to stop.
-        if 0 <= trainer.max_steps <= trainer.global_step:
-            trainer.should_stop = True
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.monitor in trainer.callback_metrics:
-            super().on_train_epoch_end(trainer, pl_module)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        disabled = trainer.fast_dev_run  # type: ignore[attr-defined]
-        if not self.best_model_path and not disabled:
-            self.best_model_path = self.format_checkpoint_name({})
-            trainer.save_checkpoint(self.best_model_path)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "best_loss": self.best_loss}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # The paths in it are those of the saving run, whose folder may have moved since.
-        assert self.dirpath is not None
-        path, score = str(Path(self.dirpath) / "best.ckpt"), state_dict["best_model_score"]
-        if not Path(path).exists():
-            return  # what was best stayed behind
-        moved = {
-            "dirpath": self.dirpath,
-            "best_model_path": path,
-            "kth_best_model_path": path,
-            "best_k_models": {} if score is None else {path: score},
-        }
-        super().load_state_dict({**state_dict, **moved})
-        self.best_loss = state_dict["best_loss"]
-
-
-class LastCheckpoint(ModelCheckpoint):
-    """Keeps `last.ckpt`, of every epoch.
-
-    By a callback of its own: `save_last=True` on the other would write it beside a new best only.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(
-            folder,
-            filename="last",
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing of it is needed: the next epoch is written in any case."""
-
-
-class WholeFileIO(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all: beside its place, then renamed into it.
-
-    A remote path, such as s3://bucket/last.ckpt, is written as Lightning writes it.
-
-    Raises, from `save_checkpoint`:
-        ValueError: `storage_options` are given, which nothing reads.
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
-        if storage_options is not None:
-            raise ValueError(
-                f"storage_options={storage_options!r}: a checkpoint is written without options; "
-                "leave them out"
-            )
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, path)
-            return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        mine = f".{target.name}.{platform.node()}-"
-        for left in target.parent.glob(f"{glob.escape(mine)}*"):
-            number = left.name.removeprefix(mine).partition("-")[0]
-            if number.isdecimal() and not is_alive(int(number)):
-                left.unlink(missing_ok=True)
-        temporary = target.with_name(f"{mine}{os.getpid()}-{secrets.token_hex(4)}")
-        content = io.BytesIO()  # torch.save hides what goes wrong with a file behind its own error
-        torch.save(checkpoint, content)
-        try:
-            with temporary.open("wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 class EMA(WeightAveraging):
@@ -430,16 +301,3 @@ def num_images(batch: Any) -> int:
     while not isinstance(batch, Tensor):
         batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
     return len(batch)
-
-
-def is_alive(process: int) -> bool:
-    """Whether a process of this machine runs."""
-    if os.name == "nt":  # where signal 0 would end it
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # it runs, for another user
-    return True

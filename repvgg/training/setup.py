@@ -19,7 +19,7 @@ from repvgg import checkpoint
 from repvgg.contract import Normalize, to_float
 from repvgg.models.block import RepVGGBlock, compile_blocks
 from repvgg.rdrop import find_noise
-from repvgg.training import callbacks, processes, runs, schedule
+from repvgg.training import callbacks, checkpoints, processes, runs, schedule
 from repvgg.training.classifier import Classifier
 from repvgg.training.report import show
 from repvgg.training.schedule import Steps
@@ -38,21 +38,21 @@ def build_trainer(settings: Settings, folder: Path, describing: Any) -> Any:
         logger = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
     elif logger is not False:
         logger = instantiate(logger, _convert_="all")
-    checkpoints = (folder / runs.LAST).parent
+    place = (folder / runs.LAST).parent
     noisy = settings.model.get("branch_drop") or settings.model.get("drop_path")
     return instantiate(
         {"enable_model_summary": False, "num_sanity_val_steps": 0} | given,
         default_root_dir=folder,
         logger=logger,
-        plugins=[*plugins, callbacks.WholeFileIO(), *processes.cluster_plugins()],
+        plugins=[*plugins, checkpoints.WholeFileIO(), *processes.cluster_plugins()],
         callbacks=[
             *([callbacks.ReestimateBN()] if noisy else []),
             *([callbacks.EMA(settings.ema)] if settings.ema else []),
             describing,
             callbacks.SaveOnSignal(folder / runs.LAST),
             callbacks.Throughput(),
-            callbacks.BestCheckpoint(checkpoints),
-            callbacks.LastCheckpoint(checkpoints),
+            checkpoints.BestCheckpoint(place),
+            checkpoints.LastCheckpoint(place),
             *progress_bar(settings.trainer),
             *(more.values() if isinstance(more, dict) else more),
         ],

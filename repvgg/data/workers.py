@@ -19,11 +19,10 @@ from typing import Any, NoReturn
 
 import torch.multiprocessing  # tensors are sent through shared memory
 
+from repvgg import signals
 from repvgg.data.batches import WorkersDied
 
-IGNORED = {
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-}
+IGNORED = {getattr(signal, name) for name in signals.NAMES if hasattr(signal, name)}
 AHEAD = 2  # tasks that a worker has at a time
 PATIENCE = 1200  # seconds after which a worker that sends nothing counts as hung
 GRACE = 2  # seconds that workers have to end what they do

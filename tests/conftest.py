@@ -11,7 +11,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the processors; read wh
 
 import absl.logging
 import pytest
-from commands import SHORT, run
+
+from tests.support.commands import SHORT, run
 
 if hasattr(signal, "SIGHUP"):  # ignored under nohup, and then in every run that a test starts
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -1,25 +1,16 @@
-from pathlib import Path
-
-import hydra
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 import repvgg
 from repvgg.deploy import settings as deploy_settings
 from repvgg.export.formats import FORMATS
 from repvgg.models.registry import build_model
+from tests.support.commands import CONFIGS, compose
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 MODELS.remove("torchvision")
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
-
-
-def compose(name: str, *overrides: str) -> dict:
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return OmegaConf.to_container(hydra.compose(name, list(overrides)), resolve=True)
 
 
 def test_every_variant_has_its_file_and_every_file_its_variant():

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from networks import relative_error, settle
 from torch import nn
 from torch.nn import functional as F
 
 from repvgg.reparam import Affine, bare_affine, fold_bn, identity_kernel, merge, pad_kernel
+from tests.support.networks import relative_error, settle
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BN = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

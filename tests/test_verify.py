@@ -3,11 +3,11 @@ import math
 
 import pytest
 import torch
-from networks import settle
 from torch import nn
 
 import repvgg
 from repvgg.verify import compare, compare_blocks, compare_modules, relative_error
+from tests.support.networks import settle
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import run
-from networks import relative_error
 
 import repvgg
 from repvgg.contract import to_float
 from repvgg.export.formats import open_artifact
+from tests.support.commands import run
+from tests.support.networks import relative_error
 
-HELD = Path(__file__).with_name("data") / "version_0_1"
+HELD = Path(__file__).parent / "support" / "version_0_1"
 
 
 @pytest.mark.parametrize("name", ["run/checkpoints/best.ckpt", "run/checkpoints/last.ckpt"])

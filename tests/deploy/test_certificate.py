@@ -1,0 +1,204 @@
+import hashlib
+import json
+
+import pytest
+import torch
+
+import repvgg
+from repvgg.contract import DataContract, Description, to_float
+from repvgg.deploy import certificate
+from repvgg.deploy.certificate import Recorded, judge_rounded
+from repvgg.export.artifact import build_program
+from repvgg.export.formats import FORMATS
+from tests.support.networks import settle
+
+CONTRACT = DataContract(["a", "b", "c"], 3, [32, 32], [0.4, 0.5, 0.6], [0.2, 0.3, 0.2], "bilinear")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A deployed folder of two formats."""
+    torch.manual_seed(0)
+    config = {"name": "repvgg_tiny", "num_classes": 3}
+    model = settle(repvgg.create_model(**config))
+    description = Description(config, CONTRACT)
+    deployed = repvgg.switch_to_deploy(model)
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    reference = build_program(model, description).double()
+    with torch.no_grad():
+        scores = reference(to_float(images).double())
+    for name in ("safetensors", "onnx"):
+        FORMATS[name].save(deployed, tmp_path / FORMATS[name].filename, description)
+    report = {
+        "model": config,
+        "verdict": "passed",
+        "images": 4,
+        "probe": {"error": 0.0, "tolerance": 1e-4, "agreement": 1.0},
+        "verdicts": {},
+        "batchnorms_left": {},
+        "accuracy_on_probe": {"recorded": 0.5},
+        "size": {},
+        "files": {
+            FORMATS[name].filename: {
+                "verified": "float32",
+                "bytes": 1,
+                "layers": {},
+                "sha256": "0" * 64,
+            }
+            for name in ("safetensors", "onnx")
+        },
+        "environment": {},
+        "command": "",
+    }
+    certificate.write(tmp_path, report, Recorded(images, scores.argmax(1), scores, torch.empty(0)))
+    return tmp_path
+
+
+def seal(folder, change=lambda report: None) -> None:
+    """Change the report, and make sums that fit."""
+    report = json.loads((folder / "report.json").read_text())
+    change(report)
+    (folder / "report.json").write_text(json.dumps(report))
+    names = [line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()]
+    sums = [f"{certificate.digest(folder / name)}  {name}\n" for name in names]
+    (folder / "SHA256SUMS").write_text("".join(sums))
+
+
+def test_a_folder_as_it_was_deployed_passes(folder):
+    verdicts = certificate.check(folder)
+
+    assert set(verdicts) == {"model.safetensors", "model.onnx"}
+    assert all(verdict.passed for verdict in verdicts.values())
+
+
+def test_the_sums_are_those_of_sha256sum(folder):
+    for line in (folder / "SHA256SUMS").read_text().splitlines():
+        checksum, name = line.split("  ")
+        assert checksum == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.onnx",
+        "model.safetensors",
+        "probe.safetensors",
+        "report.json",
+        "report.md",
+        "SHA256SUMS",
+    ],
+)
+@pytest.mark.parametrize("place", [0, -2])
+def test_a_changed_byte_in_any_file_is_noticed(name, place, folder):
+    content = bytearray((folder / name).read_bytes())
+    content[place] ^= 1
+    (folder / name).write_bytes(content)
+
+    with pytest.raises(ValueError, match="since it was deployed"):
+        certificate.check(folder)
+
+
+@pytest.mark.parametrize("kind", ["missing", "new"])
+def test_a_file_more_or_less_is_noticed(kind, folder):
+    if kind == "missing":
+        (folder / "model.onnx").unlink()
+    else:
+        (folder / "model-2.onnx").touch()
+
+    with pytest.raises(ValueError, match=f"{kind} since it was deployed: .'model"):
+        certificate.check(folder)
+
+
+def test_an_artifact_that_gives_something_else_fails_though_the_sums_were_made_anew(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    weights["linear.bias"] = weights["linear.bias"] + 0.1
+    save_file(weights, folder / "model.safetensors", metadata=metadata)
+    seal(folder)
+
+    verdicts = certificate.check(folder)
+
+    assert {name: verdict.passed for name, verdict in verdicts.items()} == {
+        "model.safetensors": False,
+        "model.onnx": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda report: report["files"].clear(), "does not tell of what is there"),
+        (lambda report: report["files"].pop("model.onnx"), "does not tell of what is there"),
+        (lambda report: report.pop("files"), "its report is damaged"),
+        (lambda report: report["files"].update({"model.onnx": 3}), "its report is damaged"),
+    ],
+)
+def test_a_report_that_proves_nothing_does_not_pass(change, message, folder):
+    seal(folder, change)
+
+    with pytest.raises(ValueError, match=message):
+        certificate.check(folder)
+
+
+@pytest.mark.parametrize("line", ["0  ../model.onnx\n", "0  model.onnx\n"])
+def test_sums_of_other_places_or_of_a_file_twice_are_refused(line, folder):
+    with (folder / "SHA256SUMS").open("a") as file:
+        file.write(line)
+
+    with pytest.raises(ValueError, match="was changed since it was deployed"):
+        certificate.check(folder)
+
+
+def test_a_link_in_place_of_a_file_is_refused(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "model.onnx"
+    (folder / "model.onnx").rename(elsewhere)
+    (folder / "model.onnx").symlink_to(elsewhere)
+
+    with pytest.raises(ValueError, match=r"changed since it was deployed: .'model.onnx'"):
+        certificate.check(folder)
+
+
+def test_a_folder_that_was_not_deployed_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a folder without SHA256SUMS"):
+        certificate.check(tmp_path)
+
+
+def test_the_report_is_json(folder):
+    assert json.loads((folder / "report.json").read_text())["model"]["name"] == "repvgg_tiny"
+
+
+def scores(*classes: int) -> torch.Tensor:
+    return torch.nn.functional.one_hot(torch.tensor(classes), 3).float()
+
+
+@pytest.mark.parametrize(
+    ("given", "lost", "passed"),
+    [
+        ((0, 1, 2, 0), 0.0, True),
+        ((0, 1, 2, 1), 0.25, True),  # one image may always be lost
+        ((0, 1, 0, 1), 0.5, False),
+    ],
+)
+def test_a_rounded_network_is_judged_by_the_accuracy_it_loses(given, lost, passed):
+    truth = torch.tensor([0, 1, 2, 0])
+
+    verdict = judge_rounded(scores(0, 1, 2, 0), scores(*given), truth, tolerance=0.01)
+
+    assert (verdict.error, verdict.passed) == (lost, passed)
+
+
+def test_a_rounded_network_that_gains_loses_nothing():
+    verdict = judge_rounded(scores(1, 1), scores(0, 0), torch.tensor([0, 0]), tolerance=0.0)
+
+    assert (verdict.error, verdict.agreement) == (0.0, 0.0)
+
+
+def test_a_rounded_network_that_gives_no_numbers_fails():
+    broken = torch.full((2, 3), float("nan"))
+
+    assert not judge_rounded(scores(1, 1), broken, torch.tensor([0, 0]), tolerance=0.5).passed

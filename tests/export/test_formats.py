@@ -1,0 +1,238 @@
+import io
+import sys
+import zipfile
+from collections import Counter
+from dataclasses import replace
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import repvgg
+from repvgg.contract import METADATA_KEY, DataContract, Description
+from repvgg.export import formats
+from repvgg.export.artifact import build_program
+from repvgg.export.formats import FORMATS, open_artifact
+from tests.support.networks import relative_error, settle
+
+CONTRACT = DataContract(["a", "b", "c"], 3, [32, 32], [0.4, 0.5, 0.6], [0.2, 0.3, 0.2], "bilinear")
+PORTABLE = [name for name in FORMATS if name != "aoti"]  # which takes ten seconds to compile
+
+
+def networks(
+    *, input: str = "float32", output: str = "logits", **config
+) -> tuple[nn.Sequential, nn.Module, Description]:
+    """The multi-branch predictor in float64, the deployed network, and the file's description."""
+    torch.manual_seed(0)
+    config = {"name": "repvgg_tiny", "num_classes": 3, **config}
+    model = settle(repvgg.create_model(**config))
+    deployed = repvgg.switch_to_deploy(model)
+    description = Description(config, CONTRACT, input, output)
+    reference = build_program(model, replace(description, input="float32")).double()
+    return reference, deployed, description
+
+
+@pytest.fixture(scope="module")
+def a0(tmp_path_factory):
+    path = tmp_path_factory.mktemp("a0") / "model.onnx"
+    reference, deployed, description = networks(name="repvgg_a0")
+    FORMATS["onnx"].save(deployed, path, description)
+    return reference, path
+
+
+@pytest.mark.parametrize("name", PORTABLE)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"se_before_relu": 4},
+        {"se_after_relu": 4, "auxiliary_heads": True},
+        {"groups": 2},
+    ],
+    ids=["plain", "se before", "se after, auxiliary", "groups"],
+)
+@torch.no_grad()
+def test_a_file_reloaded_from_disk_computes_what_was_trained(name, config, tmp_path):
+    reference, deployed, description = networks(**config)
+    path = tmp_path / FORMATS[name].filename
+
+    FORMATS[name].save(deployed, path, description)
+    predictor = FORMATS[name].load(path)
+
+    for shape in [(1, 3, 32, 32), (5, 3, 32, 32), (2, 3, 40, 27)]:
+        images = torch.rand(shape)
+        assert relative_error(reference(images.double()), predictor(images)) < 1e-5
+    assert predictor.description == description
+
+
+@pytest.mark.parametrize("name", PORTABLE)
+@torch.no_grad()
+def test_a_file_takes_stored_images_and_gives_probabilities_if_it_is_asked_to(name, tmp_path):
+    reference, deployed, description = networks(input="uint8", output="probabilities")
+    path = tmp_path / FORMATS[name].filename
+    images = torch.randint(0, 256, (5, 3, 40, 27)) / 255
+
+    FORMATS[name].save(deployed, path, description)
+    artifact = open_artifact(path)
+
+    scores = artifact(images)
+    assert description.encode(images).shape == (5, 40, 27, 3)
+    assert relative_error(reference(images.double()), scores) < 1e-5
+    torch.testing.assert_close(scores.sum(1), torch.ones(5))
+
+
+@torch.no_grad()
+def test_compiled_code_computes_what_was_trained(tmp_path):
+    reference, deployed, description = networks(input="uint8")
+    path = tmp_path / FORMATS["aoti"].filename
+
+    FORMATS["aoti"].save(deployed, path, description)
+    artifact = open_artifact(path)
+
+    for shape in [(1, 3, 32, 32), (5, 3, 40, 27)]:
+        images = torch.randint(0, 256, shape) / 255
+        assert relative_error(reference(images.double()), artifact(images)) < 1e-5
+    assert artifact.description == description
+
+
+def test_compiling_needs_a_compiler(tmp_path, monkeypatch):
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def missing():
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    _, deployed, description = networks()
+
+    with pytest.raises(ImportError, match="needs a C\\+\\+ compiler"):
+        FORMATS["aoti"].save(deployed, tmp_path / "model.aoti.pt2", description)
+
+
+@pytest.mark.parametrize("action", ["save", "load"])
+def test_a_missing_extra_is_named_with_what_to_type(action, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    _, deployed, description = networks()
+    path = tmp_path / "model.xml"
+    arguments = (deployed, path, description) if action == "save" else (path,)
+    message = r'openvino is missing: type pip install -e "\.\[openvino\]"'
+
+    with pytest.raises(ImportError, match=message):
+        getattr(FORMATS["openvino"], action)(*arguments)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", PORTABLE)
+def test_a_file_tells_its_layers(name, tmp_path):
+    _, deployed, description = networks(groups=2)
+    path = tmp_path / FORMATS[name].filename
+
+    FORMATS[name].save(deployed, path, description)
+
+    assert FORMATS[name].load(path).layers == {"convolutions": 7, "batchnorms": 0}
+
+
+@pytest.mark.parametrize("name", PORTABLE)
+@torch.no_grad()
+def test_a_file_takes_images_of_any_memory_layout(name, tmp_path):
+    reference, deployed, description = networks()
+    path = tmp_path / FORMATS[name].filename
+    FORMATS[name].save(deployed, path, description)
+    images = torch.rand(2, 40, 40, 3).permute(0, 3, 1, 2)[:, :, 4:36, 4:36]
+
+    logits = FORMATS[name].load(path)(images)
+
+    assert relative_error(reference(images.double()), logits) < 1e-5
+
+
+def test_the_graph_of_a0_is_minimal(a0):
+    graph = onnx.load(a0[1]).graph
+
+    assert Counter(node.op_type for node in graph.node) == {
+        "Sub": 1,
+        "Div": 1,
+        "Conv": 22,
+        "Relu": 22,
+        "ReduceMean": 1,
+        "Gemm": 1,
+    }
+
+
+def test_an_archive_says_nothing_of_source_files(tmp_path):
+    _, deployed, description = networks()
+    FORMATS["pt2"].save(deployed, tmp_path / "model.pt2", description)
+
+    with zipfile.ZipFile(io.BytesIO((tmp_path / "model.pt2").read_bytes())) as archive:
+        (graph,) = (
+            archive.read(name) for name in archive.namelist() if name.endswith("models/model.json")
+        )
+
+    assert b".py" not in graph
+
+
+def test_the_graph_says_nothing_of_source_files(a0):
+    model = onnx.load(a0[1])
+    model.graph.ClearField("initializer")  # numbers may spell anything
+
+    assert ".py" not in str(model)
+
+
+def test_the_graph_is_one_file_with_dynamic_images_and_its_description(a0):
+    model = onnx.load(a0[1])
+
+    dims = [d.dim_param or d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+    assert dims == ["batch", 3, "height", "width"]
+    assert [entry.key for entry in model.metadata_props] == [METADATA_KEY]
+    assert [path.name for path in a0[1].parent.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_network_that_was_not_switched_is_not_exported(name, tmp_path):
+    reference, _, description = networks()
+
+    with pytest.raises(ValueError, match="switch_to_deploy"):
+        FORMATS[name].save(reference[1].float(), tmp_path / "model", description)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def without_description(name: str, path) -> None:
+    """Write a file of the format that somebody else could have made."""
+    _, deployed, description = networks()
+    if name == "safetensors":
+        from safetensors.torch import save_file
+
+        save_file({"a": torch.ones(2)}, path)
+    elif name == "onnx":
+        proto = formats.build_onnx(deployed, description)
+        proto.ClearField("metadata_props")
+        onnx.save_model(proto, path)
+    elif name == "pt2":
+        torch.export.save(formats.export_program(deployed, description), path)
+    else:
+        import openvino
+
+        proto = formats.build_onnx(deployed, description)
+        openvino.save_model(openvino.Core().read_model(proto.SerializeToString()), path)
+
+
+@pytest.mark.filterwarnings("ignore:Unable to load .*extra_file:UserWarning")
+@pytest.mark.parametrize("name", PORTABLE)
+def test_a_file_without_our_description_is_refused(name, tmp_path):
+    path = tmp_path / FORMATS[name].filename
+    without_description(name, path)
+
+    with pytest.raises(ValueError, match="no entry 'repvgg'"):
+        FORMATS[name].load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("model.h5", "no known format"), ("none.onnx", "is no file")]
+)
+def test_a_file_that_no_format_knows_is_refused(name, message, tmp_path):
+    (tmp_path / "model.h5").touch()
+
+    with pytest.raises(ValueError, match=message):
+        open_artifact(tmp_path / name)

@@ -1,0 +1,155 @@
+"""Mistakes at the command line: one line, a status that is not 0, nothing written."""
+
+import runpy
+import signal
+import sys
+
+import pytest
+
+from repvgg import cli
+from tests.support.commands import ROOT, run
+
+
+@pytest.fixture
+def fail(monkeypatch, tmp_path, capfd):
+    """Runs a program in this process, in an empty folder: its status and its lines on stderr."""
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(cli.FULL_ERROR, "0")
+
+    def run_here(program: str, *arguments: str) -> tuple[object, list[str]]:
+        monkeypatch.setattr(sys, "argv", [program, *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        return stopped.value.code, capfd.readouterr().err.splitlines()
+
+    yield run_here
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        ("train.py", ["model=repvgg_a"], "did you mean repvgg_a"),
+        ("train.py", ["trainer.max_epoch=3"], "did you mean trainer.max_epochs?"),
+        ("train.py", ["rdrop=true", "model.dropout=0"], "type for example model.dropout=0.2"),
+        ("train.py", ["+loss=focal"], "loss: there is no such key; allowed are rdrop,"),
+        ("train.py", ["+labelsmoothing=.1"], "did you mean label_smoothing?"),
+        (
+            "train.py",
+            ["+optim.nesterov=false"],
+            "optim.nesterov: there is no such key;",
+        ),
+        ("train.py", ["+optimizer.lr=1"], "optimizer: there is no such key; did you mean optim?"),
+        ("train.py", ["+trainer.max_step=3"], "did you mean max_steps? allowed are accelerator"),
+        ("train.py", ["+trainer.max_time=3"], "planned by steps; type +trainer.max_steps=N"),
+        ("train.py", ["+trainer.barebones=true"], "trainer.barebones=True: it turns off"),
+        (
+            "train.py",
+            ["+data.foo=3"],
+            "foo: repvgg.data.sets.digits takes no argument of that name",
+        ),
+        ("train.py", ["+model.foo=3"], "unknown override 'foo': allowed are depths"),
+        ("train.py", ["+trainer.callbacks=5"], "trainer.callbacks=5: must name a class"),
+        ("train.py", ["+trainer.logger=wandb"], "trainer.logger='wandb': must name a class"),
+        ("train.py", ["trainer.deterministic=maybe"], "deterministic='maybe': must be true or"),
+        ("train.py", ["+trainer.profiler=fast"], "it can only be one of ['simple', 'advanced'"),
+        ("train.py", ["optim.name=lion"], "optim.name='lion': must be one of sgd, adamw"),
+        ("train.py", ["label_smoothing=1"], "label_smoothing=1: must be a number of at least 0"),
+        ("train.py", ["~label_smoothing"], "label_smoothing is missing"),
+        ("train.py", ["~optim.lr"], "optim.lr is missing: the configuration must set it"),
+        ("train.py", ["~trainer.precision"], "trainer.precision is missing"),
+        ("train.py", ["--fast"], "unrecognized arguments: --fast; type key=value, or --help"),
+        ("train.py", ["rdrop=-1"], "rdrop=-1: must be a number of at least 0"),
+        ("train.py", ["rdrop_warmup=2"], "rdrop_warmup=2: has no effect without rdrop"),
+        ("train.py", ["rdrop_views=2", "data.augment=0"], "without augmentation all views are"),
+        ("train.py", ["mixup=-1"], "mixup=-1: must be a number of at least 0"),
+        ("train.py", ["cutmix=-1"], "cutmix=-1: must be a number of at least 0"),
+        (
+            "train.py",
+            ["data=imagefolder", "model.strides=[1,1,1,1,1]"],
+            "model.strides: these choices do not set it; +model.strides=... adds it",
+        ),
+        ("train.py", ["data.views=2"], "data.views: there is no such key"),
+        ("train.py", ["model.num_classes=7"], "type model.num_classes=10"),
+        ("train.py", ["trainer.max_epochs=soon"], "trainer.max_epochs='soon': must be an integer"),
+        ("train.py", ["trainer.devices=999"], "trainer.devices=999: this machine has"),
+        ("train.py", ["trainer.strategy=fsdp"], "trainer.strategy='fsdp': must be auto or ddp"),
+        ("train.py", ["ema=1"], "ema=1: must be a number of at least 0 and below 1"),
+        ("train.py", ["compile=maybe"], "compile='maybe': must be true or false"),
+        ("train.py", ["optim.base_batch_size=0"], "optim.base_batch_size=0: must be an integer"),
+        (
+            "train.py",
+            ["model=repvgg_tiny", "data.batch_size=1", "model.strides=[2,2,2,2,2]"],
+            "data.batch_size=1: BatchNorm cannot normalize one value for each channel",
+        ),
+        (
+            "train.py",
+            ["data._target_=collections.Counter"],
+            "data._target_=collections.Counter: gives a Counter; must give a repvgg.data.module",
+        ),
+        ("train.py", ["data=imagefolder"], "data.root is missing: type data.root=FOLDER"),
+        (
+            "train.py",
+            ["data=imagefolder", "data.root=gone"],
+            "data.root=gone: there is no such folder",
+        ),
+        ("train.py", ["experiment=cifar11"], "experiment=cifar11: there is no such choice"),
+        ("train.py", ["resume=auto"], "resume=auto: there is no checkpoints/last.ckpt in runs/"),
+        ("train.py", ["trainer.precision=64-true"], "trainer.precision='64-true': must be one of"),
+        ("train.py", ["trainer.accelerator=abacus"], "accelerator='abacus'"),
+        ("train.py", ["optim=5"], "optim=5: must be keys"),
+        ("train.py", ["resume=nowhere.ckpt"], "resume=nowhere.ckpt: there is no such file"),
+        ("train.py", ["init=nowhere.pth"], "'nowhere.pth' does not exist; give the path of a"),
+        ("scripts/import_checkpoint.py", [], "path is missing: type path=FILE"),
+        ("scripts/import_checkpoint.py", ["path=."], "'.' is a folder; give the file in it"),
+        ("scripts/import_checkpoint.py", ["mean=3"], "mean='3': must be a list"),
+        ("scripts/inspect_checkpoint.py", [], "path is missing: type path=FILE"),
+        ("scripts/inspect_checkpoint.py", ["path=x"], "'x' does not exist"),
+        ("deploy.py", [], "ckpt is missing: type python deploy.py ckpt="),
+        ("deploy.py", ["ckpt=nowhere.ckpt"], "ckpt=nowhere.ckpt: there is no file of that name"),
+        ("deploy.py", ["ckpt=x.ckpt", "formats=[onnxx]"], "must be a list of safetensors, onnx"),
+        ("deploy.py", ["ckpt=x.ckpt", "formats=[onnx,onnx]"], "each once"),
+        ("deploy.py", ["ckpt=x.ckpt", "benchmark=yess"], "benchmark=yess: must be true or false"),
+        ("deploy.py", ["ckpt=x.ckpt", "int8=1"], "int8=1: must be true or false"),
+        (
+            "deploy.py",
+            ["ckpt=x.ckpt", "int8_drop=1"],
+            "int8_drop=1: must be a number of at least 0",
+        ),
+        ("deploy.py", ["ckpt=x.ckpt", "data=cifar11"], "data=cifar11: there is no such choice"),
+        ("deploy.py", ["verify=nowhere"], "nowhere: no folder with SHA256SUMS"),
+        ("deploy.py", ["verify=.", "ckpt=x.ckpt"], "verify: it stands alone"),
+        ("deploy.py", ["chkpt=x.ckpt"], "did you mean ckpt?"),
+        ("deploy.py", ["-m", "ckpt=x.ckpt"], "-m: one checkpoint at a time"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_and_nothing_is_written(
+    program, arguments, message, fail, tmp_path
+):
+    status, lines = fail(program, *arguments)
+
+    assert status == 1
+    assert message in lines[0]
+    assert len(lines) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"), [("train.py", ["rdrop=-1"]), ("deploy.py", ["ckpt=nowhere.ckpt"])]
+)
+def test_a_mistake_ends_the_process_with_its_status(program, arguments, tmp_path):
+    done = run(program, *arguments, cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("program", ["train.py", "deploy.py"])
+def test_help_shows_the_keys_and_writes_nothing(program, tmp_path):
+    done = run(program, "--help", cwd=tmp_path)
+
+    assert done.returncode == 0
+    assert "python " + program in done.stdout
+    assert list(tmp_path.iterdir()) == []

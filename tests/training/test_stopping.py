@@ -1,0 +1,184 @@
+"""Signals, locks and Lightning's own switches, on runs of train.py as a user starts them."""
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.support.commands import ROOT, run
+
+LONG = ("model=repvgg_tiny", "trainer.max_epochs=1000", "hydra.run.dir=run")
+SHORT = ("model=repvgg_tiny", "trainer.max_epochs=2", "hydra.run.dir=run", "optim.warmup_epochs=0")
+LAST = Path("run", "checkpoints", "last.ckpt")
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen:
+    """A run in a process group of its own, which has saved a checkpoint."""
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *arguments],
+        cwd=cwd,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(cwd / LAST, process)
+    return process
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_signal_to_the_process_group_saves_and_names_the_command(devices, tmp_path):
+    arguments = [*LONG, f"trainer.devices={devices}", "trainer.accelerator=cpu"]
+    process = start(*arguments, cwd=tmp_path)
+    before = (tmp_path / LAST).stat().st_mtime_ns
+    for _ in range(2):  # as `timeout` sends it
+        os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert said.splitlines()[-1] == (
+        f"train.py: stopped by SIGTERM; saved {LAST}; resume with: python train.py resume={LAST}"
+    )
+    assert (tmp_path / LAST).stat().st_mtime_ns >= before
+
+
+def test_a_run_whose_terminal_is_closed_saves(tmp_path):
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(tmp_path)
+        os.execv(sys.executable, [sys.executable, str(ROOT / "train.py"), *LONG])
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / LAST).exists():
+            if select.select([terminal], [], [], 0.01)[0]:
+                os.read(terminal, 1 << 16)  # fails when the process has ended
+            assert time.monotonic() < deadline
+        before = (tmp_path / LAST).stat().st_mtime_ns
+    finally:
+        os.close(terminal)
+        _, status = os.waitpid(process, 0)
+
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert (tmp_path / LAST).stat().st_mtime_ns >= before
+
+
+def test_a_second_run_is_kept_out_of_the_folder_of_a_running_one(tmp_path):
+    process = start(*LONG, cwd=tmp_path)
+    try:
+        second = run("train.py", *LONG[:-1], f"resume={LAST}", cwd=tmp_path)
+        running = process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
+
+    assert second.returncode == 1
+    assert "run is in use by another run: wait until that ends" in second.stderr
+    assert len(second.stderr.splitlines()) == 1
+    assert running
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "1"}, "RANK=1: set, but trainer.devices=1"),
+        (
+            {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"},
+            "torchrun started 2 processes, 2 on this node; pass trainer.devices=2",
+        ),
+    ],
+)
+def test_processes_that_the_trainer_does_not_expect_write_nothing(
+    environment, message, tmp_path, monkeypatch
+):
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+
+    done = run("train.py", *SHORT, cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_a_development_run_ends_without_a_checkpoint(tmp_path):
+    done = run("train.py", *SHORT, "+trainer.fast_dev_run=true", cwd=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == (
+        "fast_dev_run: trained, validated and tested; nothing was saved"
+    )
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_run_without_validation_tests_the_last_checkpoint(tmp_path):
+    done = run("train.py", *SHORT, "+trainer.limit_val_batches=0", cwd=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    assert "no validation ran: best.ckpt is the last checkpoint\n" in done.stdout
+    assert "test accuracy 0." in done.stdout
+
+
+def test_a_run_without_a_test_keeps_its_checkpoints(tmp_path):
+    done = run("train.py", *SHORT, "+trainer.limit_test_batches=0", cwd=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    assert "test accuracy" not in done.stdout
+    assert "checkpoint    run/checkpoints/best.ckpt" in done.stdout
+
+
+def test_the_profiler_prints_its_report(tmp_path):
+    done = run("train.py", *SHORT, "+trainer.profiler=simple", cwd=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    assert "FIT Profiler Report" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("switch", "steps"),
+    [
+        ("+trainer.limit_train_batches=0.5", 20),
+        ("+trainer.max_steps=30", 30),
+    ],
+)
+def test_the_learning_rate_ends_at_zero_after_the_steps_that_run(switch, steps, tmp_path):
+    done = run("train.py", *SHORT, switch, "trainer.log_every_n_steps=1", cwd=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    assert f", {steps} steps of 64 images" in done.stdout
+    last = torch.load(tmp_path / LAST, weights_only=True)
+    assert last["global_step"] == steps
+    assert last["lr_schedulers"][0]["_last_lr"] == [0.0, 0.0]
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert len(events.Scalars("train/learning_rate")) == steps
+
+
+def test_spawned_processes_train(tmp_path):
+    spawned = ("trainer.strategy=ddp_spawn", "trainer.devices=2", "trainer.accelerator=cpu")
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *SHORT, "ema=0.9", *spawned],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test accuracy 0.") == 1

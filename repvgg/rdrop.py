@@ -138,17 +138,6 @@ def predict_twice(network: nn.Module, images: Tensor, *, noise: Noise | None = N
     return Predictions(first, second, auxiliary)
 
 
-def predict_views(network: nn.Module, images: Tensor) -> Predictions:
-    """Predict two views of every image, in one forward of twice the price.
-
-    Args:
-        images: (N, 2, C, H, W), each image in two augmentations.
-    """
-    logits, auxiliary = predict(network, images.transpose(0, 1).flatten(0, 1))
-    first, second = logits.chunk(2)
-    return Predictions(first, second, auxiliary)
-
-
 class _RandomOperations(TorchDispatchMode):
     """Counts operations that draw from torch's generators."""
 

@@ -3,7 +3,7 @@
 Trains one network many times, on the embedded digits or on a folder of images (root=DIR, with
 train/CLASS/ and test/CLASS/), and compares accuracy and calibration on the test images:
 
-    seeds x (alpha x dropout, label smoothing, two views) x shares of the labels x budgets
+    seeds x (alpha x dropout, label smoothing) x shares of the labels x budgets
 
 At the budget "epochs" every arm takes the same number of steps; at "time" as many as fit into the
 time of the plain arm, by the costs measured on this machine before the first run. All arms of a
@@ -38,7 +38,6 @@ DEFAULTS: dict[str, Any] = {
     "alphas": [0.3, 1, 3],
     "dropouts": [0.2, 0.5],
     "label_smoothing": 0.1,  # of the arm that has it; 0: no such arm
-    "views": True,  # also compare two augmented views
     "labels": [0.01, 0.1, 1],  # shares of the training labels
     "budgets": ["epochs", "time"],
     "epochs": 24,  # with all labels
@@ -49,7 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "out": "runs/study_rdrop",
 }
 # Keys that may differ when a study goes on: they add runs or leave some out.
-FREE = ("seeds", "alphas", "dropouts", "label_smoothing", "views", "budgets", "workers", "out")
+FREE = ("seeds", "alphas", "dropouts", "label_smoothing", "budgets", "workers", "out")
 MEASURED_STEPS = 30  # of each short run that measures the cost of a step
 METRICS = {"accuracy": (100, "{:.2f}"), "nll": (1, "{:.3f}"), "ece": (100, "{:.2f}")}
 
@@ -64,7 +63,6 @@ class Arm(NamedTuple):
     alpha: float = 0.0
     dropout: float = 0.0
     smoothing: float = 0.0
-    views: int = 1
     doubled: bool = False
 
     def __str__(self) -> str:
@@ -72,7 +70,6 @@ class Arm(NamedTuple):
             f"alpha {self.alpha:g}" if self.alpha else "",
             f"dropout {self.dropout:g}" if self.dropout else "",
             f"label smoothing {self.smoothing:g}" if self.smoothing else "",
-            "two views" if self.views == 2 else "",
             "(at twice the cost)" if self.doubled else "",
         ]
         return ", ".join(filter(None, words)).replace(", (", " (") or "plain"
@@ -80,8 +77,6 @@ class Arm(NamedTuple):
     @property
     def cost(self) -> str:
         """What sets the time of a step."""
-        if self.views == 2:
-            return "two views"
         if self.doubled:
             return "image twice"
         return "one forward" if self.alpha else "plain"
@@ -152,8 +147,6 @@ def arms_of(settings: dict[str, Any], budget: str) -> list[Arm]:
     arms = [Arm(), *([Arm(smoothing=smoothing)] if smoothing else [])]
     for dropout in settings["dropouts"]:
         arms += [Arm(alpha, dropout) for alpha in (0.0, *map(float, settings["alphas"]))]
-    if settings["views"]:
-        arms += [Arm(views=2), Arm(alpha=1.0, views=2)]
     if budget == "time":
         arms.append(Arm(1.0, settings["dropouts"][0], doubled=True))
     return arms
@@ -196,7 +189,6 @@ def build(
         contract,
         batch_size=min(settings["batch_size"], len(train[0])),
         augment=augment,
-        views=arm.views,
         seed=job.seed,
     )
     steps = max(settings["epochs"] * len(data.train_dataloader()), settings["min_steps"])
@@ -218,7 +210,6 @@ def build(
         num_steps=steps,
         num_warmup_steps=steps // 20,
         rdrop=arm.alpha,
-        rdrop_views=arm.views,
         label_smoothing=arm.smoothing,
         seed=job.seed,
     )
@@ -281,7 +272,7 @@ def measure_costs(settings: dict[str, Any], *, rounds: int = 5) -> dict[str, dic
     Of short runs, interleaved; medians over the rounds.
     """
     dropout = settings["dropouts"][0]
-    arms = [Arm(), Arm(1.0, dropout), Arm(1.0, dropout, doubled=True), Arm(1.0, views=2)]
+    arms = [Arm(), Arm(1.0, dropout), Arm(1.0, dropout, doubled=True)]
     costs: dict[str, dict[str, float]] = {}
     for labels in settings["labels"]:
         times: dict[str, list[float]] = {arm.cost: [] for arm in arms}

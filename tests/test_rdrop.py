@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import repvgg
 from repvgg.losses import rdrop_loss
-from repvgg.rdrop import Noise, find_noise, predict, predict_twice, predict_views
+from repvgg.rdrop import Noise, find_noise, predict, predict_twice
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(5)).double()
 TARGETS = torch.tensor([0, 1, 2, 0])
@@ -199,18 +199,6 @@ def test_each_half_of_a_doubled_batch_has_its_own_noise_and_a_joint_batchnorm():
     torch.manual_seed(2)
     both = twin(torch.cat([IMAGES, IMAGES]))
 
-    assert torch.equal(torch.cat([first, second]), both)
-
-
-def test_two_views_take_one_forward_of_both():
-    torch.manual_seed(1)
-    network = ours().double()
-    twin = copy.deepcopy(network)
-    views = torch.stack([IMAGES, IMAGES.flip(-1)], dim=1)  # (N, 2, C, H, W)
-
-    first, second, _ = predict_views(network, views)
-
-    both = twin(torch.cat([IMAGES, IMAGES.flip(-1)]))
     assert torch.equal(torch.cat([first, second]), both)
 
 

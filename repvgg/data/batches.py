@@ -31,11 +31,11 @@ class Request(NamedTuple):
 
     Attributes:
         rows: (N,), int64: which images of the source.
-        seeds: of the noise of each view; none asks for the images as they are evaluated.
+        seed: of the augmentation; None reads the images as they are evaluated.
     """
 
     rows: Tensor
-    seeds: list[int]
+    seed: int | None = None
 
 
 class Source(Protocol):
@@ -48,10 +48,8 @@ class Source(Protocol):
     def order(self, generator: torch.Generator) -> Tensor:
         """All rows in a random order, which may keep together what is read together."""
 
-    def read(
-        self, requests: Sequence[Request], augment: Any
-    ) -> Iterable[tuple[list[Tensor], Tensor]]:
-        """For each request its views, (N, C, H, W) uint8 each, and labels (N,)."""
+    def read(self, requests: Sequence[Request], augment: Any) -> Iterable[Batch]:
+        """For each request its images (N, C, H, W), uint8, and labels (N,)."""
 
 
 class Stored(NamedTuple):
@@ -63,16 +61,12 @@ class Stored(NamedTuple):
     def order(self, generator: torch.Generator) -> Tensor:
         return torch.randperm(len(self.labels), generator=generator)
 
-    def read(
-        self, requests: Sequence[Request], augment: Augmentation | None
-    ) -> Iterator[tuple[list[Tensor], Tensor]]:
-        for rows, seeds in requests:
+    def read(self, requests: Sequence[Request], augment: Augmentation | None) -> Iterator[Batch]:
+        for rows, seed in requests:
             images, labels = self.images[rows], self.labels[rows]
-            if augment is None or not seeds:
-                yield [images], labels
-            else:
-                noises = [torch.Generator().manual_seed(seed) for seed in seeds]
-                yield [augment(images, noise) for noise in noises], labels
+            if augment is not None and seed is not None:
+                images = augment(images, torch.Generator().manual_seed(seed))
+            yield images, labels
 
 
 class Batches:
@@ -86,9 +80,8 @@ class Batches:
         same_epoch: gives the batches of epoch 0 in every epoch, to see whether a network can fit
             them.
         augment: changes the images of a shuffled batch; of the kind that the source takes.
-        views: 2 augments every image twice: images (N, 2, C, H, W).
         mix: then blends the images of a batch and their labels, with torch's global randomness,
-            which is seeded for it and restored. Both views of an image are blended alike.
+            which is seeded for it and restored.
         repeats: takes each image so many times into a batch, and as many fewer images into an
             epoch (Hoffer et al., 2020, arXiv:1901.09335).
         rank, world_size: which device this is, of how many.
@@ -105,7 +98,6 @@ class Batches:
         shuffle_seed: int | None = None,
         same_epoch: bool = False,
         augment: Any = None,
-        views: int = 1,
         mix: Mixture | None = None,
         repeats: int = 1,
         rank: int = 0,
@@ -117,7 +109,6 @@ class Batches:
         self.shuffle_seed = shuffle_seed
         self.same_epoch = same_epoch
         self.augment = augment
-        self.views = views
         self.mix = mix
         self.repeats = repeats
         self.rank = rank
@@ -148,14 +139,14 @@ class Batches:
         epoch, batch = self._resume_at
         first = batch if epoch == self.epoch else 0
         requests = self._requests()[first:]
-        for i, (views, labels) in enumerate(self.source.read(requests, self.augment), first):
+        for i, (images, labels) in enumerate(self.source.read(requests, self.augment), first):
             self._yielded = i + 1
             if self.device is not None:
-                views = [view.to(self.device, non_blocking=True) for view in views]
+                images = images.to(self.device, non_blocking=True)
                 labels = labels.to(self.device, non_blocking=True)
             if self.mix is not None:
-                views, labels = self._mix(self.mix, views, labels, self._position(i))
-            yield views[0] if self.views == 1 else torch.stack(views, dim=1), labels
+                images, labels = self._mix(self.mix, images, labels, self._position(i))
+            yield images, labels
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "batch": self._yielded}
@@ -168,7 +159,7 @@ class Batches:
         count = len(self.source.labels)
         if self.shuffle_seed is None:
             rows = torch.arange(self.rank, count, self.world_size)
-            return [Request(part, []) for part in rows.split(self.batch_size)]
+            return [Request(part) for part in rows.split(self.batch_size)]
         generator = torch.Generator().manual_seed(self._seed())
         order = self.source.order(generator)
         if self.repeats > 1:
@@ -176,25 +167,19 @@ class Batches:
         requests = []
         for i in range(len(self)):
             position = self._position(i)
-            seeds = [self._seed(position), self._seed(position, "second view")][: self.views]
             start = position * self.batch_size
-            requests.append(Request(order[start : start + self.batch_size], seeds))
+            rows = order[start : start + self.batch_size]
+            requests.append(Request(rows, self._seed(position)))
         return requests
 
     def _position(self, i: int) -> int:
         """Of this device's i-th batch among all of the epoch."""
         return i * self.world_size + self.rank
 
-    def _mix(
-        self, mix: Mixture, views: list[Tensor], labels: Tensor, position: int
-    ) -> tuple[list[Tensor], Tensor]:
-        mixed = []
-        for view in views:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(self._seed(position, "mix"))  # no GPU's
-                images, targets = mix(view.float(), labels)
-            mixed.append(images)
-        return mixed, targets
+    def _mix(self, mix: Mixture, images: Tensor, labels: Tensor, position: int) -> Batch:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self._seed(position, "mix"))  # no GPU's
+            return mix(images.float(), labels)
 
     def _seed(self, *position: int | str) -> int:
         """Randomness as a function of (seed, epoch) and a position in the epoch."""

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from repvgg.data.batches import Request, Stored, same_seed
+from repvgg.data.batches import Batch, Request, Stored, same_seed
 from repvgg.data.images import MOST_PIXELS, TooManyPixels, fit, open_image, pixel_limit, to_tensor
 from repvgg.data.workers import Workers
 
 Fit = Callable[[Image.Image], Image.Image]
 Transform = Callable[[Image.Image], Tensor]
-Decoded = tuple[list[Tensor], list[int], list[str]]  # views, rows, failures
+Decoded = tuple[Tensor | None, list[int], list[str]]  # images, their rows, failures
 
 
 class Files:
@@ -74,25 +74,23 @@ class Files:
     def order(self, generator: torch.Generator) -> Tensor:
         return torch.randperm(len(self.labels), generator=generator)
 
-    def read(
-        self, requests: Sequence[Request], augment: Transform | None
-    ) -> Iterator[tuple[list[Tensor], Tensor]]:
-        for views, rows, failures in self.decode(requests, augment):
+    def read(self, requests: Sequence[Request], augment: Transform | None) -> Iterator[Batch]:
+        for images, rows, failures in self.decode(requests, augment):
             if failures and not self.skip_unreadable:
                 raise ValueError(
                     f"{failures[0]}; mend or delete it, or type data.skip_unreadable=true to take "
                     "another image in its place"
                 )
-            if not views:
+            if images is None:
                 raise ValueError(f"none of the images can be read: {failures[0]}")
             self.unreadable.update(failures)
             if torch.cuda.is_available():
-                views = [view.pin_memory() for view in views]
-            yield views, self.labels[rows]
+                images = images.pin_memory()
+            yield images, self.labels[rows]
 
     def decode(self, requests: Sequence[Request], augment: Transform | None) -> Iterator[Decoded]:
         """As `read`, with what could not be read, and rows in place of labels."""
-        tasks = ((rows.tolist(), seeds) for rows, seeds in requests)
+        tasks = ((rows.tolist(), seed) for rows, seed in requests)
         if self.num_workers:
             return self._start_workers(augment).map(tasks)
         return map(_Decode(self, augment), tasks)
@@ -159,49 +157,45 @@ class Shards(Files):
 
 
 class _Decode:
-    """What a worker does: a request -> views (N, C, H, W) each, the rows that it read, failures."""
+    """What a worker does: a request -> images (N, C, H, W), the rows that it read, failures."""
 
     def __init__(self, files: Files, augment: Transform | None) -> None:
         self.files = files
         self.augment = augment
 
-    def __call__(self, task: tuple[list[int], list[int]]) -> Decoded:
-        rows, view_seeds = task
-        images: list[list[Tensor]] = []
+    def __call__(self, task: tuple[list[int], int | None]) -> Decoded:
+        rows, batch_seed = task
+        images: list[Tensor] = []
         taken: list[int] = []
         failures: list[str] = []
         with pixel_limit(self.files.max_pixels):
             for i, row in enumerate(rows or [0]):  # the size of no images is that of the first
-                seeds = [same_seed((seed, i)) for seed in view_seeds]
-                chosen, variants = self._read(row, seeds, failures)
-                if not variants:
-                    return [], [], failures
+                seed = None if batch_seed is None else same_seed((batch_seed, i))
+                chosen, image = self._read(row, seed, failures)
+                if image is None:
+                    return None, [], failures
                 taken.append(chosen)
-                images.append(variants)
+                images.append(image)
         count = len(rows)
-        views = [torch.stack(same)[:count] for same in zip(*images, strict=True)]
-        return views, taken[:count], failures
+        return torch.stack(images)[:count], taken[:count], failures
 
-    def _read(self, row: int, seeds: list[int], failures: list[str]) -> tuple[int, list[Tensor]]:
+    def _read(self, row: int, seed: int | None, failures: list[str]) -> tuple[int, Tensor | None]:
         count = len(self.files.labels)
         for chosen in ((row + shift) % count for shift in range(count)):
             try:
-                return chosen, self._views(self.files.open(chosen), seeds)
+                return chosen, self._prepare(self.files.open(chosen), seed)
             except ValueError as error:
                 failures.append(_say(error))
                 if not self.files.skip_unreadable:
                     break
-        return row, []
+        return row, None
 
-    def _views(self, image: Image.Image, seeds: list[int]) -> list[Tensor]:
-        if self.augment is None or not seeds:
-            return [to_tensor(self.files.evaluate(image))]
-        views = []
-        for seed in seeds:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)
-                views.append(self.augment(image))
-        return views
+    def _prepare(self, image: Image.Image, seed: int | None) -> Tensor:
+        if self.augment is None or seed is None:
+            return to_tensor(self.files.evaluate(image))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self.augment(image)
 
 
 def _say(error: ValueError) -> str:
@@ -282,8 +276,8 @@ def store(
     rows = torch.arange(len(labels)).split(256)
     parts: list[Tensor] = []
     unreadable: set[str] = set()
-    for views, _, failures in files.decode([Request(part, []) for part in rows], None):
-        parts += views
+    for images, _, failures in files.decode([Request(part) for part in rows], None):
+        parts += [] if images is None else [images]
         unreadable.update(failures)
     files.close()
     if unreadable:

@@ -21,7 +21,6 @@ class ImageData(L.LightningDataModule):
         contract: what the images are; its mean and std normalize them.
         batch_size: images in a batch, of each device.
         augment: of the training images, of the kind that their source takes; None is off.
-        views: 2 gives every training image in two augmentations, for R-Drop between them.
         mixup: blends pairs of images and their labels in a proportion drawn from Beta(mixup,
             mixup) (Zhang et al., 2018, arXiv:1710.09412); 0 is off.
         cutmix: pastes a rectangle of one image into another, with an area drawn likewise (Yun et
@@ -37,7 +36,7 @@ class ImageData(L.LightningDataModule):
             chose the checkpoint.
 
     Raises:
-        ValueError: a value is outside its range, or two views would be equal.
+        ValueError: a value is outside its range.
     """
 
     def __init__(
@@ -49,7 +48,6 @@ class ImageData(L.LightningDataModule):
         *,
         batch_size: int,
         augment: Any = None,
-        views: int = 1,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         repeats: int = 1,
@@ -66,9 +64,6 @@ class ImageData(L.LightningDataModule):
         self.notes = list(notes)
         self.batch_size = check_integer("data.batch_size", batch_size, minimum=1, example=64)
         self.augment = augment
-        self.views = check_integer("rdrop_views", views, minimum=1, maximum=2, example=2)
-        if views > 1 and augment is None:
-            raise refusal("rdrop_views", views, "without augmentation all views are equal", 1)
         self.repeats = check_integer("data.repeats", repeats, minimum=1, example=3)
         if repeats > 1 and augment is None:
             raise refusal("data.repeats", repeats, "without augmentation all repeats are equal", 1)
@@ -116,9 +111,8 @@ class ImageData(L.LightningDataModule):
 
     def read(self, source: Source, rows: Tensor) -> Batch:
         """Images (N, C, H, W), uint8, as they are evaluated, and labels (N,), of some rows."""
-        requests = [Request(part, []) for part in rows.split(256)]
-        parts = [(views[0], labels) for views, labels in source.read(requests, None)]
-        images, labels = zip(*parts, strict=True)
+        requests = [Request(part) for part in rows.split(256)]
+        images, labels = zip(*source.read(requests, None), strict=True)
         return torch.cat(images), torch.cat(labels)
 
     def spread(self, source: Source, count: int) -> Batch:
@@ -139,7 +133,6 @@ class ImageData(L.LightningDataModule):
             shuffle_seed=self.seed,
             same_epoch=bool(self.trainer and self.trainer.overfit_batches),  # type: ignore[attr-defined]
             augment=self.augment,
-            views=self.views,
             mix=self.mix,
             repeats=self.repeats,
             **place,

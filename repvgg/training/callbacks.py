@@ -208,7 +208,7 @@ class ReestimateBN(Callback):
             left = self.num_images
             for batch in training_data(trainer, pl_module):
                 prepared = trainer.strategy.batch_to_device(batch)  # and the data's own hooks
-                yield prepared[0].flatten(0, -4)  # two views: one below the other
+                yield prepared[0]
                 left -= len(prepared[0])
                 if left <= 0:
                     return

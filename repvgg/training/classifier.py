@@ -25,7 +25,7 @@ from repvgg.losses import cross_entropy, rdrop_loss
 from repvgg.models.block import RepVGGBlock
 from repvgg.models.forms import switch_to_deploy
 from repvgg.models.registry import build_model
-from repvgg.rdrop import Noise, find_noise, predict, predict_twice, predict_views
+from repvgg.rdrop import Noise, find_noise, predict, predict_twice
 from repvgg.training.metrics import ImageMean
 
 AUXILIARY_WEIGHT = 0.1  # of each auxiliary cross-entropy, in the RepVGGplus recipe
@@ -83,10 +83,8 @@ class Classifier(L.LightningModule):
         num_warmup_steps: of them, with a rate that grows linearly.
         rdrop: weight alpha of the KL divergence between two predictions; 0 or False is off, True
             is 1. Needs noise, else the predictions are equal: model.dropout (the trunk runs once),
-            model.branch_drop or model.drop_path (every image is taken twice), or two views.
+            model.branch_drop or model.drop_path (every image is taken twice).
         num_rdrop_warmup_steps: optimizer steps over which the weight grows linearly from 0.
-        rdrop_views: 1, or 2 to compare two augmentations of each image, at twice the price. With
-            2, batches hold images (N, 2, C, H, W); where `rdrop` is 0 both are learned from alike.
         label_smoothing: in [0, 1).
         seed: of the noise; step k draws the same masks in every run, resumed or not.
         deployed_validation: validate and test a folded copy of the network: what will be deployed.
@@ -117,7 +115,6 @@ class Classifier(L.LightningModule):
         num_warmup_steps: int,
         rdrop: float = 0.0,
         num_rdrop_warmup_steps: int = 0,
-        rdrop_views: int = 1,
         label_smoothing: float = 0.0,
         seed: int = 0,
         deployed_validation: bool = False,
@@ -140,9 +137,6 @@ class Classifier(L.LightningModule):
         self.num_warmup_steps = num_warmup_steps
         self.rdrop = check_number("rdrop", _as_number(rdrop), example=1)
         self.num_rdrop_warmup_steps = num_rdrop_warmup_steps
-        self.rdrop_views = check_integer(
-            "rdrop_views", rdrop_views, minimum=1, maximum=2, example=2
-        )
         self.label_smoothing = check_number(
             "label_smoothing", label_smoothing, below=1, example=0.1
         )
@@ -155,13 +149,12 @@ class Classifier(L.LightningModule):
             raise refusal("deployed_validation", deployed_validation, allowed, "false")
         ours = model.get("library", "repvgg") == "repvgg"  # others are asked in the first step
         silent = ours and not any(model.get(key, 0) for key in NOISE_KEYS)
-        if self.rdrop > 0 and rdrop_views == 1 and silent:
+        if self.rdrop > 0 and silent:
             raise refusal(
                 "model.dropout",
                 model.get("dropout", 0.0),
                 f"rdrop={self.rdrop:g} compares two predictions that differ by noise alone, so "
-                f"one of model.{', model.'.join(NOISE_KEYS)} must be above 0, or rdrop_views 2 "
-                "(or set rdrop=false)",
+                f"one of model.{', model.'.join(NOISE_KEYS)} must be above 0 (or set rdrop=false)",
                 0.2,
             )
         arguments = {
@@ -174,7 +167,6 @@ class Classifier(L.LightningModule):
             "num_warmup_steps": num_warmup_steps,
             "rdrop": rdrop,
             "num_rdrop_warmup_steps": num_rdrop_warmup_steps,
-            "rdrop_views": rdrop_views,
             "label_smoothing": label_smoothing,
             "seed": seed,
             "deployed_validation": deployed_validation,
@@ -277,7 +269,7 @@ class Classifier(L.LightningModule):
         """Compute what a training step minimizes, in one forward.
 
         Args:
-            images: (N, C, H, W), or (N, 2, C, H, W) with two views.
+            images: (N, C, H, W).
             targets, weights: as in `repvgg.losses.cross_entropy`.
             alpha: weight of the KL divergence.
 
@@ -286,16 +278,13 @@ class Classifier(L.LightningModule):
         """
         options: dict[str, Any] = {"label_smoothing": self.label_smoothing, "weights": weights}
         kl = agreement = None
-        if self.rdrop_views == 1 and self.rdrop == 0:
+        if self.rdrop == 0:
             logits, auxiliary = predict(self.net, images)
             total = mean = cross_entropy(logits, targets, **options)
         else:
-            if self.rdrop_views == 2:
-                logits, second, auxiliary = predict_views(self.net, images)
-            else:
-                if self.noise is None:
-                    self.noise = find_noise(self.net, images)
-                logits, second, auxiliary = predict_twice(self.net, images, noise=self.noise)
+            if self.noise is None:
+                self.noise = find_noise(self.net, images)
+            logits, second, auxiliary = predict_twice(self.net, images, noise=self.noise)
             total, mean, kl = rdrop_loss(logits, second, targets, alpha=alpha, **options)
             agreement = (logits.argmax(1) == second.argmax(1)).float().mean()
         for extra in auxiliary:

@@ -44,8 +44,6 @@ def describe(
 def describe_rdrop(module: Any) -> str:
     """What R-Drop does in this run, and what it costs."""
     rdrop = f"R-Drop {module.rdrop:g}" if module.rdrop > 0 else "no R-Drop"
-    if module.rdrop_views == 2:
-        return f"{rdrop}, two views of each image, each step at the price of two"
     if module.rdrop == 0:
         return rdrop
     if module.noise.trunk:

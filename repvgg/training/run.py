@@ -78,7 +78,6 @@ def train(settings: Settings, config: dict[str, Any], folder: Path) -> None:
     start = checkpoint.open_network(settings.init) if settings.init and not resume else None
     data = open_data(
         settings.data,
-        views=settings.rdrop_views,
         mixup=settings.mixup,
         cutmix=settings.cutmix,
         seed=settings.seed,

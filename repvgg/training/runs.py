@@ -45,6 +45,8 @@ RESUMABLE = (
     "activation_checkpointing",
     "keep_memory",
 )
+# Keys of version 0.1 that later versions lack, each with the value that changed nothing.
+REMOVED = {"rdrop_views": 1}
 # Code that a recorded configuration may name, whole: a dotted name also reaches what its module
 # imports. Anything else has to be typed again.
 _OWN_CODE = re.compile(
@@ -146,10 +148,20 @@ def record(config: dict[str, Any], folder: Path) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of the run in a folder, as it was recorded."""
+    """The configuration of the run in a folder, as it was recorded, without REMOVED keys.
+
+    Raises:
+        ValueError: a removed key has a value that this version cannot honour.
+    """
     from omegaconf import OmegaConf
 
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
+    config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
+    for key in REMOVED:
+        *sections, leaf = key.split(".")
+        section = _get(config, ".".join(sections)) if sections else config
+        if isinstance(section, dict) and leaf in section:
+            _check_removed(key, section.pop(leaf), folder)
+    return config
 
 
 def _changes(typed: list["Override"], recorded: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -161,6 +173,9 @@ def _changes(typed: list["Override"], recorded: dict[str, Any], folder: Path) ->
     for one in typed:
         key, line = one.key_or_group, one.input_line
         if key == "resume" or key.startswith(("hydra.", "hydra/")):
+            continue
+        if key in REMOVED:
+            _check_removed(key, one.value(), folder)
             continue
         if one.is_sweep_override() or one.is_delete():
             raise ValueError(f"{line}: beside resume type key=value, with one value")
@@ -181,6 +196,14 @@ def _changes(typed: list["Override"], recorded: dict[str, Any], folder: Path) ->
                 f"was started with; allowed beside resume are {', '.join(RESUMABLE)}"
             )
     return changes
+
+
+def _check_removed(key: str, value: object, folder: Path) -> None:
+    if value != REMOVED[key]:
+        raise ValueError(
+            f"resume={relative(folder / LAST)}: {key}={value} needs version 0.1; later versions "
+            f"have no {key}"
+        )
 
 
 def _recorded_choices(folder: Path) -> dict[str, str]:

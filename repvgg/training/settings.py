@@ -56,7 +56,6 @@ class Settings:
 
     rdrop: float | bool
     rdrop_warmup: float
-    rdrop_views: int
     label_smoothing: float
     mixup: float
     cutmix: float

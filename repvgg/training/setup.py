@@ -71,7 +71,6 @@ def build_module(settings: Settings, model: dict[str, Any], steps: Steps, rate: 
         num_warmup_steps=steps.warmup,
         rdrop=settings.rdrop,
         num_rdrop_warmup_steps=steps.rdrop_warmup,
-        rdrop_views=settings.rdrop_views,
         label_smoothing=settings.label_smoothing,
         seed=settings.seed,
         deployed_validation=settings.deployed_validation,
@@ -111,13 +110,13 @@ def initialize(network: Any, start: Any, data: Any, path: str) -> str:
 def prepare(module: Any, settings: Settings, images: Any) -> None:
     """Find the noise for R-Drop; lay out, compile, checkpoint the network as it was asked for."""
     name = settings.model["name"]
-    if module.rdrop > 0 and module.rdrop_views == 1:
+    if module.rdrop > 0:
         module.noise = find_noise(module.net, images)
         if not any(module.noise):
             raise ValueError(
                 f"rdrop={module.rdrop:g}: nothing in {name} is random while it trains, so "
                 "two predictions are equal; type rdrop=false, or model.over_parameterize=true "
-                "model.branch_drop=0.1, or rdrop_views=2"
+                "model.branch_drop=0.1"
             )
     blocks = [part for part in module.net.modules() if isinstance(part, RepVGGBlock)]
     if settings.activation_checkpointing:

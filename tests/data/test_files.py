@@ -93,16 +93,6 @@ def test_the_noise_of_an_image_does_not_depend_on_who_decodes_it(workers, root):
     assert torch.equal(read(workers), read(0))
 
 
-def test_two_views_of_a_file_differ_and_evaluation_has_one(root):
-    data = imagefolder(root=str(root), batch_size=4, image_size=16, num_workers=0, views=2)
-
-    views, _ = next(iter(data.train_dataloader()))
-    images, _ = next(iter(data.val_dataloader()))
-
-    assert (views.shape, images.shape) == ((4, 2, 3, 16, 16), (4, 3, 16, 16))
-    assert not torch.equal(views[:, 0], views[:, 1])
-
-
 def test_a_label_is_that_of_its_folder(root):
     data = imagefolder(root=str(root), batch_size=4, image_size=16, num_workers=0)
 
@@ -126,10 +116,10 @@ def test_or_another_takes_its_place_and_it_is_counted(workers, root):
     truncate(root / "train" / "cat" / "5.jpg")
     source = files(root / "train", num_workers=workers, skip_unreadable=True)
 
-    ((views, labels),) = source.read([Request(torch.tensor([4, 5]), [])], None)
+    ((images, labels),) = source.read([Request(torch.tensor([4, 5]))], None)
 
     assert labels.tolist() == [0, 1]  # of cat/4 and dog/0
-    assert torch.equal(views[0][1], to_tensor(fit(open_image(root / "train/dog/0.jpg"), SIZE)))
+    assert torch.equal(images[1], to_tensor(fit(open_image(root / "train/dog/0.jpg"), SIZE)))
     assert [message.partition(":")[0] for message in source.unreadable] == [
         str(root / "train" / "cat" / "5.jpg")
     ]
@@ -140,8 +130,8 @@ def test_what_is_decoded_into_memory_is_what_the_files_give(root):
 
     stored = store(paths, labels, SIZE)
 
-    (views, same), *_ = files(root / "train").read([Request(torch.arange(12), [])], None)
-    assert torch.equal(stored.images, views[0])
+    (images, same), *_ = files(root / "train").read([Request(torch.arange(12))], None)
+    assert torch.equal(stored.images, images)
     assert torch.equal(stored.labels, same)
 
 

@@ -199,41 +199,8 @@ def test_mixing_is_a_function_of_seed_epoch_and_batch_and_leaves_the_global_nois
     assert len({tuple(targets[0].tolist()) for _, targets in first}) > 1
 
 
-def test_two_views_are_two_augmentations_of_the_same_image():
-    (views, labels), *_ = mixed(views=2)
-    (single, same), *_ = mixed()
-
-    assert views.shape == (400, 2, 1, 8, 8)
-    assert torch.equal(views[:, 0], single)
-    assert torch.equal(labels, same)
-    assert (views[:, 0] != views[:, 1]).flatten(1).any(1).all()
-    closeness = (views[:, 0].float() - views[:, 1].float()).abs().mean()
-    assert closeness < 0.7 * (views[:, 0].float() - views[:, 1].float().roll(1, 0)).abs().mean()
-
-
-def test_two_views_of_an_image_are_mixed_alike():
-    (views, targets), *_ = mixed(views=2, cutmix=1.0)
-    (pure, _), *_ = mixed(views=2)
-    pasted = views != pure.float()  # where the rectangle of the other image is
-
-    other = torch.stack([pure[:, 0].roll(1, 0), pure[:, 1].roll(1, 0)], dim=1).float()
-    assert torch.equal(torch.where(pasted, other, pure.float()), views)
-    assert targets.shape == (400, 10)
-    rectangles = pasted.flatten(3).any(0).any(1)
-    assert torch.equal(rectangles[0], rectangles[1])
-
-
-def test_two_views_are_normalized_like_one():
-    data = digits(views=2)
-    images, labels = next(iter(data.train_dataloader()))
-
-    prepared, _ = data.on_after_batch_transfer((images, labels), 0)
-
-    assert torch.equal(prepared[:, 1], data.on_after_batch_transfer((images[:, 1], labels), 0)[0])
-
-
-def test_evaluation_is_neither_mixed_nor_doubled():
-    data = digits(views=2, mixup=1.0)
+def test_evaluation_is_not_mixed():
+    data = digits(mixup=1.0)
 
     images, labels = next(iter(data.val_dataloader()))
 
@@ -250,8 +217,6 @@ def test_evaluation_is_neither_mixed_nor_doubled():
         ({"seed": -1}, "seed=-1"),
         ({"mixup": -0.1}, "mixup=-0.1: must be a number of at least 0"),
         ({"cutmix": "yes"}, "cutmix='yes'"),
-        ({"views": 0}, "rdrop_views=0: must be an integer of at least 1 and at most 2"),
-        ({"views": 2, "augment": 0}, "rdrop_views=2: without augmentation all views are equal"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_key(options, message):

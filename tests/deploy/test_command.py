@@ -471,7 +471,7 @@ def test_a_checkpoint_whose_logits_are_not_its_own_is_not_deployed(folder, tmp_p
 
 
 def test_a_network_trained_with_every_regularizer_deploys_exactly(tmp_path):
-    noise = ["model.branch_drop=0.1", "model.drop_path=0.1", "rdrop_views=2", "rdrop_warmup=1"]
+    noise = ["model.branch_drop=0.1", "model.drop_path=0.1", "rdrop_warmup=1"]
     mixtures = ["mixup=0.2", "cutmix=1", "label_smoothing=0.1"]
     settings = [*SHORT, *noise, *mixtures, "trainer.accumulate_grad_batches=4"]
     trained = run("train.py", *settings, "hydra.run.dir=run", cwd=tmp_path)
@@ -480,7 +480,9 @@ def test_a_network_trained_with_every_regularizer_deploys_exactly(tmp_path):
     done = run("deploy.py", "ckpt=run/checkpoints/best.ckpt", "formats=[safetensors]", cwd=tmp_path)
 
     assert done.returncode == 0, done.stderr
-    assert "R-Drop 1, two views of each image, each step at the price of two" in trained.stdout
+    assert (
+        "R-Drop 1, each image twice in the batch, each step at the price of two" in trained.stdout
+    )
     report = json.loads((tmp_path / "run" / "deploy" / "report.json").read_text())
     assert report["verdicts"]["folded, float64"]["error"] <= 1e-10
 

@@ -174,6 +174,30 @@ def test_a_run_of_version_0_1_is_resumed(here):
         resumed("data=cifar10", f"resume=job/{runs.LAST}")
 
 
+@pytest.mark.parametrize(("key", "value"), [("rdrop_views", 1)])
+def test_a_removed_key_that_changed_nothing_is_dropped(key, value, here):
+    record_removed(here / "job", key, value)
+
+    assert resumed(f"resume=job/{runs.LAST}") == resumed(
+        f"resume=job/{runs.LAST}", f"{key}={value}"
+    )
+    assert runs._get(resumed(f"resume=job/{runs.LAST}"), key) is None
+
+
+@pytest.mark.parametrize(("key", "value"), [("rdrop_views", 2)])
+def test_a_removed_key_that_changed_the_run_names_its_version(key, value, here):
+    record_removed(here / "job", key, value)
+
+    with pytest.raises(ValueError, match=f"{key}={value} needs version 0.1"):
+        plan(f"resume=job/{runs.LAST}")
+
+
+def record_removed(folder, key: str, value: object) -> None:
+    config = OmegaConf.create(CONFIG)
+    OmegaConf.update(config, key, value, force_add=True)
+    make(folder, **OmegaConf.to_container(config))
+
+
 def test_auto_without_a_folder_takes_the_newest_run(here):
     make(here / "runs" / "a" / "old", seconds=100)
     newest = make(here / "runs" / "b" / "new", seconds=300)

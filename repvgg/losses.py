@@ -7,7 +7,6 @@ under different noise, are pulled together. `repvgg.rdrop` makes the two predict
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,38 +19,27 @@ class RDropLoss(NamedTuple):
     kl: Tensor
 
 
-def cross_entropy(
-    logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, weights: Tensor | None = None
-) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Average the cross-entropy over the batch, in float32 at least.
 
     Args:
         logits: (N, K).
         targets: (N,) class indices, or (N, K) probabilities (mixup, cutmix, distillation).
         label_smoothing: in [0, 1).
-        weights: (N,), one for each image; the sum of weighted terms is divided by N, not by the sum
-            of the weights, so that splitting a batch does not change the loss.
 
     Returns:
         a scalar, in nats.
 
     Raises:
-        ValueError: the targets are no classes or probabilities of these logits, or the weights do
-            not fit. Their values are looked at on the CPU alone: on a GPU that would stall each
-            step; there a wrong index ends in the GPU's own error, and NaN in a loss that is NaN.
+        ValueError: the targets are no classes or probabilities of these logits. Their values are
+            looked at on the CPU alone: on a GPU that would stall each step; there a wrong index
+            ends in the GPU's own error, and NaN in a loss that is NaN.
     """
     _check_targets(logits, targets)
-    _check_weights(logits, weights)
-    terms = F.cross_entropy(
-        _at_least_float32(logits),
-        targets,
-        label_smoothing=label_smoothing,
-        reduction="mean" if weights is None else "none",
-    )
-    return terms if weights is None else (weights * terms).mean()
+    return F.cross_entropy(_at_least_float32(logits), targets, label_smoothing=label_smoothing)
 
 
-def symmetric_kl(logits1: Tensor, logits2: Tensor, *, weights: Tensor | None = None) -> Tensor:
+def symmetric_kl(logits1: Tensor, logits2: Tensor) -> Tensor:
     """Average the two directed Kullback-Leibler divergences of two predictions (R-Drop, eq. 2).
 
     1/2 (KL(p1 || p2) + KL(p2 || p1)), averaged over the batch. Both directions carry gradient. It
@@ -60,25 +48,22 @@ def symmetric_kl(logits1: Tensor, logits2: Tensor, *, weights: Tensor | None = N
 
     Args:
         logits1, logits2: (N, K).
-        weights: (N,), as in `cross_entropy`.
 
     Returns:
         a scalar, in nats; 0 exactly when the logits are equal.
 
     Raises:
-        ValueError: the two predictions differ in shape, or the weights do not fit.
+        ValueError: the two predictions differ in shape.
     """
     if logits1.shape != logits2.shape:
         raise ValueError(
             f"the two predictions differ in shape: {tuple(logits1.shape)}, {tuple(logits2.shape)}"
         )
-    _check_weights(logits1, weights)
     log_p = F.log_softmax(_at_least_float32(logits1), dim=1)
     log_q = F.log_softmax(_at_least_float32(logits2), dim=1)
     forward = F.kl_div(log_q, log_p, reduction="none", log_target=True)  # KL(p || q), by class
     backward = F.kl_div(log_p, log_q, reduction="none", log_target=True)  # KL(q || p)
-    terms = (forward + backward).sum(1) / 2
-    return terms.mean() if weights is None else (weights * terms).mean()
+    return ((forward + backward).sum(1) / 2).mean()
 
 
 def rdrop_loss(
@@ -88,7 +73,6 @@ def rdrop_loss(
     *,
     alpha: float,
     label_smoothing: float = 0.0,
-    weights: Tensor | None = None,
 ) -> RDropLoss:
     """Add the consistency of two predictions to their mean cross-entropy (R-Drop, eq. 3 and 4).
 
@@ -107,17 +91,16 @@ def rdrop_loss(
         targets: (N,) class indices, or (N, K) probabilities.
         alpha: weight of the divergence, 0 or more.
         label_smoothing: of both cross-entropies, in [0, 1).
-        weights: (N,), one for each image, in both terms: see `cross_entropy`.
 
     Raises:
         ValueError: `alpha` is negative or not finite, the two predictions differ in shape, or the
-            targets or weights do not fit them.
+            targets do not fit them.
     """
     if not 0 <= alpha < math.inf:
         raise ValueError(f"alpha={alpha}: the weight of the KL term must be a number of at least 0")
-    kl = symmetric_kl(logits1, logits2, weights=weights)
-    first = cross_entropy(logits1, targets, label_smoothing=label_smoothing, weights=weights)
-    second = cross_entropy(logits2, targets, label_smoothing=label_smoothing, weights=weights)
+    kl = symmetric_kl(logits1, logits2)
+    first = cross_entropy(logits1, targets, label_smoothing=label_smoothing)
+    second = cross_entropy(logits2, targets, label_smoothing=label_smoothing)
     mean = (first + second) / 2
     return RDropLoss(mean + alpha * kl, mean, kl)
 
@@ -158,15 +141,3 @@ def _check_targets(logits: Tensor, targets: Tensor) -> None:
                 f"targets hold class {low if low < 0 else high}: model.num_classes={num_classes} "
                 f"allows 0 to {num_classes - 1}"
             )
-
-
-def _check_weights(logits: Tensor, weights: Tensor | None) -> None:
-    if weights is None:
-        return
-    if weights.shape != logits.shape[:1]:
-        raise ValueError(
-            f"weights of shape {tuple(weights.shape)} do not fit logits of shape "
-            f"{tuple(logits.shape)}: one for each image"
-        )
-    if weights.device.type == "cpu" and not (torch.isfinite(weights) & (weights >= 0)).all():
-        raise ValueError("weights must be finite numbers of at least 0")

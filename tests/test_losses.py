@@ -38,28 +38,18 @@ def test_the_loss_is_the_papers_formula_written_out(alpha):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_soft_targets_and_weights_follow_the_formula_too(smoothing):
+def test_soft_targets_follow_the_formula_too(smoothing):
     a, b = logits(1), logits(2)
     p, q = softmax(a.numpy()), softmax(b.numpy())
     generator = np.random.default_rng(0)
     targets = generator.dirichlet(np.ones(5), size=6)
-    weights = generator.uniform(0, 2, size=6)
     smooth = (1 - smoothing) * targets + smoothing / 5
     cross_entropy = -(smooth * (np.log(p) + np.log(q))).sum(1) / 2
     kl = ((p - q) * np.log(p / q)).sum(1) / 2
 
-    loss = rdrop_loss(
-        a,
-        b,
-        torch.from_numpy(targets),
-        alpha=0.7,
-        label_smoothing=smoothing,
-        weights=torch.from_numpy(weights),
-    )
+    loss = rdrop_loss(a, b, torch.from_numpy(targets), alpha=0.7, label_smoothing=smoothing)
 
-    np.testing.assert_allclose(
-        loss.total.item(), (weights * (cross_entropy + 0.7 * kl)).mean(), rtol=1e-12
-    )
+    np.testing.assert_allclose(loss.total.item(), (cross_entropy + 0.7 * kl).mean(), rtol=1e-12)
 
 
 # The authors' scales, written out: (loss of the two logits, its alpha, of N images).
@@ -153,27 +143,17 @@ def test_label_smoothing_applies_to_both_cross_entropies():
     torch.testing.assert_close(loss.cross_entropy, expected, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("sizes", [[3, 3], [2, 2, 2], [1] * 6], ids=str)
-def test_the_loss_of_a_batch_is_the_mean_over_its_equal_parts(sizes, weighted):
+def test_the_loss_of_a_batch_is_the_mean_over_its_equal_parts(sizes):
     a, b = logits(1), logits(2)
-    weights = torch.linspace(0, 2, 6).double() if weighted else torch.ones(6).double()
 
-    whole = rdrop_loss(a, b, TARGETS, alpha=2.0, weights=weights).total
-    tensors = (a, b, TARGETS, weights)
+    whole = rdrop_loss(a, b, TARGETS, alpha=2.0).total
     parts = [
-        rdrop_loss(x, y, t, alpha=2.0, weights=w).total
-        for x, y, t, w in zip(*(tensor.split(sizes) for tensor in tensors), strict=True)
+        rdrop_loss(x, y, t, alpha=2.0).total
+        for x, y, t in zip(*(tensor.split(sizes) for tensor in (a, b, TARGETS)), strict=True)
     ]
 
     torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-13, atol=0)
-
-
-def test_weights_of_one_change_nothing():
-    plain = rdrop_loss(logits(1), logits(2), TARGETS, alpha=1.0)
-    weighted = rdrop_loss(logits(1), logits(2), TARGETS, alpha=1.0, weights=torch.ones(6).double())
-
-    torch.testing.assert_close(weighted.total, plain.total, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -195,12 +175,6 @@ def test_weights_of_one_change_nothing():
 def test_targets_that_do_not_fit_are_refused(targets, message, loss):
     with pytest.raises(ValueError, match=message):
         loss(logits(1), targets)
-
-
-@pytest.mark.parametrize("weights", [torch.ones(5), torch.full((6,), math.nan), -torch.ones(6)])
-def test_weights_that_are_none_are_refused(weights):
-    with pytest.raises(ValueError, match="weights"):
-        rdrop_loss(logits(1), logits(2), TARGETS, alpha=1.0, weights=weights)
 
 
 @pytest.mark.parametrize("alpha", [-1.0, math.nan, math.inf])

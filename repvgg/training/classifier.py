@@ -92,8 +92,7 @@ class Classifier(L.LightningModule):
     `Classifier.load_from_checkpoint(path)` builds it again, if the arguments are numbers, strings,
     lists and dictionaries.
 
-    Batches are (images, targets) or (images, targets, weights), targets and weights as in
-    `repvgg.losses.cross_entropy`.
+    Batches are (images, targets), with targets as in `repvgg.losses.cross_entropy`.
 
     Attributes:
         noise: where the network is random in training; None is asked in the first step.
@@ -263,34 +262,35 @@ class Classifier(L.LightningModule):
             step = self.trainer.global_step
             raise Diverged(step, self.lr * self.learning_rate_factor(step), "a weight")
 
-    def losses(
-        self, images: Tensor, targets: Tensor, weights: Tensor | None = None, *, alpha: float
-    ) -> Losses:
+    def losses(self, images: Tensor, targets: Tensor, *, alpha: float) -> Losses:
         """Compute what a training step minimizes, in one forward.
 
         Args:
             images: (N, C, H, W).
-            targets, weights: as in `repvgg.losses.cross_entropy`.
+            targets: as in `repvgg.losses.cross_entropy`.
             alpha: weight of the KL divergence.
 
         Raises:
-            ValueError: targets or weights do not fit, or `rdrop` finds no noise in the network.
+            ValueError: the targets do not fit, or `rdrop` finds no noise in the network.
         """
-        options: dict[str, Any] = {"label_smoothing": self.label_smoothing, "weights": weights}
+        smoothing = self.label_smoothing
         kl = agreement = None
         if self.rdrop == 0:
             logits, auxiliary = predict(self.net, images)
-            total = mean = cross_entropy(logits, targets, **options)
+            total = mean = cross_entropy(logits, targets, label_smoothing=smoothing)
         else:
             if self.noise is None:
                 self.noise = find_noise(self.net, images)
             logits, second, auxiliary = predict_twice(self.net, images, noise=self.noise)
-            total, mean, kl = rdrop_loss(logits, second, targets, alpha=alpha, **options)
+            total, mean, kl = rdrop_loss(
+                logits, second, targets, alpha=alpha, label_smoothing=smoothing
+            )
             agreement = (logits.argmax(1) == second.argmax(1)).float().mean()
         for extra in auxiliary:
             for part in extra.split(len(targets)):
                 share = AUXILIARY_WEIGHT * len(part) / len(extra)
-                total = total + share * cross_entropy(part, targets, **options)
+                term = cross_entropy(part, targets, label_smoothing=smoothing)
+                total = total + share * term
         return Losses(total, mean, kl, logits, agreement)
 
     def on_train_epoch_end(self) -> None:

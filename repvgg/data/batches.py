@@ -82,8 +82,6 @@ class Batches:
         augment: changes the images of a shuffled batch; of the kind that the source takes.
         mix: then blends the images of a batch and their labels, with torch's global randomness,
             which is seeded for it and restored.
-        repeats: takes each image so many times into a batch, and as many fewer images into an
-            epoch (Hoffer et al., 2020, arXiv:1901.09335).
         rank, world_size: which device this is, of how many.
         device: on which a batch is mixed and handed out; None leaves it where it is.
     """
@@ -99,7 +97,6 @@ class Batches:
         same_epoch: bool = False,
         augment: Any = None,
         mix: Mixture | None = None,
-        repeats: int = 1,
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | None = None,
@@ -110,7 +107,6 @@ class Batches:
         self.same_epoch = same_epoch
         self.augment = augment
         self.mix = mix
-        self.repeats = repeats
         self.rank = rank
         self.world_size = world_size
         self.device = device
@@ -162,8 +158,6 @@ class Batches:
             return [Request(part) for part in rows.split(self.batch_size)]
         generator = torch.Generator().manual_seed(self._seed())
         order = self.source.order(generator)
-        if self.repeats > 1:
-            order = order.repeat_interleave(self.repeats)[:count]
         requests = []
         for i in range(len(self)):
             position = self._position(i)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from repvgg.checks import check_integer, check_number, refusal
+from repvgg.checks import check_integer, check_number
 from repvgg.contract import DataContract, Normalize, to_float
 from repvgg.data.batches import Batch, Batches, Request, Source, Stored
 
@@ -25,8 +25,6 @@ class ImageData(L.LightningDataModule):
             mixup) (Zhang et al., 2018, arXiv:1710.09412); 0 is off.
         cutmix: pastes a rectangle of one image into another, with an area drawn likewise (Yun et
             al., 2019, arXiv:1905.04899); 0 is off. With both on, each batch takes one of the two.
-        repeats: how often an image stands in a batch, each time in another augmentation (Hoffer et
-            al., 2020, arXiv:1901.09335).
         seed: of the order and the augmentation of the training data.
         origins: where the images of "train", "val" and "test" come from, for the reader.
         notes: lines for the reader on what else was found.
@@ -50,7 +48,6 @@ class ImageData(L.LightningDataModule):
         augment: Any = None,
         mixup: float = 0.0,
         cutmix: float = 0.0,
-        repeats: int = 1,
         seed: int = 0,
         origins: Mapping[str, str] | None = None,
         notes: Sequence[str] = (),
@@ -64,9 +61,6 @@ class ImageData(L.LightningDataModule):
         self.notes = list(notes)
         self.batch_size = check_integer("data.batch_size", batch_size, minimum=1, example=64)
         self.augment = augment
-        self.repeats = check_integer("data.repeats", repeats, minimum=1, example=3)
-        if repeats > 1 and augment is None:
-            raise refusal("data.repeats", repeats, "without augmentation all repeats are equal", 1)
         mixup = check_number("mixup", mixup, example=0.2)
         cutmix = check_number("cutmix", cutmix, example=1.0)
         num_classes = len(contract.classes)
@@ -134,7 +128,6 @@ class ImageData(L.LightningDataModule):
             same_epoch=bool(self.trainer and self.trainer.overfit_batches),  # type: ignore[attr-defined]
             augment=self.augment,
             mix=self.mix,
-            repeats=self.repeats,
             **place,
         )
 

@@ -57,7 +57,7 @@ def digits(*, batch_size: int = 64, augment: float = 1.0, **options: Any) -> Ima
     Args:
         batch_size: images in a batch.
         augment: strength of `random_affine` on the training images; 0 is off.
-        options: mixup, cutmix, repeats and seed, of `ImageData`.
+        options: mixup, cutmix and seed, of `ImageData`.
 
     Raises:
         ValueError: a value is outside its range.
@@ -107,7 +107,7 @@ def cifar100(*, root: str, **options: Any) -> ImageData:
             and checked, if they are missing.
         options: augment, padding and erase, of `data.augment.by_batch`; holdout, the share of the
             training images, by class, that validates where there is no val/; num_workers, processes
-            that decode a folder of images; batch_size, mixup, cutmix, repeats and seed, of
+            that decode a folder of images; batch_size, mixup, cutmix and seed, of
             `ImageData`.
 
     Raises:
@@ -160,7 +160,7 @@ def imagefolder(
             by the batch, as in `repvgg.data.augment.by_batch`.
         holdout: share of the training images, by class, that validates where val/ is missing.
         cache_size: what shards that were fetched may take on the disk.
-        options: batch_size, mixup, cutmix, repeats and seed, of `ImageData`.
+        options: batch_size, mixup, cutmix and seed, of `ImageData`.
 
     Raises:
         ValueError: a value is outside its range, or the folders are not as described.

@@ -46,7 +46,7 @@ RESUMABLE = (
     "keep_memory",
 )
 # Keys of version 0.1 that later versions lack, each with the value that changed nothing.
-REMOVED = {"rdrop_views": 1}
+REMOVED = {"rdrop_views": 1, "data.repeats": 1}
 # Code that a recorded configuration may name, whole: a dotted name also reaches what its module
 # imports. Anything else has to be typed again.
 _OWN_CODE = re.compile(

@@ -146,9 +146,8 @@ def _check(settings: Settings) -> None:
     check_number("cutmix", settings.cutmix, example=1.0)
     check_number("ema", settings.ema, below=1, example=0.999)
     check_integer("seed", settings.seed, minimum=0, example=0)
-    for key, example in (("batch_size", 64), ("repeats", 1)):  # before the images are read
-        if key in settings.data:
-            check_integer(f"data.{key}", settings.data[key], minimum=1, example=example)
+    if "batch_size" in settings.data:  # before the images are read
+        check_integer("data.batch_size", settings.data["batch_size"], minimum=1, example=64)
     for key in ("channels_last", "compile", "activation_checkpointing", "keep_memory"):
         if not isinstance(getattr(settings, key), bool):
             raise refusal(key, getattr(settings, key), "must be true or false", "true")

@@ -62,21 +62,6 @@ def test_the_same_epoch_is_given_again_and_can_be_resumed():
     assert all(map(torch.equal, [images for images, _ in resumed], first))
 
 
-def test_an_image_is_repeated_in_its_batch_with_noise_of_its_own():
-    batches = epoch(repeats=2)
-
-    assert len(batches) == 6
-    for labels, pixels in batches:
-        assert labels[::2] == labels[1::2]
-        assert pixels[::2] != pixels[1::2]
-
-
-def test_a_share_of_the_images_is_drawn_anew_each_epoch_where_they_are_repeated():
-    seen = {label for labels, _ in epoch(repeats=3) for label in labels}
-
-    assert len(seen) == 8
-
-
 def test_images_are_varied_on_the_device_where_they_lie():
     there = Stored(*(tensor.to("meta") for tensor in SOURCE))
     vary = functools.partial(crop_and_flip, padding=0)

@@ -221,8 +221,6 @@ def test_hidden_folders_are_no_classes(root):
         ({"max_pixels": 0}, "data.max_pixels=0: must be an integer of at least 1"),
         ({"skip_unreadable": 1}, "data.skip_unreadable=1: must be true or false"),
         ({"batch_size": 13}, "data.batch_size=13: exceeds the 12 training images"),
-        ({"repeats": 0}, "data.repeats=0"),
-        ({"repeats": 2, "augment": "none"}, "data.repeats=2: without augmentation"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_key(options, message, root):

@@ -174,7 +174,7 @@ def test_a_run_of_version_0_1_is_resumed(here):
         resumed("data=cifar10", f"resume=job/{runs.LAST}")
 
 
-@pytest.mark.parametrize(("key", "value"), [("rdrop_views", 1)])
+@pytest.mark.parametrize(("key", "value"), [("rdrop_views", 1), ("data.repeats", 1)])
 def test_a_removed_key_that_changed_nothing_is_dropped(key, value, here):
     record_removed(here / "job", key, value)
 
@@ -184,7 +184,7 @@ def test_a_removed_key_that_changed_nothing_is_dropped(key, value, here):
     assert runs._get(resumed(f"resume=job/{runs.LAST}"), key) is None
 
 
-@pytest.mark.parametrize(("key", "value"), [("rdrop_views", 2)])
+@pytest.mark.parametrize(("key", "value"), [("rdrop_views", 2), ("data.repeats", 3)])
 def test_a_removed_key_that_changed_the_run_names_its_version(key, value, here):
     record_removed(here / "job", key, value)
 

@@ -38,7 +38,6 @@ def test_short_names_of_precisions_are_lightnings(typed, precision):
     ("typed", "message"),
     [
         ("data.batch_size=soon", "data.batch_size='soon': must be an integer of at least 1"),
-        ("+data.repeats=0", "data.repeats=0: must be an integer of at least 1"),
         ("mixup=-1", "mixup=-1: must be a number of at least 0"),
         ("trainer.max_epochs=0", "trainer.max_epochs=0: must be an integer of at least 1"),
         ("optim.warmup_epochs=99", "optim.warmup_epochs=99: must be at most trainer.max_epochs=24"),

@@ -9,10 +9,18 @@ cast the final result once, as `RepVGGBlock.equivalent_kernel_bias` does.
 Kernels are (O, I / groups, *size) with one, two or three spatial dimensions.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+
+@runtime_checkable
+class Reparameterizable(Protocol):
+    """A module whose branches can become one convolution: a block, or a network of blocks."""
+
+    def switch_to_deploy(self) -> None:
+        """Replace the branches by the convolution that equals their sum, in place."""
 
 
 class Affine(NamedTuple):

@@ -35,7 +35,7 @@ def main(settings: dict[str, Any]) -> None:
     print(f"holds {shorten([name(key, value) for key, value in content.items()])}")
     if checkpoint.is_ours(content):
         opened = checkpoint.load(path, strides=strides)
-        form = "deployed" if recognize.is_deployed(opened.model.state_dict()) else "training"
+        form = "deployed" if recognize.holds_deployed(opened.model.state_dict()) else "training"
         seen = opened.data
         print(f"a checkpoint of ours, {form} form: {opened.config}")
         print(f"{len(seen.classes)} classes: {shorten([*seen.classes])}")

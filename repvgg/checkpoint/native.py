@@ -258,7 +258,7 @@ def _open_ours(content: Mapping[str, Any], path: Path) -> Checkpoint:
             for key, value in content["state_dict"].items()
             if key.startswith(NETWORK_PREFIX)
         }
-        if isinstance(model, RepVGG) and recognize.is_deployed(stored):
+        if isinstance(model, RepVGG) and recognize.holds_deployed(stored):
             model.switch_to_deploy()
         model.load_state_dict(stored)
         probe = Probe(**probe)

@@ -64,7 +64,7 @@ class Found(NamedTuple):
 
     @property
     def deployed(self) -> bool:
-        return is_deployed(self.weights)
+        return holds_deployed(self.weights)
 
     @property
     def form(self) -> str:
@@ -100,7 +100,7 @@ class Misfit(NamedTuple):
         )
 
 
-def is_deployed(keys: Iterable[str]) -> bool:
+def holds_deployed(keys: Iterable[str]) -> bool:
     """Whether tensors, by our names, are those of a deployed RepVGG."""
     return any(".reparam." in key for key in keys)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from repvgg.checkpoint import recognize
 from repvgg.checkpoint.native import Network
-from repvgg.models.forms import switch_to_deploy
+from repvgg.models.forms import is_deployed, switch_to_deploy
 from repvgg.models.multi_branch import switch_to_train
 from repvgg.models.network import RepVGG
 
@@ -41,7 +41,7 @@ def initialize(
     """
     source = start.model
     given = source.state_dict()
-    if isinstance(source, RepVGG) and isinstance(network, RepVGG) and recognize.is_deployed(given):
+    if isinstance(source, RepVGG) and isinstance(network, RepVGG) and is_deployed(source):
         twin = switch_to_deploy(network)
         new = _take(twin, given, start, classes)
         given = switch_to_train(twin, images).state_dict()

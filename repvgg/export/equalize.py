@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.models.block import RepVGGBlock
+from repvgg.models.forms import is_deployed
 from repvgg.models.network import RepVGG
 from repvgg.reparam import scale_input, scale_output
 
@@ -47,7 +48,7 @@ def equalize(model: RepVGG) -> RepVGG:
         )
     model = copy.deepcopy(model)
     blocks = [module for module in model.modules() if isinstance(module, RepVGGBlock)]
-    if any(block.reparam is None for block in blocks):
+    if not is_deployed(model):
         raise ValueError("equalizing needs the deployed form: call repvgg.switch_to_deploy(model)")
     chain: list[Any] = [block.reparam for block in blocks]
     if isinstance(model.linear, nn.Linear):  # else it has no classifier, and its features stay

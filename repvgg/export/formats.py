@@ -25,7 +25,7 @@ from repvgg.export.artifact import (
     layer_counts,
     without_grad,
 )
-from repvgg.models.forms import deployed_form
+from repvgg.models.forms import deployed_form, is_deployed
 from repvgg.models.registry import build_model
 
 ONNX_OPSET = 18  # the lowest that torch's exporter writes
@@ -349,7 +349,7 @@ def _any_size() -> AbstractContextManager[None]:
 
 
 def _require_deployed(network: nn.Module) -> None:
-    if any(getattr(module, "reparam", module) is None for module in network.modules()):
+    if not is_deployed(network):
         raise ValueError(
             "the network still has branches: export what repvgg.switch_to_deploy(model) returns"
         )

@@ -5,19 +5,22 @@ between the forms, `over_parameterize` gives any network's convolutions branches
 """
 
 from repvgg.models.block import QARepVGGBlock, RepVGGBlock
-from repvgg.models.forms import deployed_form, reestimate_bn, switch_to_deploy
+from repvgg.models.forms import deployed_form, is_deployed, reestimate_bn, switch_to_deploy
 from repvgg.models.multi_branch import switch_to_train
 from repvgg.models.network import RepVGG
 from repvgg.models.over_parameterize import over_parameterize
 from repvgg.models.registry import build_model, create_model, list_models
+from repvgg.reparam import Reparameterizable
 
 __all__ = [
     "QARepVGGBlock",
     "RepVGG",
     "RepVGGBlock",
+    "Reparameterizable",
     "build_model",
     "create_model",
     "deployed_form",
+    "is_deployed",
     "list_models",
     "over_parameterize",
     "reestimate_bn",

@@ -1,7 +1,7 @@
 """Whole networks of blocks: from the form that trains to the form that is deployed."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,9 +19,19 @@ from repvgg.fusion.tracer import in_a_line
 from repvgg.models.block import QARepVGGBlock, RepVGGBlock
 from repvgg.models.network import RepVGG
 from repvgg.models.over_parameterize import RepVGGConv
+from repvgg.reparam import Reparameterizable
 from repvgg.verify import SAME
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+def is_deployed(model: nn.Module) -> bool:
+    """Whether no RepVGG block of a network, or of a single block, has branches.
+
+    True for a network without RepVGG blocks: there is nothing to switch.
+    """
+    blocks = (module for module in model.modules() if isinstance(module, RepVGGBlock))
+    return all(block.reparam is not None for block in blocks)
 
 
 def switch_to_deploy(model: Model, images: Tensor | None = None) -> Model:
@@ -74,7 +84,7 @@ def _switch(model: nn.Module, *, check: bool) -> None:
             _compare_blocks(title, module)
         try:
             with torch.inference_mode(False), torch.no_grad():
-                module.switch_to_deploy()
+                cast(Reparameterizable, module).switch_to_deploy()
         except Exception as error:
             raise ValueError(f"{title}: {_in_words(error, module)}") from error
         if isinstance(module, RepVGGConv):
@@ -123,7 +133,7 @@ def _compare_blocks(name: str, module: nn.Module) -> None:
                 continue
             try:
                 after = copied(module).to(dtype).eval()
-                cast(Any, after).switch_to_deploy()
+                cast(Reparameterizable, after).switch_to_deploy()
                 after.eval()
                 outputs = [verify.tensors(after(inputs)) for inputs, _ in given]
             except Exception as error:
@@ -231,15 +241,13 @@ def deployed_form(model: nn.Module) -> tuple[nn.Module, FusionReport]:
     return fuse_any(model, values=False)
 
 
-def _switches(model: nn.Module) -> list[tuple[str, Any]]:
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if callable(getattr(module, "switch_to_deploy", None))
-    ]
+def _switches(model: nn.Module) -> Sequence[tuple[str, nn.Module]]:
+    """The `Reparameterizable` modules that are to be switched, by name."""
+    modules: Iterable[tuple[str, nn.Module]] = model.named_modules()
+    found = [(name, module) for name, module in modules if isinstance(module, Reparameterizable)]
     if any(isinstance(module, RepVGGConv) for _, module in found):
         # The network gets its own layers back; what others made of theirs is not to be changed.
-        return [(n, m) for n, m in found if isinstance(m, RepVGGBlock | RepVGG)]
+        return [(name, one) for name, one in found if isinstance(one, RepVGGBlock | RepVGG)]
     return found
 
 

@@ -17,6 +17,7 @@ from repvgg.fusion.geometry import Geometry, embedding
 from repvgg.fusion.hooks import has_hooks
 from repvgg.models.block import QARepVGGBlock, RepVGGBlock
 from repvgg.models.branches import conv_geometry, convolution_like
+from repvgg.models.forms import is_deployed
 from repvgg.reparam import bare_affine, identity_kernel
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -54,7 +55,7 @@ def _switched(model: Model, images: Tensor) -> Model:
     if not deployed:
         raise ValueError(f"{type(model).__name__} has no RepVGG block to give branches to")
     for name, block in deployed.items():
-        if block.reparam is None:
+        if not is_deployed(block):
             raise ValueError(f"{name} is in its training form: there is nothing to switch")
     if len(images) < 2:
         raise ValueError(f"{len(images)} images: statistics need two at least")

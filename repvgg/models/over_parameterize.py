@@ -18,7 +18,7 @@ from repvgg.fusion.surgery import put
 from repvgg.models.block import KERNEL_SIZE, RepVGGBlock
 from repvgg.models.branches import conv_geometry, give_geometry
 from repvgg.models.network import RepVGG
-from repvgg.reparam import identity_kernel, pad_kernel
+from repvgg.reparam import Reparameterizable, identity_kernel, pad_kernel
 
 
 class RepVGGConv(RepVGGBlock):
@@ -156,13 +156,13 @@ def over_parameterize(model: nn.Module, *, branch_drop: float = 0.0) -> nn.Modul
             layers are, it cannot be copied, or `branch_drop` is out of range.
     """
     model = copied(model)
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     flows = _flows(model)
     inside = {
         part
         for module in modules.values()
         if isinstance(module, RepVGGBlock | RepVGG)
-        or (module is not model and callable(getattr(module, "switch_to_deploy", None)))
+        or (module is not model and isinstance(module, Reparameterizable))
         for part in module.modules()
     }
     holders: dict[int, set[nn.Module]] = {}  # of weights, which may be tied

@@ -8,6 +8,7 @@ from torch import nn
 
 import repvgg
 from repvgg import QARepVGGBlock, RepVGGBlock, create_model
+from repvgg.models import Reparameterizable, is_deployed
 from tests.support.networks import relative_error, settle
 
 NARROW = {"depths": [1, 2, 3, 1], "widths": [16, 32, 32, 64], "num_classes": 7}
@@ -25,6 +26,31 @@ def deployed(name: str) -> repvgg.RepVGG:
     network = settle(create_model(name, **NARROW | VARIANTS[name]))
     network.switch_to_deploy()
     return network
+
+
+def test_a_network_is_deployed_once_its_last_block_is():
+    network = create_model("repvgg_tiny")
+    *blocks, last = [module for module in network.modules() if isinstance(module, RepVGGBlock)]
+
+    for block in blocks:
+        block.switch_to_deploy()
+
+    assert all(is_deployed(block) for block in blocks)
+    assert not is_deployed(network)
+    last.switch_to_deploy()
+    assert is_deployed(network)
+
+
+def test_a_network_without_blocks_has_nothing_to_switch():
+    assert is_deployed(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("module", "switchable"),
+    [(RepVGGBlock(1, 1), True), (create_model("repvgg_tiny"), True), (nn.Conv2d(1, 1, 3), False)],
+)
+def test_blocks_and_networks_of_blocks_are_reparameterizable(module, switchable):
+    assert isinstance(module, Reparameterizable) == switchable
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -1,31 +1,46 @@
-"""What the command lines share: Hydra, arguments it can parse, mistakes told in one line.
+"""What the command lines share: Hydra, mistakes in one line, the names of the commands.
 
-Hydra's grammar cannot take every path, and Hydra and Python tell mistakes in many lines. `run`
-prepares the one and shortens the other; everything else stays Hydra's.
+Hydra's grammar cannot take every path, and Hydra and Python report mistakes in many lines. `run`
+quotes the paths and shortens the reports. Everything else stays Hydra's.
 """
 
 import contextlib
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import NamedTuple, NoReturn, cast
 
 from repvgg import signals
 from repvgg.checks import did_you_mean, refusal
 
+COMMANDS = {
+    "train": "train a network",
+    "deploy": "fold, export and verify a trained network",
+    "verify": "verify a deployed folder again",
+    "predict": "label images with a deployed file",
+    "inspect": "show what a checkpoint holds and whether it loads",
+    "import": "convert a third-party checkpoint",
+}
+SCRIPTS = {"train": "train.py", "deploy": "deploy.py"}  # of a clone
 PATH_KEYS = ("ckpt", "out", "init", "resume", "verify", "data.root", "hydra.run.dir")
 SWEEP = {"-m", "--multirun"}
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
-Job = Callable[[dict[str, Any], Path], None]
+CONFIGS = Path(__file__).absolute().with_name("configs")  # in a wheel
+if not CONFIGS.is_dir():  # in a clone
+    CONFIGS = CONFIGS.parents[1] / "configs"
+
+Config = dict[str, object]  # a configuration of plain types, as Hydra composed it
+Job = Callable[[Config, Path], None]
 
 
 class Arguments(NamedTuple):
-    """A command line.
+    """A command line, without the name of the command.
 
     Attributes:
         options: of Hydra's own: -m, --config-dir DIR, --cfg job.
@@ -34,6 +49,10 @@ class Arguments(NamedTuple):
 
     options: list[str]
     overrides: list[str]
+
+    def line(self) -> list[str]:
+        """All of them, as Hydra reads them."""
+        return [*self.options, *self.overrides]
 
 
 class Plan(NamedTuple):
@@ -46,8 +65,47 @@ class Plan(NamedTuple):
     """
 
     arguments: Arguments
-    complete: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    complete: Callable[[Config], Config] = dict
     again: list[str] | None = None
+
+
+def command(name: str) -> str:
+    """What to call for a command, in the way in which this process was started.
+
+    "deploy" is `python deploy.py` after `python train.py`, `python -m repvgg deploy` after
+    `python -m repvgg train`, and `repvgg deploy` otherwise.
+    """
+    started = Path(sys.argv[0])
+    if started.name in SCRIPTS.values() and name in SCRIPTS:
+        return f"python {shlex.quote(str(started.with_name(SCRIPTS[name])))}"
+    if started.parts[-2:] == ("repvgg", "__main__.py"):
+        return f"python -m repvgg {name}"
+    return f"repvgg {name}"
+
+
+def subcommand() -> list[str]:
+    """The word of the command line that names the command; nothing in `python train.py`."""
+    started = Path(sys.argv[0])
+    if started.suffix == ".py" and started.name != "__main__.py":
+        return []
+    return [word for word in sys.argv[1:2] if word in COMMANDS]
+
+
+def program() -> str:
+    """How error messages begin: `train.py`, or `repvgg train`."""
+    started = Path(sys.argv[0])
+    if started.suffix == ".py" and started.name != "__main__.py":
+        return started.name
+    return " ".join(["repvgg", *subcommand()])
+
+
+def command_line() -> str:
+    """The command line of this process, to be run again."""
+    arguments, words = sys.orig_argv[1:], subcommand()
+    if not words:
+        return shlex.join(["python", *arguments])
+    given = arguments[arguments.index(words[0]) + 1 :]
+    return f"{command(words[0])} {shlex.join(given)}"
 
 
 def run(
@@ -58,12 +116,12 @@ def run(
 ) -> None:
     """Compose a configuration from the command line and do a job with it.
 
-    A user's mistake ends in one line on stderr and status 1; with HYDRA_FULL_ERROR=1 in a
-    traceback. In a sweep (`-m`) a job that fails does not keep the others from running.
+    A user's mistake ends in one line on stderr and status 1. HYDRA_FULL_ERROR=1 shows a traceback
+    instead. In a sweep (`-m`) the other jobs run after one fails.
 
     Args:
-        job: called with the configuration, of plain types, and the folder of the run. Its paths are
-            those of the folder in which the command was typed, whatever hydra.job.chdir says.
+        job: called with the configuration, of plain types, and the folder of the run. Relative
+            paths start from the folder of the command, also under hydra.job.chdir.
         config: the file of the root configuration.
         prepare: plans what the command line comes to.
     """
@@ -73,24 +131,25 @@ def run(
     from omegaconf import DictConfig, OmegaConf
 
     failures: list[Exception] = []
-    sweep = False
+    sweep = started = False
+    typed, words = sys.argv[1:], subcommand()
     plan = Plan(Arguments([], []))
     process = os.getpid()
 
     @hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)
     def main(composed: DictConfig) -> None:
-        nonlocal sweep
-        sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-        plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
-        if not sweep and plan.again is not None:  # Lightning repeats these for each device
-            sys.argv[1:] = plan.again
+        nonlocal sweep, started
+        sweep, started = HydraConfig.get().mode == RunMode.MULTIRUN, True
+        plain = cast(Config, OmegaConf.to_container(composed, resolve=True))
+        again = plan.arguments.line() if plan.again is None else plan.again
+        sys.argv[1:] = [*words, *again]  # Lightning repeats these for each device
         try:
             complete = plan.complete(plain)
             if HydraConfig.get().job.chdir:
                 make_absolute(complete, Path(HydraConfig.get().runtime.cwd))
             job(complete, Path(HydraConfig.get().runtime.output_dir))
         except Exception as error:
-            # Raised below: from here, Hydra would announce it in its own words.
+            # Raised below: Hydra would report it in its own words.
             failures.append(error)
             if sweep:
                 overrides = " ".join(HydraConfig.get().overrides.task)
@@ -103,11 +162,12 @@ def run(
 
     show_traceback = os.environ.get(FULL_ERROR) == "1"
     os.environ[FULL_ERROR] = "1"  # makes Hydra raise its errors instead of printing them
+    OmegaConf.register_new_resolver("command", command, replace=True)  # for the help texts
     end_on_signals()
     try:
-        plan = prepare(parse_arguments(sys.argv[1:]))
-        sys.argv[1:] = [*plan.arguments.options, *plan.arguments.overrides]
-        main()
+        plan = prepare(parse_arguments(typed[len(words) :]))
+        with hydra_arguments(plan.arguments):
+            main()
         if failures and sweep and not show_traceback:
             fail(f"{len(failures)} of the sweep's jobs failed")
         if failures:
@@ -118,11 +178,24 @@ def run(
         message = explain(error, config)
         if message is None or show_traceback:
             raise
+        if isinstance(error, OSError) and error.filename and not started:  # by Hydra, for the run
+            message += "; change to a folder that you can write to, or pass hydra.run.dir=FOLDER"
         fail(message)
 
 
+@contextlib.contextmanager
+def hydra_arguments(arguments: Arguments) -> Iterator[None]:
+    """Put arguments where Hydra reads them, in sys.argv, and the user's own there afterwards."""
+    typed = sys.argv[1:]
+    sys.argv[1:] = arguments.line()
+    try:
+        yield
+    finally:
+        sys.argv[1:] = typed
+
+
 def parse_arguments(arguments: list[str]) -> Arguments:
-    """Part a command line into Hydra's options, wherever they stand, and key=value.
+    """Split a command line into Hydra's options, wherever they stand, and key=value.
 
     Raises:
         ValueError: an option is unknown, or its value is missing.
@@ -131,10 +204,10 @@ def parse_arguments(arguments: list[str]) -> Arguments:
 
     parser = get_args_parser()
 
-    def refuse(message: str) -> NoReturn:
-        raise ValueError(f"{message}; type key=value, or --help to see what can be set")
+    def reject(message: str) -> NoReturn:
+        raise ValueError(f"{message}; pass key=value, or --help to see all keys")
 
-    parser.error = refuse  # type: ignore[method-assign]
+    parser.error = reject  # type: ignore[method-assign]  # argparse has no other way not to exit
     overrides = parser.parse_intermixed_args(arguments).overrides
     options, rest = [], [*overrides]
     for argument in arguments:
@@ -146,35 +219,37 @@ def parse_arguments(arguments: list[str]) -> Arguments:
 
 
 def start_folder() -> Path:
-    """The folder in which the command was typed; hydra.job.chdir leaves it."""
+    """The folder of the command; hydra.job.chdir leaves it."""
     from hydra.core.hydra_config import HydraConfig
 
     return Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
 
 
-def make_absolute(config: dict[str, Any], folder: Path) -> None:
-    """Make the paths of a configuration, in place, those of a folder."""
+def make_absolute(config: Config, folder: Path) -> None:
+    """Make the relative paths of a configuration, in place, start from a folder."""
     for key in PATH_KEYS:
         *sections, leaf = key.split(".")
-        held: Any = config
+        held: object = config
         for section in sections:
             held = held.get(section) if isinstance(held, dict) else None
-        path = held.get(leaf) if isinstance(held, dict) else None
+        if not isinstance(held, dict):
+            continue
+        path = held.get(leaf)
         if isinstance(path, str) and "://" not in path:
             held[leaf] = str(folder / path)
 
 
 class Unset(NamedTuple):
-    """Stands among a script's defaults for a value of some kind that is None unless it is typed."""
+    """A default that is None unless a value of the kind is passed on the command line."""
 
     kind: type
     example: str
 
 
-def script(job: Callable[[dict[str, Any]], None], text: str, defaults: dict[str, Any]) -> None:
-    """Do a job with settings typed as key=value, without a configuration file.
+def script(job: Callable[[Config], None], text: str, defaults: Config) -> None:
+    """Do a job with settings passed as key=value, without a configuration file.
 
-    Mistakes are told as in `run`. `--help` prints the text and the settings.
+    Mistakes end as in `run`. `--help` prints the text and the settings.
 
     Args:
         job: called with the settings, of plain types.
@@ -187,9 +262,9 @@ def script(job: Callable[[dict[str, Any]], None], text: str, defaults: dict[str,
     settings = defaults | dict.fromkeys(unset)
     end_on_signals()
     try:
-        for argument in sys.argv[1:]:
+        for argument in sys.argv[1 + len(subcommand()) :]:
             if argument in ("-h", "--help"):
-                print(f"{text.strip()}\n\nKeys and what they are now:\n")
+                print(f"{text.strip()}\n\nKeys and their values:\n")
                 print(OmegaConf.to_yaml(OmegaConf.create(settings)).strip())
                 for key, (_, example) in unset.items():
                     print(f"\n{key} is, for example, {example}", end="")
@@ -206,23 +281,36 @@ def script(job: Callable[[dict[str, Any]], None], text: str, defaults: dict[str,
         fail(_one_line(error))
 
 
-def _parse(argument: str, defaults: dict[str, Any]) -> tuple[str, Any]:
-    """A setting typed as key=value; a default of a kind keeps its kind, None is a path."""
+def given_path(settings: Config, key: str, example: str) -> Path:
+    """A path that a script cannot do without.
+
+    Raises:
+        ValueError: it was not passed.
+    """
+    if settings[key] is None:
+        raise ValueError(f"{key} is missing: pass {key}={example}")
+    return Path(str(settings[key]))
+
+
+def _parse(argument: str, defaults: Config) -> tuple[str, object]:
+    """Parse key=value. The value must be of the default's kind; for None it is a path."""
     from omegaconf import OmegaConf
 
     key, equals, typed = argument.partition("=")
     if not equals or key not in defaults:
         raise ValueError(
             f"{argument}: there is no such key; {did_you_mean(key, defaults)}"
-            f"type key=value, allowed are {', '.join(defaults)}"
+            f"pass key=value, allowed are {', '.join(defaults)}"
         )
     default = defaults[key]
     if default is None or isinstance(default, str) or (typed, type(default)) == ("null", Unset):
         return key, None if typed == "null" else os.path.expanduser(typed)
+    value: object
     try:
-        parsed = OmegaConf.from_dotlist([argument])
-        value = cast(dict[str, Any], OmegaConf.to_container(parsed, resolve=True))[key]
-    except Exception:  # the parser of YAML has its own, and so has that of interpolations
+        value = cast(
+            Config, OmegaConf.to_container(OmegaConf.from_dotlist([argument]), resolve=True)
+        )[key]
+    except Exception:  # YAML and interpolations each have their own
         value = None
     shown = str(default).replace(" ", "").replace("'", "").lower()
     kind, example = default if isinstance(default, Unset) else (type(default), shown)
@@ -234,7 +322,7 @@ def _parse(argument: str, defaults: dict[str, Any]) -> tuple[str, Any]:
 
 
 def end_on_signals() -> None:
-    """End with 128 + the number of a signal, with what has to be tidied up; Ctrl-C is Python's."""
+    """Clean up and exit with status 128 + number on a signal; Ctrl-C stays with Python."""
     for number in signals.stopping():
         if number != signal.SIGINT:
             signal.signal(number, lambda signum, _: sys.exit(128 + signum))
@@ -242,18 +330,18 @@ def end_on_signals() -> None:
 
 def fail(message: str, status: int = 1) -> NoReturn:
     """Print one line on stderr and exit."""
-    with contextlib.suppress(OSError):  # of a terminal that was closed
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the terminal was closed
+        print(f"{program()}: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 def quote_path(argument: str) -> str:
-    """Quote the value of `key=path`, and expand `~` in it, so that Hydra takes it as it is."""
+    """Quote the value of `key=path` for Hydra's grammar, and expand `~` in it."""
     key, equals, value = argument.partition("=")
     quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
     if not equals or key.lstrip("+") not in PATH_KEYS or value in ("", "null") or quoted:
         return argument
-    # A backslash means itself, but in front of a quote, of ${ or at the end.
+    # Hydra takes a backslash literally, except before a quote, before ${ and at the end.
     value = os.path.expanduser(value)
     value = re.sub(r"(\\*)('|\$\{|$)", _escape, value)
     return f"{key}='{value}'"
@@ -265,7 +353,7 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def explain(error: Exception, config: Path) -> str | None:
-    """One line for a mistake of the user, None for an error that is not one."""
+    """One line for a mistake of the user; None for a bug."""
     from hydra.errors import (
         ConfigCompositionException,
         HydraException,
@@ -282,7 +370,7 @@ def explain(error: Exception, config: Path) -> str | None:
         )
     if isinstance(error, OverrideParseException):
         return (
-            f"cannot parse '{error.override}'; type key=value, and quote a value that holds "
+            f"cannot parse '{error.override}'; pass key=value, and quote a value that holds "
             f"spaces or any of = , ( ) [ ] {{ }}, as in \"key='a b'\""
         )
     if isinstance(error, ConfigCompositionException):
@@ -302,7 +390,7 @@ def explain(error: Exception, config: Path) -> str | None:
             return f"~{missing[1]}: there is no such key; {hint}".rstrip("; ")
     cause = error.__cause__
     if isinstance(error, HydraException | OmegaConfBaseException):
-        # A constructor's own refusal is the cause; Hydra wraps it with the name of the class.
+        # The constructor's own error is the cause; Hydra wraps it with the name of the class.
         target = re.search(r"target '([^']+)'", str(error))
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
         if isinstance(cause, TypeError) and target and unknown:
@@ -325,13 +413,13 @@ def known_keys(config: Path) -> list[str]:
         composed = hydra.compose(config.stem)
     keys: list[str] = []
 
-    def collect(node: Any, prefix: str) -> None:
+    def collect(node: Config, prefix: str) -> None:
         for key, value in node.items():
             keys.append(prefix + key)
             if isinstance(value, dict):
                 collect(value, f"{prefix}{key}.")
 
-    collect(OmegaConf.to_container(composed, resolve=False), "")
+    collect(cast(Config, OmegaConf.to_container(composed, resolve=False)), "")
     return keys
 
 

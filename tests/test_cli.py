@@ -1,12 +1,17 @@
 import os
+import re
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from repvgg import cli
+import repvgg
+from repvgg import __main__, cli
+from tests.support.commands import ROOT
 
 
 @pytest.mark.parametrize(
@@ -81,8 +86,8 @@ def command(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(cli.FULL_ERROR, "0")
 
-    def run(job, *arguments):
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    def run(job, *arguments, started=("train.py",)):
+        monkeypatch.setattr(sys, "argv", [*started, *arguments])
         cli.run(job, tmp_path / "configs" / "root.yaml")
 
     before = signal.getsignal(signal.SIGTERM)
@@ -130,7 +135,7 @@ def test_a_job_gets_the_composed_configuration_as_plain_types(command):
         (
             ["alpha"],
             None,
-            "cannot parse 'alpha'; type key=value, and quote a value that holds spaces or any of "
+            "cannot parse 'alpha'; pass key=value, and quote a value that holds spaces or any of "
             "= , ( ) [ ] { }, as in \"key='a b'\"",
         ),
     ],
@@ -229,3 +234,147 @@ def test_a_key_that_is_taken_out_must_be_there(command, capsys):
     assert capsys.readouterr().err == (
         "train.py: ~alpah: there is no such key; did you mean alpha?\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("started", "name", "expected"),
+    [
+        (["train.py"], "deploy", "python deploy.py"),
+        (["/a b/deploy.py"], "train", "python '/a b/train.py'"),
+        (["train.py"], "import", "repvgg import"),
+        (["/venv/bin/repvgg", "train"], "deploy", "repvgg deploy"),
+        (["/site-packages/repvgg/__main__.py", "train"], "deploy", "python -m repvgg deploy"),
+        (["/site-packages/pytest/__main__.py"], "deploy", "repvgg deploy"),
+    ],
+)
+def test_a_hint_names_the_command_as_this_one_was_started(monkeypatch, started, name, expected):
+    monkeypatch.setattr(sys, "argv", started)
+
+    assert cli.command(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("started", "expected"),
+    [
+        (["./train.py", "deploy"], "train.py"),
+        (["/venv/bin/repvgg", "train", "a=1"], "repvgg train"),
+        (["/venv/bin/repvgg", "a=1"], "repvgg"),
+        (["repvgg/__main__.py", "import"], "repvgg import"),
+    ],
+)
+def test_an_error_begins_with_the_program(monkeypatch, started, expected):
+    monkeypatch.setattr(sys, "argv", started)
+
+    assert cli.program() == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["deploy.py", "ckpt=a b"], "python deploy.py 'ckpt=a b'"),
+        (["/bin/repvgg", "deploy", "ckpt=a b"], "repvgg deploy 'ckpt=a b'"),
+        (["-m", "repvgg", "deploy", "ckpt=x"], "repvgg deploy ckpt=x"),
+    ],
+)
+def test_a_command_line_is_recorded_as_it_was_started(monkeypatch, arguments, expected):
+    monkeypatch.setattr(sys, "argv", [part for part in arguments if part != "-m"])
+    monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python3", *arguments])
+
+    assert cli.command_line() == expected
+
+
+@pytest.mark.parametrize(
+    ("started", "expected"), [(("train.py",), []), (("/venv/bin/repvgg", "train"), ["train"])]
+)
+def test_further_processes_of_a_run_repeat_the_command(command, started, expected):
+    """Lightning starts one for each further device, with the arguments in sys.argv."""
+    seen = []
+
+    command(lambda config, folder: seen.append(sys.argv[1:]), "alpha=2", started=started)
+
+    assert seen == [[*expected, "alpha=2"]]
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_in_one_line(command, capsys, monkeypatch):
+    """Root may write everywhere, so the system's answer is put in its place."""
+
+    def make(path, *arguments, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", make)
+    with pytest.raises(SystemExit) as stopped:
+        command(raising(KeyError("never reached")), "hydra.run.dir=runs/one")
+
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == (
+        "train.py: [Errno 13] Permission denied: 'runs/one'; change to a folder that you can write "
+        "to, or pass hydra.run.dir=FOLDER\n"
+    )
+
+
+def test_a_file_in_the_way_of_a_run_is_an_error_in_one_line(command, capsys, tmp_path):
+    (tmp_path / "runs").touch()
+
+    with pytest.raises(SystemExit):
+        command(raising(KeyError("never reached")), "hydra.run.dir=runs/one")
+
+    assert re.fullmatch(r"train\.py: .*'runs/one'; change to .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "repvgg: the command is missing; allowed are train, deploy, verify, predict, "),
+        (["trian"], "repvgg: trian: there is no such command; did you mean train? allowed are "),
+        (["--fast"], "repvgg: --fast: there is no such command; allowed are train"),
+    ],
+)
+def test_without_a_command_there_is_one_line_and_status_2(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["repvgg", *arguments])
+
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main()
+
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(message)
+    assert printed.count("\n") == 1
+
+
+def test_the_version_is_that_of_the_package(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["repvgg", "--version"])
+
+    __main__.main()
+
+    assert capsys.readouterr().out == f"repvgg {repvgg.__version__}\n"
+
+
+def test_the_help_lists_every_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["repvgg", "--help"])
+
+    __main__.main()
+
+    printed = capsys.readouterr().out
+    assert [line.split()[0] for line in printed.splitlines() if line.startswith("  ")] == [
+        *cli.COMMANDS
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], *([name, "--help"] for name in cli.COMMANDS)]
+)
+def test_help_answers_without_torch(arguments, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "repvgg", *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 0
+    assert done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "repvgg.cli" in imported
+    assert imported & {"torch", "lightning", "torchvision", "onnx"} == set()
+    assert list(tmp_path.iterdir()) == []

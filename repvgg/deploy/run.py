@@ -3,7 +3,6 @@
 import os
 import shlex
 import shutil
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from repvgg import checkpoint, verify
+from repvgg import checkpoint, cli, verify
 from repvgg.contract import Description, to_float
 from repvgg.deploy import certificate
 from repvgg.deploy.files import INT8, describe_files, export, judge_int8, quantize
@@ -136,7 +135,7 @@ def deploy(path: Path, folder: Path, config: dict[str, Any]) -> str:
         "files": describe_files(folder, found.files),
         "size": sizes(forms, images),
         "environment": environment(),
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": cli.command_line(),
     }
     if config["benchmark"]:
         report["latency"] = latency(found.predictors, images[:1])

@@ -18,7 +18,7 @@ def check_arguments(config: dict[str, Any]) -> tuple[Path, Path]:
     if config["ckpt"] is None:
         found = sorted(Path("runs").rglob("best.ckpt"), key=os.path.getmtime)
         newest = found[-1] if found else "runs/.../checkpoints/best.ckpt"
-        raise ValueError(f"ckpt is missing: type python deploy.py ckpt={newest}")
+        raise ValueError(f"ckpt is missing: run {cli.command('deploy')} ckpt={newest}")
     path = Path(str(config["ckpt"]))
     for key in ("benchmark", "overwrite", "int8", "bf16"):
         if not isinstance(config[key], bool):
@@ -80,12 +80,12 @@ def check_replaceable(out: Path) -> None:
 def one_run(arguments: cli.Arguments) -> cli.Plan:
     """Refuse a sweep: every deployment is certified by itself."""
     if cli.SWEEP & set(arguments.options):
-        raise ValueError("-m: one checkpoint at a time; type python deploy.py ckpt=PATH")
+        raise ValueError(f"-m: one checkpoint at a time; run {cli.command('deploy')} ckpt=PATH")
     return cli.Plan(arguments)
 
 
 def check_verify(config: dict[str, Any]) -> Path:
     """The folder to verify again, which is all that such a command may name."""
     if config["ckpt"] is not None or config["out"] is not None:
-        raise ValueError("verify: it stands alone; type python deploy.py verify=FOLDER")
+        raise ValueError(f"verify: it stands alone; run {cli.command('deploy')} verify=FOLDER")
     return Path(str(config["verify"]))

@@ -61,7 +61,7 @@ def report_stop(stopped: Any, last: Path) -> NoReturn:
     if isinstance(stopped, Diverged):
         kept = f"the last good checkpoint is {path}" if last.exists() else "nothing was saved yet"
         cli.fail(f"{stopped}; {kept}; try a lower optim.lr or trainer.gradient_clip_val=1")
-    saved = f"saved {path}; resume with: python train.py resume={path}"
+    saved = f"saved {path}; resume with: {cli.command('train')} resume={path}"
     message = f"{stopped}; {saved if last.exists() else 'nothing was saved yet'}"
     cli.fail(message, 128 + stopped.signum if hasattr(stopped, "signum") else 1)
 
@@ -78,7 +78,7 @@ def report(metrics: Any, data: Any, best: Path) -> None:
         why = "" if data.has_test else "; these images chose the checkpoint, there are no others"
         print(f"{what} {metrics['test/accuracy']:.4f}, loss {metrics['test/loss']:.4f}{why}")
     print(f"checkpoint    {checkpoint_path}")
-    print(f"deploy it     python deploy.py ckpt={checkpoint_path}")
+    print(f"deploy it     {cli.command('deploy')} ckpt={checkpoint_path}")
 
 
 def show_logs(loggers: list[Any], folder: Path) -> None:

@@ -13,18 +13,17 @@ from pathlib import Path
 import hydra
 import numpy as np
 import onnx
-import predict
 import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-import deploy
 import repvgg
 from repvgg import export
+from repvgg.commands import deploy
 from repvgg.contract import DataContract
 from repvgg.data.sets import digits
-from repvgg.deploy import certificate
+from repvgg.deploy import certificate, predict
 from repvgg.deploy import settings as settings_of_deploy
 from repvgg.export.formats import FORMATS, Format
 from tests.support import foreign
@@ -154,7 +153,7 @@ def test_a_failed_verdict_leaves_nothing_behind(damage, message, folder, tmp_pat
     path = str(folder / "checkpoints" / "best.ckpt")
 
     with pytest.raises(ValueError, match=message):
-        deploy.main(settings(ckpt=path, out=str(tmp_path / "out")), tmp_path)
+        deploy.deploy(settings(ckpt=path, out=str(tmp_path / "out")), tmp_path)
 
     assert list(tmp_path.iterdir()) == []
 
@@ -170,7 +169,7 @@ def test_int8_that_loses_too_much_leaves_nothing_behind(folder, tmp_path, monkey
     config = settings(ckpt=path, out=str(tmp_path / "out"), int8=True, int8_float_layers=0)
 
     with pytest.raises(ValueError, match=r"model-int8\.onnx, onnxruntime: accuracy lost"):
-        deploy.main(config, tmp_path)
+        deploy.deploy(config, tmp_path)
 
     assert list(tmp_path.iterdir()) == []
 
@@ -234,7 +233,7 @@ def test_16_bits_are_refused_where_the_processor_has_none(folder, tmp_path, monk
     path = str(folder / "checkpoints" / "best.ckpt")
 
     with pytest.raises(ValueError, match="bf16=true: this processor has no bf16"):
-        deploy.main(settings(ckpt=path, out=str(tmp_path / "out"), bf16=True), tmp_path)
+        deploy.deploy(settings(ckpt=path, out=str(tmp_path / "out"), bf16=True), tmp_path)
 
 
 def test_a_deployed_folder_is_verified_again(certified, tmp_path):
@@ -260,12 +259,12 @@ def test_a_changed_byte_fails_the_verification(certified, tmp_path):
 def test_only_what_was_deployed_is_replaced(folder, tmp_path):
     path = str(folder / "checkpoints" / "best.ckpt")
     config = settings(ckpt=path, out=str(tmp_path / "out"))
-    deploy.main(config, tmp_path)
+    deploy.deploy(config, tmp_path)
     (tmp_path / "out" / "thesis.tex").touch()
     before = tree(tmp_path)
 
     with pytest.raises(ValueError, match=r"did not write, so it is not replaced: thesis\.tex"):
-        deploy.main(config | {"overwrite": True}, tmp_path)
+        deploy.deploy(config | {"overwrite": True}, tmp_path)
 
     assert tree(tmp_path) == before
 
@@ -275,7 +274,7 @@ def test_a_folder_with_a_report_of_something_else_is_not_replaced(folder, tmp_pa
     path = str(folder / "checkpoints" / "best.ckpt")
 
     with pytest.raises(ValueError, match="is not a deployment, so it is not replaced"):
-        deploy.main(settings(ckpt=path, out=str(tmp_path), overwrite=True), tmp_path)
+        deploy.deploy(settings(ckpt=path, out=str(tmp_path), overwrite=True), tmp_path)
 
 
 @pytest.mark.parametrize(("key", "value"), [("input", "bytes"), ("output", "labels")])
@@ -283,7 +282,7 @@ def test_an_unknown_input_or_output_is_refused(key, value, folder, tmp_path):
     path = str(folder / "checkpoints" / "best.ckpt")
 
     with pytest.raises(ValueError, match=f"{key}='{value}': must be one of"):
-        deploy.main(settings(ckpt=path, out=str(tmp_path / "out"), **{key: value}), tmp_path)
+        deploy.deploy(settings(ckpt=path, out=str(tmp_path / "out"), **{key: value}), tmp_path)
 
     assert list(tmp_path.iterdir()) == []
 
@@ -293,7 +292,9 @@ def test_a_missing_extra_is_told_before_anything_is_done(folder, tmp_path, monke
     path = str(folder / "checkpoints" / "best.ckpt")
 
     with pytest.raises(ValueError, match=r'type pip install -e "\.\[openvino\]"'):
-        deploy.main(settings(ckpt=path, out=str(tmp_path / "out"), formats=["openvino"]), tmp_path)
+        deploy.deploy(
+            settings(ckpt=path, out=str(tmp_path / "out"), formats=["openvino"]), tmp_path
+        )
 
     assert list(tmp_path.iterdir()) == []
 
@@ -315,7 +316,7 @@ def test_a_file_of_8_bits_that_gives_something_else_fails_the_verification(certi
     (tmp_path / "out" / "SHA256SUMS").write_text("".join(sums))
 
     with pytest.raises(ValueError, match=r"model-int8\.onnx: error 1\.0e\+00"):
-        deploy.main(settings(verify=str(tmp_path / "out")), tmp_path)
+        deploy.deploy(settings(verify=str(tmp_path / "out")), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model-int8.onnx", "model.pt2", "model.xml"])
@@ -324,7 +325,7 @@ def test_a_deployed_file_labels_images_by_itself(name, certified, tmp_path):
     for i in range(8):
         Image.fromarray(images[i, 0].numpy()).save(tmp_path / f"{i}.png")
 
-    done = run("scripts/predict.py", f"model={certified / name}", "images=.", cwd=tmp_path)
+    done = run("predict", f"model={certified / name}", "images=.", cwd=tmp_path)
 
     assert done.returncode == 0, done.stderr
     lines = [line.split("\t") for line in done.stdout.splitlines()]
@@ -382,7 +383,7 @@ def test_a_damaged_file_is_refused_in_one_line(name, certified, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["model=model.onnx"], "images is missing: type images=PATH"),
+        (["model=model.onnx"], "images is missing: pass images=PATH"),
         (["model=none.onnx", "images=x.png"], "'none.onnx' is no file"),
         (["model=none.onnx", "images=."], "images=.: there is no image"),
     ],
@@ -392,7 +393,7 @@ def test_a_mistake_in_labelling_is_told_in_one_line(arguments, message, tmp_path
     (tmp_path / "empty").mkdir()
     where = tmp_path / "empty" if arguments[-1] == "images=." else tmp_path
 
-    done = run("scripts/predict.py", *arguments, cwd=where)
+    done = run("predict", *arguments, cwd=where)
 
     assert done.returncode == 1
     assert message in done.stderr
@@ -440,7 +441,7 @@ def test_8_bits_of_a_network_that_was_never_trained_are_refused(folder, tmp_path
     torch.save(content, tmp_path / "fresh.ckpt")
 
     with pytest.raises(ValueError, match="int8=true: this network was never trained"):
-        deploy.main(settings(ckpt=str(tmp_path / "fresh.ckpt"), int8=True), tmp_path)
+        deploy.deploy(settings(ckpt=str(tmp_path / "fresh.ckpt"), int8=True), tmp_path)
 
     assert [path.name for path in tmp_path.iterdir()] == ["fresh.ckpt"]
 
@@ -455,7 +456,7 @@ def test_data_that_does_not_fit_the_checkpoint_is_refused(key, value, folder, tm
     data = {"_target_": "repvgg.data.digits"}
 
     with pytest.raises(ValueError, match=f"data: its {key} is"):
-        deploy.main(settings(ckpt=str(tmp_path / "best.ckpt"), data=data), tmp_path)
+        deploy.deploy(settings(ckpt=str(tmp_path / "best.ckpt"), data=data), tmp_path)
 
 
 def test_a_checkpoint_whose_logits_are_not_its_own_is_not_deployed(folder, tmp_path):
@@ -532,7 +533,7 @@ def test_a_file_of_the_field_is_deployed_as_it_is(tmp_path, monkeypatch):
     network = settle(repvgg.create_model("repvgg_tiny", num_classes=1000))
     torch.save({"state_dict": foreign.renamed(network, foreign.authors)}, "weights.pth")
 
-    deploy.main(settings(ckpt="weights.pth", formats=["onnx"]), tmp_path)
+    deploy.deploy(settings(ckpt="weights.pth", formats=["onnx"]), tmp_path)
 
     report = json.loads((tmp_path / "weights-deploy" / "report.json").read_text())
     assert report["origin"].startswith("repvgg_tiny in the authors' layout, training form")
@@ -543,4 +544,4 @@ def test_a_file_of_the_field_is_deployed_as_it_is(tmp_path, monkeypatch):
     assert "Accuracy is not known" in page
     assert "8 images of noise" in page
     with pytest.raises(ValueError, match="holds no images to measure ranges on; type for example"):
-        deploy.main(settings(ckpt="weights.pth", int8=True, overwrite=True), tmp_path)
+        deploy.deploy(settings(ckpt="weights.pth", int8=True, overwrite=True), tmp_path)

@@ -1,5 +1,6 @@
 """The two commands of the project as a user runs them, and what their tests share."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,12 @@ SHORT = ("model=repvgg_tiny", "rdrop=true", "trainer.max_epochs=3", "data.batch_
 
 
 def run(program: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run train.py, deploy.py or a script, or a command of `python -m repvgg`."""
+    start = [ROOT / program] if program.endswith(".py") else ["-m", "repvgg", program]
     return subprocess.run(
-        [sys.executable, "-W", "error", *quiet(), ROOT / program, *arguments],
+        [sys.executable, "-W", "error", *quiet(), *start, *arguments],
         cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,

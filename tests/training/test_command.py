@@ -33,7 +33,7 @@ def test_training_ends_with_accuracy_checkpoint_and_the_next_commands(trained, f
     assert trained.stdout.splitlines()[-4:] == [
         re.search(r"test accuracy 0\.\d{4}, loss \d\.\d{4}", trained.stdout)[0],
         f"checkpoint    {path}",
-        f"deploy it     python deploy.py ckpt={path}",
+        f"deploy it     python {ROOT / 'deploy.py'} ckpt={path}",
         "watch it      tensorboard --logdir runs",
     ]
 
@@ -126,7 +126,7 @@ def test_ctrl_c_saves_and_resuming_ends_with_the_weights_of_an_undisturbed_run(
     wait_for(tmp_path / "run" / "checkpoints" / "last.ckpt", process)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
-    command = said.splitlines()[-1].partition("resume with: python train.py ")[2]
+    command = said.splitlines()[-1].partition(f"resume with: python {ROOT / 'train.py'} ")[2]
 
     resumed = run("train.py", command, cwd=tmp_path)
 

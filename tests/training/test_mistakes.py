@@ -18,9 +18,10 @@ def fail(monkeypatch, tmp_path, capfd):
     monkeypatch.setenv(cli.FULL_ERROR, "0")
 
     def run_here(program: str, *arguments: str) -> tuple[object, list[str]]:
-        monkeypatch.setattr(sys, "argv", [program, *arguments])
+        words = [program] if program.endswith(".py") else ["repvgg/__main__.py", program]
+        monkeypatch.setattr(sys, "argv", [*words, *arguments])
         with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(str(ROOT / program), run_name="__main__")
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
         return stopped.value.code, capfd.readouterr().err.splitlines()
 
     yield run_here
@@ -59,7 +60,7 @@ def fail(monkeypatch, tmp_path, capfd):
         ("train.py", ["~label_smoothing"], "label_smoothing is missing"),
         ("train.py", ["~optim.lr"], "optim.lr is missing: the configuration must set it"),
         ("train.py", ["~trainer.precision"], "trainer.precision is missing"),
-        ("train.py", ["--fast"], "unrecognized arguments: --fast; type key=value, or --help"),
+        ("train.py", ["--fast"], "unrecognized arguments: --fast; pass key=value, or --help"),
         ("train.py", ["rdrop=-1"], "rdrop=-1: must be a number of at least 0"),
         ("train.py", ["rdrop_warmup=2"], "rdrop_warmup=2: has no effect without rdrop"),
         ("train.py", ["rdrop_views=2"], "rdrop_views: there is no such key"),
@@ -101,12 +102,12 @@ def fail(monkeypatch, tmp_path, capfd):
         ("train.py", ["optim=5"], "optim=5: must be keys"),
         ("train.py", ["resume=nowhere.ckpt"], "resume=nowhere.ckpt: there is no such file"),
         ("train.py", ["init=nowhere.pth"], "'nowhere.pth' does not exist; give the path of a"),
-        ("scripts/import_checkpoint.py", [], "path is missing: type path=FILE"),
-        ("scripts/import_checkpoint.py", ["path=."], "'.' is a folder; give the file in it"),
-        ("scripts/import_checkpoint.py", ["mean=3"], "mean='3': must be a list"),
-        ("scripts/inspect_checkpoint.py", [], "path is missing: type path=FILE"),
-        ("scripts/inspect_checkpoint.py", ["path=x"], "'x' does not exist"),
-        ("deploy.py", [], "ckpt is missing: type python deploy.py ckpt="),
+        ("import", [], "path is missing: pass path=FILE"),
+        ("import", ["path=."], "'.' is a folder; give the file in it"),
+        ("import", ["mean=3"], "mean='3': must be a list"),
+        ("inspect", [], "path is missing: pass path=FILE"),
+        ("inspect", ["path=x"], "'x' does not exist"),
+        ("deploy.py", [], "ckpt is missing: run python "),
         ("deploy.py", ["ckpt=nowhere.ckpt"], "ckpt=nowhere.ckpt: there is no file of that name"),
         ("deploy.py", ["ckpt=x.ckpt", "formats=[onnxx]"], "must be a list of safetensors, onnx"),
         ("deploy.py", ["ckpt=x.ckpt", "formats=[onnx,onnx]"], "each once"),
@@ -151,5 +152,5 @@ def test_help_shows_the_keys_and_writes_nothing(program, tmp_path):
     done = run(program, "--help", cwd=tmp_path)
 
     assert done.returncode == 0
-    assert "python " + program in done.stdout
+    assert f"python {ROOT / program} " in done.stdout
     assert list(tmp_path.iterdir()) == []

@@ -53,7 +53,8 @@ def test_a_signal_to_the_process_group_saves_and_names_the_command(devices, tmp_
 
     assert process.returncode == 128 + signal.SIGTERM, said
     assert said.splitlines()[-1] == (
-        f"train.py: stopped by SIGTERM; saved {LAST}; resume with: python train.py resume={LAST}"
+        f"train.py: stopped by SIGTERM; saved {LAST}; "
+        f"resume with: python {ROOT / 'train.py'} resume={LAST}"
     )
     assert (tmp_path / LAST).stat().st_mtime_ns >= before
 

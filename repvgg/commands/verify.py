@@ -1,0 +1,21 @@
+"""Verify a deployed folder again: every byte, and every file on the recorded images.
+
+The recorded float64 logits are the reference. The status is 0 if every file is as it was deployed
+and computes the same.
+"""
+
+from repvgg import cli
+
+DEFAULTS: cli.Config = {"folder": None}
+
+
+def main() -> None:
+    usage = f"    {cli.command('verify')} folder=FOLDER"
+    cli.script(verify, f"{__doc__}\n{usage}", DEFAULTS)
+
+
+def verify(settings: cli.Config) -> None:
+    folder = cli.given_path(settings, "folder", "FOLDER")
+    from repvgg.deploy.run import verify_again  # takes seconds
+
+    verify_again(folder)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from repvgg.models.over_parameterize import over_parameterize
     from repvgg.models.registry import create_model, list_models
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "QARepVGGBlock",

@@ -4,6 +4,7 @@
 them, `fuse` does all of it.
 """
 
-from repvgg.fusion.fuse import FusionReport, fuse_conv_bn
+from repvgg.fusion.batchnorms import FusionReport
+from repvgg.fusion.fuse import fuse_conv_bn
 
 __all__ = ["FusionReport", "fuse_conv_bn"]

@@ -8,7 +8,9 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from repvgg.fusion import dataflow, foldable
+from repvgg.fusion.attributes import has_trainable_bias
 from repvgg.fusion.flags import plain_attributes
+from repvgg.fusion.kinds import target_name
 from repvgg.fusion.normalizations import Normalization, is_normalization, read_normalization
 from repvgg.fusion.passing import Passing, read_passing, source_of
 from repvgg.fusion.surgery import put
@@ -152,7 +154,7 @@ class Folding:
 
     def _not_a_layer(self, nodes: list[fx.Node]) -> str:
         fed = self._describe(nodes)
-        names = [str(getattr(node.target, "__name__", "")) for node in nodes]
+        names = [target_name(node) for node in nodes if node.op == "call_function"]
         if any(name.startswith("conv") or name in ("linear", "addmm") for name in names):
             return (
                 f"it is fed by {fed}, called as a function: only the weights of a layer "
@@ -216,8 +218,7 @@ class Folding:
             return "the convolution may not be changed"
         if set(self.flow.calls[target]) != fed or foldable.pads_with_zeros(module):
             return "the convolution has other inputs, or pads its border with zeros"
-        channels = getattr(module, "in_channels", getattr(module, "in_features", None))
-        if self._mismatch(module, found, channels) is not None:
+        if self._mismatch(module, found, foldable.in_channels(module)) is not None:
             return "the convolution does not fit"
         value = foldable.absorb_before(module, self._value(target), found)
         if not foldable.fits(module, value):
@@ -265,7 +266,7 @@ class Folding:
     ) -> str | None:
         """Why a normalization does not work on the channels of a convolution."""
         if channels is None:
-            channels = getattr(module, "out_channels", getattr(module, "out_features", None))
+            channels = foldable.out_channels(module)
         dims = foldable.dimensions(module) if ndim is None else ndim - 2
         if found.dims is not None and found.dims != (dims or 1):
             return "the normalization is for inputs of other dimensions"
@@ -291,9 +292,7 @@ class Folding:
         self.report.fused.extend(pairs)
         old = self.modules[name]
         for source in values:  # a bias that the layer had not is the one of the normalization
-            bias = getattr(old, "bias", None)
-            trains = isinstance(bias, nn.Parameter) and bias.requires_grad
-            self.trains[source] = self.trains.get(source, False) or trains
+            self.trains[source] = self.trains.get(source, False) or has_trainable_bias(old)
         self.modules[name] = foldable.replacement(old, found, ndim)
         put(self.model, old, self.modules[name])
         if not found.tail:
@@ -331,7 +330,7 @@ def _kind(node: fx.Node) -> str:
         return "one of several values (a flag or condition decides which)"
     if node.target is elsewhere:
         return "what the forward gives when a flag is set"
-    name = getattr(node.target, "__name__", str(node.target))
+    name = target_name(node)
     return f"{name}()" if node.op in ("call_function", "call_method") else name
 
 

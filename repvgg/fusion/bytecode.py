@@ -11,9 +11,11 @@ import itertools
 import linecache
 import types
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import fx, nn
+
+from repvgg.fusion.attributes import Wrapper, stored
 
 
 def functions_of(cls: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType]]:
@@ -65,7 +67,7 @@ def compares_identities(module: nn.Module) -> bool:
 
     Proxies cannot refuse that.
     """
-    return _compares_identities(type(module))  # type: ignore[arg-type]
+    return _compares_identities(type(module))  # type: ignore[arg-type]  # see code_of
 
 
 @functools.lru_cache(maxsize=4096)
@@ -81,7 +83,7 @@ def _compares_identities(cls: type[nn.Module]) -> bool:
 
 def compares_with_none(module: nn.Module) -> bool:
     """Whether a forward compares a variable with None: a proxy never is, a value may be."""
-    return _compares_with_none(type(module))  # type: ignore[arg-type]
+    return _compares_with_none(type(module))  # type: ignore[arg-type]  # see code_of
 
 
 @functools.lru_cache(maxsize=4096)
@@ -100,12 +102,12 @@ def _compares_with_none(cls: type[nn.Module]) -> bool:
 def is_decorated(module: nn.Module) -> bool:
     """Whether a forward, or a method that it uses, is wrapped in other code."""
     return not isinstance(module, fx.GraphModule) and any(
-        hasattr(function, "__wrapped__") or any(map(_is_function, _enclosed(function)))
+        isinstance(function, Wrapper) or any(map(_is_function, _enclosed(function)))
         for _, function in functions_of(type(module))
     )
 
 
-def _enclosed(function: types.FunctionType) -> list[Any]:
+def _enclosed(function: types.FunctionType) -> list[object]:
     """Values from outside of a function, those of `super()` apart."""
     variables = inspect.getclosurevars(function).nonlocals
     return [value for name, value in variables.items() if name != "__class__"]
@@ -125,36 +127,39 @@ def in_message(frame: types.FrameType) -> bool:
     """Whether code makes a text for a reader: of an exception, an assertion, a log, a print."""
     code = frame.f_code
     line, end, column, end_column = list(code.co_positions())[frame.f_lasti // 2]
-    if None in (line, end, column, end_column):
+    if line is None or end is None or column is None or end_column is None:
         return False
-    place = ((line, column), (end, end_column))
-    for node in _reports(code.co_filename):
-        if (node.lineno, node.col_offset) <= place[0] and place[1] <= (
-            node.end_lineno,
-            node.end_col_offset,
-        ):
-            return True
-    return False
+    return any(
+        (node.lineno, node.col_offset) <= (line, column)
+        and (end, end_column) <= (node.end_lineno or 0, node.end_col_offset or 0)
+        for node in _reports(code.co_filename)
+    )
 
 
 @functools.lru_cache(maxsize=256)
-def _reports(path: str) -> list[Any]:
+def _reports(path: str) -> list[ast.expr | ast.Assert]:
     """The expressions of a file whose values are for a reader."""
     try:
         tree = ast.parse("".join(linecache.getlines(path)))
     except SyntaxError:
         return []
-    found: list[Any] = []
+    found: list[ast.expr | ast.Assert] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise) and node.exc is not None:
             found.append(node.exc)
         elif isinstance(node, ast.Assert):
             found.append(node)
         elif isinstance(node, ast.Call):
-            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            name = _name(node.func)
             if name in _REPORTS or name.endswith(("Error", "Exception", "Warning")):
                 found.append(node)
     return found
+
+
+def _name(function: ast.expr) -> str:
+    if isinstance(function, ast.Attribute):
+        return function.attr
+    return function.id if isinstance(function, ast.Name) else ""
 
 
 class Code(NamedTuple):
@@ -183,9 +188,13 @@ class Code(NamedTuple):
     children: frozenset[tuple[str, str]]
 
 
-@functools.lru_cache(maxsize=4096)
-def code_of(cls: type[nn.Module]) -> Code:
+def code_of(module: nn.Module) -> Code:
     """Read the byte code of a forward."""
+    return _code_of(type(module))  # type: ignore[arg-type]  # mypy holds no class for hashable
+
+
+@functools.lru_cache(maxsize=4096)
+def _code_of(cls: type[nn.Module]) -> Code:
     names: set[str] = set()
     compared: dict[str, set[int | str]] = {}
     indices: set[str] = set()
@@ -227,7 +236,7 @@ def code_of(cls: type[nn.Module]) -> Code:
                 operation == "BINARY_OP" and "[" in instruction.argrepr
             ):
                 indices |= set(attributes[-1:])
-    own = {name for name in names if isinstance(inspect.getattr_static(cls, name, None), property)}
+    own = {name for name in names if isinstance(stored(cls, name), property)}
     return Code(
         frozenset(names),
         compared,

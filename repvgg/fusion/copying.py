@@ -7,39 +7,53 @@ file, loses the modes and graphs of torchvision's feature extractors, and copies
 
 import copy
 from collections import deque
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import _WrappedHook
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.spectral_norm import (
+    SpectralNorm,
+    SpectralNormLoadStateDictPreHook,
+    SpectralNormStateDictHook,
+)
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves
 
+from repvgg.fusion.attributes import attributes_of
+
+WeightHook = BasePruningMethod | WeightNorm | SpectralNorm
+_OF_SPECTRAL_NORM = (SpectralNormStateDictHook, SpectralNormLoadStateDictPreHook)
 _CONTAINERS = (list, tuple, set, frozenset, deque)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network inside `DistributedDataParallel` and `torch.compile`, nested or not."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
+    while not isinstance(model, nn.DataParallel) and (inner := inside_wrapper(model)) is not None:
+        model = inner
+    return model
 
 
-def require_network(model: Any) -> None:
+def inside_wrapper(module: nn.Module) -> nn.Module | None:
+    """The network inside a wrapper of torch that only decides how it runs."""
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return module.get_submodule("module")
+    if type(module).__name__ == "OptimizedModule":
+        return module._modules.get("_orig_mod")
+    return None
+
+
+def require_network(model: object) -> None:
     """Raise a ValueError where something else is given than an nn.Module."""
     if not isinstance(model, nn.Module):
         what = model.__name__ if isinstance(model, type) else type(model).__name__
         raise ValueError(f"given was {what}, which is no network: pass an instance of nn.Module")
 
 
-def require_images(images: Any) -> None:
+def require_images(images: object) -> None:
     """Raise a ValueError where something else is given than a tensor of finite numbers, or None."""
     if images is None:
         return
@@ -52,7 +66,7 @@ def require_images(images: Any) -> None:
         raise ValueError("images holds NaN or infinite values, on which nothing can be compared")
 
 
-def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+def copied(model: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
     """Copy a network, with its modes, memory formats and tied weights.
 
     `DistributedDataParallel` and `torch.compile` are taken off first. Tensors that an earlier
@@ -98,7 +112,7 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     return found
 
 
-def _detach(tensor: Tensor, memo: dict[int, Any]) -> None:
+def _detach(tensor: Tensor, memo: dict[int, object]) -> None:
     """Have a normal tensor without history take the place of one that cannot be copied."""
     if tensor.grad_fn is not None:
         memo.setdefault(id(tensor), tensor.detach().clone())
@@ -108,7 +122,7 @@ def _detach(tensor: Tensor, memo: dict[int, Any]) -> None:
         memo[id(tensor)] = nn.Parameter(normal, tensor.requires_grad) if wrap else normal
 
 
-def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def _deepcopy(model: nn.Module, memo: dict[int, object]) -> nn.Module:
     memo = dict(memo)
     for module in reversed(list(model.modules())):  # inner ones first
         if isinstance(module, fx.GraphModule):
@@ -116,7 +130,7 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _copy_graph_module(module: fx.GraphModule, memo: dict[int, Any]) -> None:
+def _copy_graph_module(module: fx.GraphModule, memo: dict[int, object]) -> None:
     """Copy all attributes and every graph. The class's own `__deepcopy__` takes one graph alone.
 
     torchvision's feature extractors have two, and swap them in `train` and `eval`.
@@ -130,7 +144,7 @@ def _copy_graph_module(module: fx.GraphModule, memo: dict[int, Any]) -> None:
     new.graph = new._graph  # writes the code of its forward
 
 
-def _share(model: nn.Module, memo: dict[int, Any]) -> None:
+def _share(model: nn.Module, memo: dict[int, object]) -> None:
     """Find what cannot be copied in the attributes of modules, and let a copy hold the same."""
     trial = dict(memo)
     for module in model.modules():
@@ -147,7 +161,9 @@ def _share(model: nn.Module, memo: dict[int, Any]) -> None:
                 _share_inside(value, memo, trial, set())
 
 
-def _share_inside(value: Any, memo: dict[int, Any], trial: dict[int, Any], seen: set[int]) -> None:
+def _share_inside(
+    value: object, memo: dict[int, object], trial: dict[int, object], seen: set[int]
+) -> None:
     """Share the innermost objects that cannot be copied."""
     if id(value) in seen or _can_be_copied(value, trial):
         return
@@ -156,19 +172,19 @@ def _share_inside(value: Any, memo: dict[int, Any], trial: dict[int, Any], seen:
         _detach(value, memo)
         trial[id(value)] = memo.setdefault(id(value), value)
         return
-    parts: list[Any] = []
+    parts: list[object] = []
     if isinstance(value, dict):
         parts += [*value.keys(), *value.values()]
     elif isinstance(value, _CONTAINERS):
         parts += value
-    parts += list(getattr(value, "__dict__", {}).values())
+    parts += attributes_of(value).values()
     for part in parts:
         _share_inside(part, memo, trial, seen)
     if not _can_be_copied(value, trial):
         memo[id(value)] = trial[id(value)] = value
 
 
-def _can_be_copied(value: Any, memo: dict[int, Any]) -> bool:
+def _can_be_copied(value: object, memo: dict[int, object]) -> bool:
     try:
         copy.deepcopy(value, dict(memo))
     except Exception:
@@ -194,9 +210,9 @@ def plain_weights(model: nn.Module) -> None:
                     _remove_hook(module, key, hook)
 
 
-def computes_weights(hook: Any) -> bool:
+def computes_weights(hook: object) -> TypeGuard[WeightHook]:
     """Whether a hook in front of a forward is one of those that `plain_weights` removes."""
-    return isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm)
+    return isinstance(hook, WeightHook)
 
 
 def has_computed_weights(module: nn.Module) -> bool:
@@ -207,20 +223,23 @@ def has_computed_weights(module: nn.Module) -> bool:
 
 def present_value(module: nn.Module, name: str) -> Tensor | None:
     """A weight of a module as its next forward in eval mode uses it; differentiable."""
+    value: Tensor | None
     if parametrize.is_parametrized(module, name):
         parts = list(module.get_submodule(f"parametrizations.{name}").modules())
         modes = [part.training for part in parts]
         try:
             for part in parts:
                 part.training = False
-            return getattr(module, name)
+            value = getattr(module, name)
         finally:
             for part, training in zip(parts, modes, strict=True):
                 part.training = training
+        return value
     for hook in module._forward_pre_hooks.values():
         if computes_weights(hook) and _name(hook) == name:
             return _computed(hook, module)
-    return getattr(module, name)
+    value = getattr(module, name)
+    return value
 
 
 def _remove_parametrizations(module: nn.Module) -> None:
@@ -241,7 +260,7 @@ def _remove_parametrizations(module: nn.Module) -> None:
             module.register_buffer(name, value)
 
 
-def _remove_hook(module: nn.Module, key: int, hook: Any) -> None:
+def _remove_hook(module: nn.Module, key: int, hook: WeightHook) -> None:
     name = _name(hook)
     value = _computed(hook, module).detach().clone()
     ends: tuple[str, ...]
@@ -253,8 +272,8 @@ def _remove_hook(module: nn.Module, key: int, hook: Any) -> None:
         ends = ("_orig", "_u", "_v")
         for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
             for other, found in list(hooks.items()):
-                owner = getattr(getattr(found, "hook", found), "fn", None)  # torch wraps some
-                if isinstance(owner, SpectralNorm) and owner.name == name:
+                part = found.hook if isinstance(found, _WrappedHook) else found
+                if isinstance(part, _OF_SPECTRAL_NORM) and part.fn.name == name:
                     del hooks[other]
     requires_grad = any(getattr(module, name + end).requires_grad for end in ends)
     del module._forward_pre_hooks[key]
@@ -266,13 +285,17 @@ def _remove_hook(module: nn.Module, key: int, hook: Any) -> None:
     module.register_parameter(name, nn.Parameter(value, requires_grad))
 
 
-def _name(hook: Any) -> str:
-    return hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
+def _name(hook: WeightHook) -> str:
+    name: str = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
+    return name
 
 
-def _computed(hook: Any, module: nn.Module) -> Tensor:
+def _computed(hook: WeightHook, module: nn.Module) -> Tensor:
+    weight: Tensor
     if isinstance(hook, BasePruningMethod):
-        return hook.apply_mask(module)
-    if isinstance(hook, WeightNorm):
-        return hook.compute_weight(module)
-    return hook.compute_weight(module, do_power_iteration=False)
+        weight = hook.apply_mask(module)  # type: ignore[no-untyped-call, unused-ignore]  # torch says no types
+    elif isinstance(hook, WeightNorm):
+        weight = hook.compute_weight(module)
+    else:
+        weight = hook.compute_weight(module, do_power_iteration=False)
+    return weight

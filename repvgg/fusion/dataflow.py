@@ -12,14 +12,16 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import PH
 from torch.nn.modules.dropout import _DropoutNd
 
+from repvgg.fusion.attributes import stored
 from repvgg.fusion.bytecode import compares_identities, compares_with_none, names_argument
-from repvgg.fusion.copying import copied
+from repvgg.fusion.copying import copied, inside_wrapper
 from repvgg.fusion.flags import Values
 from repvgg.fusion.hooks import has_hooks
 from repvgg.fusion.proxies import UntraceableError
@@ -27,7 +29,6 @@ from repvgg.fusion.source import is_of_torch, read
 from repvgg.fusion.tracer import (
     Tracer,
     in_a_line,
-    inside_wrapper,
     is_deliberate,
     storage_of,
     with_own_containers,
@@ -36,6 +37,7 @@ from repvgg.fusion.tracer import (
 MAX_NODES = 1500  # in larger graphs arguments are tried one at a time, and all
 MAX_VARIANTS = 32  # ways to call one forward that are followed, by its optional arguments
 METADATA = {"shape", "ndim", "dtype", "device", "size", "dim", "numel", "is_cuda", "requires_grad"}
+Steps = list[tuple[object, ...]]  # in a form that can be compared
 Flags = Mapping[str, Sequence[Values]]  # of modules: attributes, and other values to try
 
 
@@ -66,7 +68,7 @@ class Dataflow:
     assumed: set[str] = field(default_factory=set)
     _names: dict[fx.Node, str] = field(default_factory=dict)
 
-    def called(self, node: Any) -> str | None:
+    def called(self, node: fx.Node) -> str | None:
         """The module that a step calls."""
         return self._names.get(node)
 
@@ -77,7 +79,9 @@ def shared_copy(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: it holds something that cannot be copied.
     """
-    memo: dict[int, Any] = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
+    memo: dict[int, object] = {
+        id(t): t for t in itertools.chain(model.parameters(), model.buffers())
+    }
     return copied(model, memo)
 
 
@@ -113,6 +117,10 @@ def trace(
                 idle = following.uncalled(model, done)
                 scopes += [(module, "nothing calls it but the user") for module in idle]
     return following.flow
+
+
+class Transparent(nn.Module):
+    """A module that gives what it is given, or raises: no step of the dataflow."""
 
 
 class _Following:
@@ -195,7 +203,7 @@ class _Following:
         followed, failure = False, "no way to call it was found"
         large = False
         for fixed, may_fail, others in variants:
-            if large and 1 < others < max(number for _, _, number in variants):
+            if large and 1 < others < max(variant.others for variant in variants):
                 continue
             tracer = Tracer(self.steps, flags=self.flags, assume=scope is self.outermost())
             for module in scope.modules():  # what a forward keeps would enter this graph
@@ -271,7 +279,7 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def is_transparent(node: fx.Node, module: nn.Module) -> bool:
     """Whether the call of a module gives what it is given: an identity, or dropout in eval mode."""
-    passes = type(module) is nn.Identity or getattr(type(module), "transparent", False)
+    passes = type(module) is nn.Identity or isinstance(module, Transparent)
     passes = passes or (isinstance(module, _DropoutNd) and not module.training)
     plain = not has_hooks(module) and not node.kwargs and len(node.args) == 1
     return passes and plain and isinstance(node.args[0], fx.Node)
@@ -283,9 +291,7 @@ def erase(node: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def describe(
-    nodes: Iterable[fx.Node], flow: Dataflow, *, but: Collection[fx.Node] = ()
-) -> list[tuple[Any, ...]]:
+def describe(nodes: Iterable[fx.Node], flow: Dataflow, *, but: Collection[fx.Node] = ()) -> Steps:
     """Steps in a form that can be compared with those of another graph.
 
     Values from outside are "given", tensors of the network go by their names.
@@ -293,12 +299,12 @@ def describe(
     Args:
         but: steps that give what they are given, which do not count.
     """
-    places: dict[fx.Node, Any] = {}
+    places: dict[fx.Node, int | str | None] = {}
 
-    def refer(node: fx.Node) -> Any:
+    def refer(node: fx.Node) -> int | str | None:
         return places.get(node, "given")
 
-    steps: list[tuple[Any, ...]] = []
+    steps: Steps = []
     for node in nodes:
         if node.op == "get_attr":
             constant = str(node.target).rpartition(".")[2].startswith("_tensor_constant")
@@ -324,7 +330,7 @@ def equal(first: Dataflow, second: Dataflow, *, apart_from: Collection[str] = ()
     def counts(name: str) -> bool:
         return not (inside and name.startswith(inside))
 
-    graphs: list[dict[str, list[Any]]] = [{}, {}]
+    graphs: list[dict[str, list[Steps]]] = [{}, {}]
     for flow, found in zip((first, second), graphs, strict=True):
         for graph, name in flow.graphs.items():
             if counts(name):
@@ -333,8 +339,22 @@ def equal(first: Dataflow, second: Dataflow, *, apart_from: Collection[str] = ()
     return untraced[0] == untraced[1] and graphs[0] == graphs[1]
 
 
-def _variants(scope: nn.Module) -> list[tuple[dict[str, Any], bool, int]]:
-    """Ways to call a forward, whether each may fail, and how many arguments are not as usual.
+class _Variant(NamedTuple):
+    """One way to call a forward.
+
+    Attributes:
+        fixed: arguments that are given as constants, by name.
+        may_fail: whether the forward may raise on them.
+        others: how many of them are not as usual.
+    """
+
+    fixed: dict[str, object]
+    may_fail: bool
+    others: int
+
+
+def _variants(scope: nn.Module) -> list[_Variant]:
+    """Ways to call a forward.
 
     The first argument is given, and so are truth values. Every other optional one that its code
     names is as it is by default, and otherwise; every other one may be None.
@@ -350,7 +370,7 @@ def _variants(scope: nn.Module) -> list[tuple[dict[str, Any], bool, int]]:
         for parameter in inspect.signature(scope.forward).parameters.values()
         if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
-    fixed: dict[str, list[Any]] = {}
+    fixed: dict[str, list[object]] = {}
     for place, parameter in enumerate(parameters):
         if place == 0 and parameter.default is None:
             continue
@@ -359,19 +379,19 @@ def _variants(scope: nn.Module) -> list[tuple[dict[str, Any], bool, int]]:
         if parameter.default is not parameter.empty and not names_argument(scope, parameter.name):
             fixed[parameter.name] = [parameter.default]
         elif parameter.default is not parameter.empty:
-            fixed[parameter.name] = [parameter.default, fx.PH]
+            fixed[parameter.name] = [parameter.default, PH]
         elif place > 0:
-            fixed[parameter.name] = [fx.PH, None]
+            fixed[parameter.name] = [PH, None]
     required = {p.name for p in parameters if p.default is p.empty}
     variants = []
     if math.prod(map(len, fixed.values())) > MAX_VARIANTS:
         raise UntraceableError(f"it has {len(fixed)} arguments that may be None or otherwise")
     for values in itertools.product(*fixed.values()):
-        chosen = {k: v for k, v in zip(fixed, values, strict=True) if v is not fx.PH}
+        chosen = {k: v for k, v in zip(fixed, values, strict=True) if v is not PH}
         may_fail = any(value is None and key in required for key, value in chosen.items())
         usual = [tries[0] for tries in fixed.values()]
         others = sum(value is not first for value, first in zip(values, usual, strict=True))
-        variants.append((chosen, may_fail, others))
+        variants.append(_Variant(chosen, may_fail, others))
     return variants
 
 
@@ -388,4 +408,5 @@ def uses(node: fx.Node) -> list[fx.Node]:
 
 
 def _has_forward(module: nn.Module) -> bool:
-    return getattr(type(module), "forward", None) is not nn.Module.forward
+    # A descriptor of TorchScript, which fails on a class, is a forward too.
+    return stored(type(module), "forward") is not stored(nn.Module, "forward")

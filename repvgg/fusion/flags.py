@@ -6,32 +6,38 @@ named by a path: `export`, `cfg.export` inside an object, `opts[export]` inside 
 
 import contextlib
 import copy
-import inspect
 import itertools
 import re
 import types
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from repvgg.fusion.attributes import MISSING, attributes_of, has_attribute, stored
 from repvgg.fusion.bytecode import code_of
+
+if TYPE_CHECKING:
+    from repvgg.fusion.tracer import Tracer
 
 MAX_TRIES = 24  # settings of one module that are tried
 MANY = 32  # more indices than a network has outputs
 MAX_PAIRED = 5  # flags that are tried two at a time
 TRACKED = object()  # in place of a value: compare it both ways
-Values = tuple[tuple[str, Any], ...]  # paths, and what they are set to
+Values = tuple[tuple[str, object], ...]  # paths, and what they are set to
 PLAIN = (bool, int, float, str)
 _OF_MODULES = {"training", *vars(nn.Module())}
 
 
-def held_values(module: nn.Module) -> dict[str, Any]:
+def held_values(module: nn.Module) -> dict[str, object]:
     """What else a graph of a forward holds: None, lists, and plain attributes of children."""
-    code = code_of(type(module))  # type: ignore[arg-type]
-    found: dict[str, Any] = {}
+    code = code_of(module)
+    found: dict[str, object] = {}
     for name in sorted(code.names - _OF_MODULES):
-        value = getattr(module, name, inspect)
+        try:
+            value = getattr(module, name)
+        except AttributeError:  # its code reads this name of something else
+            continue
         if value is None or (type(value) is list and _is_plain_tuple(tuple(value))):
             found[name] = copy.copy(value)
         elif isinstance(value, nn.Module):
@@ -40,29 +46,28 @@ def held_values(module: nn.Module) -> dict[str, Any]:
     return found
 
 
-def plain_attributes(module: nn.Module) -> dict[str, Any]:
+def plain_attributes(module: nn.Module) -> dict[str, object]:
     """Texts and numbers that a forward names, by their paths, and the values they have."""
-    found: dict[str, Any] = {}
-    names = code_of(type(module)).names - _OF_MODULES  # type: ignore[arg-type]
+    found: dict[str, object] = {}
+    names = code_of(module).names - _OF_MODULES
     for name in sorted(names):
-        value = vars(module).get(name, inspect.getattr_static(type(module), name, None))
+        value = vars(module).get(name, stored(type(module), name))
         if type(value) in PLAIN or _is_plain_tuple(value):
             found[name] = value
-        elif type(value) is dict:
+        elif isinstance(value, dict) and type(value) is dict:
             inside = {f"{name}[{key}]": item for key, item in value.items() if key in names}
             found |= {path: item for path, item in inside.items() if type(item) in PLAIN}
         elif _holds_settings(value):
             for key in sorted(names):
-                item = inspect.getattr_static(value, key, None)
-                item = vars(value).get(key, item) if hasattr(value, "__dict__") else item
+                item = attributes_of(value).get(key, stored(value, key))
                 if type(item) in PLAIN:
                     found[f"{name}.{key}"] = item
     return found
 
 
-def other_callables(module: nn.Module) -> dict[str, Any]:
+def other_callables(module: nn.Module) -> dict[str, object]:
     """Functions that a module holds as plain attributes and that its forward names."""
-    names = code_of(type(module)).names - _OF_MODULES  # type: ignore[arg-type]
+    names = code_of(module).names - _OF_MODULES
     return {
         name: value
         for name, value in vars(module).items()
@@ -70,36 +75,40 @@ def other_callables(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def alternatives(module: nn.Module) -> list[tuple[str, Any]]:
+def alternatives(module: nn.Module) -> list[tuple[str, object]]:
     """Flags of a module that its forward reads, and the other values that they may take.
 
     A flag is a truth value, a text that is compared, or what chooses among modules
     (`self.bns[self.domain]`). `training` is none: a fused network is for eval mode.
     """
-    cls = type(module)
-    if cls.__module__.startswith("torch."):
+    if type(module).__module__.startswith("torch."):
         return []
-    code = code_of(cls)  # type: ignore[arg-type]
-    keys: set[Any] = set()
+    code = code_of(module)
+    keys: set[int | str] = set()
     for part in module.children():
         if isinstance(part, nn.ModuleDict):
             keys |= set(part)
         elif isinstance(part, nn.ModuleList | nn.Sequential):
             keys |= set(range(len(part)))
-    found: list[tuple[str, Any]] = [
-        (name, True) for name in sorted(code.probed) if not hasattr(module, name)
+    found: list[tuple[str, object]] = [
+        (name, True) for name in sorted(code.probed) if not has_attribute(module, name)
     ]
     for path, value in plain_attributes(module).items():
         name = re.split(r"[.\[\]]", path.rstrip("]"))[-1]
-        others: set[Any] = set()
+        others: set[int | str] = set()
         if isinstance(value, bool):
             others = {not value}
         elif isinstance(value, str):
             others = set(code.compared.get(name, ()))
         if not isinstance(value, bool) and name in code.indices:
             others |= keys
-        same = [other for other in others if type(other) is type(value) and other != value]
-        found += [(path, other) for other in sorted(same)]
+        texts = sorted(other for other in others if isinstance(other, str))
+        numbers = sorted(other for other in others if isinstance(other, int))
+        found += [
+            (path, other)
+            for other in (*texts, *numbers)
+            if type(other) is type(value) and other != value
+        ]
     return found
 
 
@@ -114,15 +123,15 @@ def settings_to_try(module: nn.Module) -> list[Values]:
         found += [(one, two) for one, two in itertools.combinations(single, 2) if one[0] != two[0]]
     for name, value in held_values(module).items():
         if value is None:
-            others = code_of(type(module)).compared.get(name, ())  # type: ignore[arg-type]
+            others = code_of(module).compared.get(name, ())
             found += [((name, other),) for other in (True, *sorted(map(str, others)))]
-        elif type(value) is list and all(type(item) is int for item in value):
+        elif isinstance(value, list) and all(type(item) is int for item in value):
             found += [((name, []),), ((name, [*range(MANY)]),)]
     values = plain_attributes(module)
     for name, value in values.items():
-        if type(value) is tuple and all(type(item) is int for item in value):
+        if isinstance(value, tuple) and all(type(item) is int for item in value):
             found += [((name, ()),), ((name, tuple(range(MANY))),)]
-    compared = code_of(type(module)).tests  # type: ignore[arg-type]
+    compared = code_of(module).tests
     known = [path for path, value in values.items() if type(value) in (int, float, str)]
     if known and compared:
         found.append(tuple((path, TRACKED) for path in known))
@@ -132,9 +141,9 @@ def settings_to_try(module: nn.Module) -> list[Values]:
 class _Tracked:
     """A text or number that lets its tracer answer what is asked of it."""
 
-    asked: Any
+    asked: "tuple[str, Tracer]"
 
-    def _ask(self, question: str, other: Any, answer: Any) -> Any:
+    def _ask(self, question: str, other: object, answer: object) -> object:
         path, tracer = self.asked
         if answer is NotImplemented or not tracer.frames:  # it is over
             return answer
@@ -142,20 +151,20 @@ class _Tracked:
         return tracer.decide(key, f"it depends on {path}", first=bool(answer))
 
 
-def _asks(name: str) -> Any:
-    def method(self: Any, other: Any, *rest: Any) -> Any:
+def _asks(name: str) -> Callable[..., object]:
+    def method(self: _Tracked, other: object, *rest: object) -> object:
         answer = getattr(type(self).__bases__[1], name)(self, other, *rest)
         return self._ask(name, (other, *rest), answer)
 
     return method
 
 
-def tracked(value: Any, path: str, tracer: Any) -> Any:
+def tracked(value: object, path: str, tracer: "Tracer") -> object:
     """A text or number whose comparisons are decisions of a tracer."""
-    base: Any = type(value)
+    base = type(value)
     names = ["__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"]
     names += ["startswith", "endswith", "__contains__"] if base is str else []
-    members = {name: _asks(name) for name in names}
+    members: dict[str, object] = {name: _asks(name) for name in names}
     members["__bool__"] = lambda self: self._ask("bool", None, base.__ne__(self, base()))
     members["__hash__"] = base.__hash__
     found = type(base.__name__, (_Tracked, base), members)(value)
@@ -164,13 +173,13 @@ def tracked(value: Any, path: str, tracer: Any) -> Any:
 
 
 @contextlib.contextmanager
-def setting(module: nn.Module, path: str, value: Any) -> Iterator[None]:
+def setting(module: nn.Module, path: str, value: object) -> Iterator[None]:
     """Meanwhile, let an attribute of a module have another value."""
     first, rest = (*re.split(r"[.\[]", path.rstrip("]"), maxsplit=1), "")[:2]
     held = vars(module)
     if rest:
-        holder = held.get(first, inspect.getattr_static(type(module), first, None))
-        held = holder if type(holder) is dict else vars(holder)
+        holder = held.get(first, stored(type(module), first))
+        held = holder if isinstance(holder, dict) and type(holder) is dict else vars(holder)
     key = rest or first
     own, old = key in held, held.get(key)
     held[key] = value
@@ -183,7 +192,7 @@ def setting(module: nn.Module, path: str, value: Any) -> Iterator[None]:
             held.pop(key, None)
 
 
-def value_of(module: nn.Module, path: str) -> Any:
+def value_of(module: nn.Module, path: str) -> object:
     """The value that an attribute has."""
     return module.training if path == "training" else plain_attributes(module)[path]
 
@@ -196,16 +205,21 @@ def expression(path: str) -> str:
 
 def global_flags(module: nn.Module) -> list[str]:
     """Truth values of its Python module that the code of a forward reads."""
-    return sorted(code_of(type(module)).switches)  # type: ignore[arg-type]
+    return sorted(code_of(module).switches)
 
 
-def _is_plain_tuple(value: Any) -> bool:
-    return type(value) is tuple and all(type(item) in PLAIN for item in value)
+def _is_plain_tuple(value: object) -> bool:
+    return (
+        isinstance(value, tuple)
+        and type(value) is tuple
+        and all(type(item) in PLAIN for item in value)
+    )
 
 
-def _holds_settings(value: Any) -> bool:
+def _holds_settings(value: object) -> bool:
     """Whether a value is an object that may hold settings of anybody's making."""
     if value is None or isinstance(value, nn.Module | Tensor | type | types.ModuleType):
         return False
     known = (str, bytes, int, float, list, tuple, set, frozenset, property, staticmethod)
-    return not callable(value) and not isinstance(value, known) and hasattr(value, "__dict__")
+    has_attributes = stored(value, "__dict__") is not MISSING
+    return not callable(value) and not isinstance(value, known) and has_attributes

@@ -6,14 +6,17 @@ one. Normalizations are read in `repvgg.fusion.normalizations`.
 
 import operator
 from collections import OrderedDict
-from typing import TypeGuard
+from collections.abc import Callable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
+from repvgg.fusion.dataflow import Transparent
 from repvgg.fusion.hooks import has_hooks
+from repvgg.fusion.kinds import target_home, target_name
 from repvgg.fusion.normalizations import (
     Normalization,
     is_never_updated,
@@ -36,6 +39,11 @@ CONVOLUTIONS: dict[type[nn.Module], int] = {  # and their spatial dimensions
 }
 
 
+# torch.jit exports neither for mypy, and torch.jit.script reads "# type:" in a function as a type.
+_is_scripting: Callable[[], bool] = vars(torch.jit)["is_scripting"]
+_is_tracing: Callable[[], bool] = vars(torch.jit)["is_tracing"]
+
+
 @fx.wrap
 def require_axes(x: Tensor, ndim: int, channels: int) -> Tensor:
     """Give a tensor back if it has so many axes, and the channels on its second one.
@@ -44,7 +52,7 @@ def require_axes(x: Tensor, ndim: int, channels: int) -> Tensor:
         ValueError: it has not.
     """
     # torch.jit.trace warns of such tests, and records sizes as they are.
-    known = torch.jit.is_scripting() or not torch.jit.is_tracing()
+    known = _is_scripting() or not _is_tracing()
     if known and (x.ndim != ndim or x.shape[1] != channels):
         raise ValueError(
             f"an input of shape {x.shape} reached a BatchNorm that was folded for inputs of {ndim} "
@@ -54,7 +62,7 @@ def require_axes(x: Tensor, ndim: int, channels: int) -> Tensor:
     return x
 
 
-class Rows(nn.Module):
+class Rows(Transparent):
     """Stands for a BatchNorm that was folded and took inputs of several ranks.
 
     It normalized the second axis, whatever that was. The fold holds where that is the axis of
@@ -66,8 +74,6 @@ class Rows(nn.Module):
         ValueError: an input has other axes.
     """
 
-    transparent = True  # for the dataflow
-
     def __init__(self, ndim: int, channels: int) -> None:
         super().__init__()
         self.ndim = ndim
@@ -78,6 +84,13 @@ class Rows(nn.Module):
 
     def extra_repr(self) -> str:
         return f"ndim={self.ndim}, channels={self.channels}"
+
+
+@runtime_checkable
+class _MayOverwrite(Protocol):
+    """A module with a flag that lets it overwrite its input."""
+
+    inplace: bool
 
 
 class Tail(nn.Sequential):
@@ -131,6 +144,16 @@ def dimensions(module: Linear) -> int:
     return next((dims for base, dims in CONVOLUTIONS.items() if isinstance(module, base)), 0)
 
 
+def in_channels(module: Linear) -> int:
+    """Channels of the inputs of a layer."""
+    return module.in_features if isinstance(module, nn.Linear) else module.in_channels
+
+
+def out_channels(module: Linear) -> int:
+    """Channels of the outputs of a layer."""
+    return module.out_features if isinstance(module, nn.Linear) else module.out_channels
+
+
 def affine(module: Linear) -> Affine:
     """The kernel (O, I / groups, *size) and bias of a convolution or linear layer, in float64."""
     kernel = module.weight.detach().double()
@@ -172,7 +195,7 @@ def absorb_behind(value: Affine, found: Normalization) -> Affine:
 
 def absorb_before(module: Linear, value: Affine, found: Normalization) -> Affine:
     """The affine map of normalized inputs."""
-    groups = getattr(module, "groups", 1)
+    groups = 1 if isinstance(module, nn.Linear) else module.groups
     return scale_input(value.kernel, value.bias, found.scale, found.shift, groups=groups)
 
 
@@ -192,15 +215,15 @@ def pads_with_zeros(module: Linear) -> bool:
 def may_overwrite(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether a step may change a tensor that it is given; `module` is what it calls."""
     if module is not None:
-        in_place = any(getattr(part, "inplace", False) for part in module.modules())
+        in_place = any(isinstance(m, _MayOverwrite) and m.inplace for m in module.modules())
         return in_place or not (is_of_torch(module) or is_step(module))
-    name = str(getattr(node.target, "__name__", node.target))
+    name = target_name(node)
     if node.op == "call_method":
         return name.endswith("_")
     if node.op != "call_function":
         return False
-    home = getattr(node.target, "__module__", None) or "torch"  # torch's built-ins have none
+    home = target_home(node)
     if home == "_operator":
-        return name == "setitem" or (name[0] == "i" and hasattr(operator, name[1:]))  # iadd
+        return name == "setitem" or (name[0] == "i" and name[1:] in vars(operator))  # iadd
     in_place = node.kwargs.get("inplace", False) is not False or "out" in node.kwargs
     return in_place or name.endswith("_") or home.split(".")[0] not in ("torch", "builtins", "math")

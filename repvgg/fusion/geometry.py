@@ -5,8 +5,9 @@ figure 4), an identity or a normalization one of size 1, average pooling one of 
 al., 2021, arXiv:2103.13425, section 3.2).
 """
 
+from collections.abc import Sequence
 from operator import getitem
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
@@ -30,7 +31,7 @@ class Geometry(NamedTuple):
     mode: str
 
 
-def read_subsampling(node: Any, dims: int) -> tuple[fx.Node, int] | None:
+def read_subsampling(node: object, dims: int) -> tuple[fx.Node, int] | None:
     """Of x[..., ::s, ::s], over all spatial dimensions: x and s."""
     if not isinstance(node, fx.Node) or node.target is not getitem:
         return None
@@ -101,11 +102,12 @@ def read_geometry(module: nn.Module | None, like: _ConvNd | None = None) -> Geom
     if dims is not None:
         assert isinstance(module, nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d)
         exact = module.count_include_pad and not module.ceil_mode
-        if not exact or getattr(module, "divisor_override", None) is not None:
+        overrides = not isinstance(module, nn.AvgPool1d) and module.divisor_override is not None
+        if not exact or overrides:
             return None
 
-        def each(value: Any) -> tuple[int, ...]:
-            return tuple(value) if isinstance(value, tuple | list) else (value,) * dims
+        def each(value: int | Sequence[int]) -> tuple[int, ...]:
+            return (value,) * dims if isinstance(value, int) else tuple(value)
 
         pad = each(module.padding)
         ones = (1,) * dims

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Collection
-from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -23,7 +22,9 @@ class OnlyFollowed:
     def __init__(self, assumed: Collection[str]) -> None:
         self.assumed = frozenset(assumed)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
         signature = inspect.signature(module.forward)
         bound = signature.bind_partial(*args, **kwargs).arguments
         for name in self.assumed:

@@ -7,7 +7,7 @@ torch's own functions do. Here the kind follows from the step; None says that it
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -78,7 +78,18 @@ _ARITHMETIC = (
 NUMBERS = (int, float, bool)
 
 
-def kind_of(node: Any, known: Callable[[fx.Node], type | None]) -> type | None:
+def target_name(node: fx.Node) -> str:
+    """The name of what a node calls; a function may have none (`functools.partial`)."""
+    target = node.target
+    return target if isinstance(target, str) else str(getattr(target, "__name__", target))
+
+
+def target_home(node: fx.Node) -> str:
+    """The Python module of the function that a node calls; built-in ones of torch name none."""
+    return str(getattr(node.target, "__module__", None) or "torch")
+
+
+def kind_of(node: object, known: Callable[[fx.Node], type | None]) -> type | None:
     """The type of what a step gives; None where it is not known.
 
     Args:
@@ -95,7 +106,7 @@ def kind_of(node: Any, known: Callable[[fx.Node], type | None]) -> type | None:
     def of(index: int) -> type | None:
         return kind_of(node.args[index], known) if len(node.args) > index else None
 
-    name = str(getattr(node.target, "__name__", node.target))
+    name = target_name(node)
     if node.op == "call_method":
         return _kind_of_method(name, of(0), len(node.args))
     if node.op != "call_function":
@@ -114,7 +125,7 @@ def kind_of(node: Any, known: Callable[[fx.Node], type | None]) -> type | None:
     if name == "either":
         kinds = [kind_of(alternative, known) for alternative in node.args]
         return kinds[0] if len(set(kinds)) == 1 else None
-    home = str(getattr(target, "__module__", None) or "torch")
+    home = target_home(node)
     if home == "math":
         return int if name in ("ceil", "floor", "trunc", "gcd", "isqrt", "prod") else float
     if target in (len, int):
@@ -122,7 +133,7 @@ def kind_of(node: Any, known: Callable[[fx.Node], type | None]) -> type | None:
     if target in (max, min):
         chosen = {of(index) for index in range(len(node.args))}
         return chosen.pop() if len(chosen) == 1 else None
-    if not _is_of_torch(home) and target is not getattr(F, name, None):
+    if not _is_of_torch(home) and target is not vars(F).get(name):
         return None
     if name in ("is_tensor", "is_floating_point", "is_complex"):
         return bool
@@ -157,14 +168,13 @@ def _kind_of_item(node: fx.Node, of: type | None) -> type | None:
         return Tensor
     if of is torch.Size:
         return torch.Size if isinstance(index, slice) else int
-    if isinstance(source, fx.Node) and isinstance(index, int):
-        name = str(getattr(source.target, "__name__", source.target))
-        if source.op in ("call_function", "call_method") and name in _PARTS:
-            return Tensor
-    return None
+    if not isinstance(source, fx.Node) or not isinstance(index, int):
+        return None
+    calls = source.op in ("call_function", "call_method")
+    return Tensor if calls and target_name(source) in _PARTS else None
 
 
-def _kind_of_operation(target: Any, kinds: list[type | None]) -> type | None:
+def _kind_of_operation(target: object, kinds: list[type | None]) -> type | None:
     if Tensor in kinds:
         return Tensor
     if target in _COMPARISONS and None not in kinds:
@@ -176,6 +186,6 @@ def _kind_of_operation(target: Any, kinds: list[type | None]) -> type | None:
     return float if float in kinds or target in (operator.truediv, operator.itruediv) else int
 
 
-def is_finite_number(value: object) -> bool:
+def is_finite_number(value: object) -> TypeGuard[int | float]:
     """Whether a value is a plain finite number, not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

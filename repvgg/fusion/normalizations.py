@@ -9,7 +9,6 @@ import contextlib
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from repvgg.fusion.attributes import tensor_of
 from repvgg.fusion.copying import copied
 from repvgg.fusion.dataflow import uses
 from repvgg.fusion.hooks import has_hooks
@@ -60,21 +60,27 @@ def is_normalization(module: nn.Module | None) -> bool:
     """Whether a module looks like a BatchNorm: it keeps running statistics, or is a subclass."""
     if module is None or isinstance(module, _InstanceNorm):
         return False
-    statistics = (getattr(module, key, None) for key in ("running_mean", "running_var"))
-    return isinstance(module, _BatchNorm) or all(isinstance(s, Tensor) for s in statistics)
+    return isinstance(module, _BatchNorm) or has_statistics(module)
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a module keeps a running mean and variance."""
+    return all(tensor_of(module, key) is not None for key in ("running_mean", "running_var"))
 
 
 def is_never_updated(module: nn.Module) -> bool:
     """Whether the running statistics of a normalization are the initial ones, mean 0 and var 1."""
     count, mean, variance = (
-        getattr(module, key, None) for key in ("num_batches_tracked", "running_mean", "running_var")
+        tensor_of(module, key) for key in ("num_batches_tracked", "running_mean", "running_var")
     )
     if mean is None or variance is None or mean.is_meta:
         return True
-    return (count is None or int(count) == 0) and not mean.any() and bool((variance == 1).all())
+    counted = count is not None and int(count) != 0
+    return not counted and not mean.any() and bool((variance == 1).all())
 
 
-_read: dict[Any, tuple[list[Any], Normalization | str]] | None = None  # by their tensors
+_Key = tuple[type[nn.Module], object, tuple[int, ...]]
+_read: dict[_Key, tuple[list[Tensor | None], Normalization | str]] | None = None
 
 
 @contextlib.contextmanager
@@ -93,18 +99,17 @@ def read_once() -> Iterator[None]:
 
 def read_normalization(module: nn.Module) -> Normalization | str:
     """What a module that looks like a BatchNorm computes in eval mode, or why that is not known."""
-    parts = [getattr(module, key, None) for key in ("running_mean", "running_var")]
-    if _read is None or not all(isinstance(part, Tensor) for part in parts):
+    if _read is None or not has_statistics(module):
         return _read_normalization(module)
-    parts += [getattr(module, key, None) for key in ("weight", "bias")]
-    key = (type(module), getattr(module, "eps", None), *map(id, parts))
+    parts = [tensor_of(module, key) for key in ("running_mean", "running_var", "weight", "bias")]
+    key = (type(module), vars(module).get("eps"), tuple(map(id, parts)))
     if key not in _read:
         _read[key] = parts, _read_normalization(module)
     return _read[key][1]
 
 
 def _read_normalization(module: nn.Module) -> Normalization | str:
-    if any(getattr(module, key, None) is None for key in ("running_mean", "running_var")):
+    if not has_statistics(module):
         return "it has no running statistics, so its output depends on the batch"
     base = next((base for base in NORMALIZATIONS if isinstance(module, base)), None)
     dims = None if base is None else NORMALIZATIONS[base]
@@ -193,7 +198,7 @@ def _measure(
     dims = 2 if dims is None else dims
     ones = torch.ones(1, len(mean), *[1] * dims).to(mean)
     large = 2.0**20  # a power of two, so that little of the scale is lost beside the shift
-    shift, far = (_Head(module, graph, head).run(t * ones) for t in (0.0, large))
+    shift, far = (_Head(module, graph, head).value_for(t * ones) for t in (0.0, large))
     if shift.shape != ones.shape or far.shape != ones.shape:
         return None
     scale = (far - shift) / large
@@ -207,10 +212,12 @@ class _Head(fx.Interpreter):
         super().__init__(module, graph=graph)
         self.head = head
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        self.args_iter = iter(args)
+    def value_for(self, x: Tensor) -> Tensor:
+        self.args_iter = iter([x])
         for node in self.graph.nodes:
             self.env[node] = self.run_node(node)
             if node is self.head:
                 break
-        return self.env.pop(self.head)
+        value = self.env.pop(self.head)
+        assert isinstance(value, Tensor)
+        return value

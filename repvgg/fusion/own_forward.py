@@ -3,14 +3,23 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import fx, nn
 
 from repvgg.fusion import foldable
+from repvgg.fusion.attributes import has_attribute
 from repvgg.fusion.bytecode import code_of, is_decorated
-from repvgg.fusion.dataflow import Dataflow, Flags, describe, erase, is_transparent, shared_copy
+from repvgg.fusion.dataflow import (
+    Dataflow,
+    Flags,
+    Steps,
+    describe,
+    erase,
+    is_transparent,
+    shared_copy,
+)
 from repvgg.fusion.flags import (
+    Values,
     alternatives,
     held_values,
     other_callables,
@@ -95,7 +104,7 @@ class OwnForward:
         alike = all(describe(nodes, self.flow) in expected for nodes in occurrences.values())
         return bool(occurrences) and alike
 
-    def _steps(self, flags: Flags) -> list[tuple[Any, ...]] | None:
+    def _steps(self, flags: Flags) -> Steps | None:
         twin = shared_copy(self.owner)
         steps = {
             twin.get_submodule(path)
@@ -131,7 +140,7 @@ class OwnForward:
                 own._names[node] = f"{self.names[self.owner.get_submodule(path)]}.{key}"
         return own
 
-    def graph(self, values: tuple[tuple[str, Any], ...]) -> fx.Graph | None:
+    def graph(self, values: Values) -> fx.Graph | None:
         """What it runs with such values of its attributes; children are single steps."""
         found = self._trace(values, self.reads)
         if found is None and self.reads:
@@ -139,7 +148,7 @@ class OwnForward:
             found = self._trace(values, [])
         return found
 
-    def _trace(self, values: tuple[tuple[str, Any], ...], reads: Sequence[str]) -> fx.Graph | None:
+    def _trace(self, values: Values, reads: Sequence[str]) -> fx.Graph | None:
         twin = shared_copy(self.owner)
         steps = {module for path, module in twin.named_modules() if path and path not in self.thin}
         tracer = Tracer(steps, exact=True, tensors=True, reads=reads)
@@ -176,7 +185,7 @@ class OwnForward:
             base: with the values that they have, and its sums merged.
             merge: merges the sums of another graph; whether they are the same.
         """
-        code = code_of(type(self.owner))  # type: ignore[arg-type]
+        code = code_of(self.owner)
         if code.properties:
             return f"its forward reads the property {', '.join(sorted(code.properties))}"
         if code.passes_itself:
@@ -190,7 +199,7 @@ class OwnForward:
         plain = self.graph(())
         assert plain is not None
         usual = describe(plain.nodes, self._named(plain))
-        tries: dict[str, list[Any]] = {}
+        tries: dict[str, list[object]] = {}
         known = {"training", *plain_attributes(self.owner)}
         for attribute, value in flags:
             other = self.graph(((attribute, value),))
@@ -221,7 +230,7 @@ class OwnForward:
         self.decided = set(tries)
         return found
 
-    def fixed(self) -> dict[str, Any]:
+    def fixed(self) -> dict[str, object]:
         """Plain attributes that its forward reads and its graphs hold as constants."""
         if isinstance(self.owner, fx.GraphModule):
             return {}
@@ -245,21 +254,23 @@ def _numbers(owner: nn.Module) -> list[str]:
 
 def _has(owner: nn.Module, path: str) -> bool:
     inner, _, key = path.rpartition(".")
-    return hasattr(owner.get_submodule(inner), key)
+    return has_attribute(owner.get_submodule(inner), key)
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _state(module: nn.Module) -> list[dict[str, Any]]:
+def _state(module: nn.Module) -> list[dict[str, object]]:
     """What a module and those in it hold, by identity, inside of containers too."""
     return [
         {key: _identity(value) for key, value in vars(part).items()} for part in module.modules()
     ]
 
 
-def _identity(value: Any) -> Any:
-    if type(value) is dict:
+def _identity(value: object) -> object:
+    if isinstance(value, dict) and type(value) is dict:
         return {key: id(item) for key, item in value.items()}
-    return [id(item) for item in value] if type(value) in (list, set) else id(value)
+    if isinstance(value, list | set) and type(value) in (list, set):
+        return [id(item) for item in value]
+    return id(value)

@@ -5,13 +5,13 @@ Dropout, `contiguous`, `flatten` and a constant factor do not keep a BatchNorm f
 
 import inspect
 import operator
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
 
-from repvgg.fusion.kinds import is_finite_number
+from repvgg.fusion.kinds import is_finite_number, target_name
 
 _NOTHING = ("contiguous", "clone", "detach")
 _DROPOUTS = (
@@ -63,9 +63,11 @@ def read_passing(
         return None
     if node.op == "call_module":
         module = get_module(node)
-        plain = type(module) is nn.Flatten and len(node.args) == 1 and not node.kwargs
-        return _flatten(module.start_dim, module.end_dim) if plain else None  # type: ignore
-    name = str(getattr(node.target, "__name__", node.target))
+        if not isinstance(module, nn.Flatten) or type(module) is not nn.Flatten:
+            return None
+        plain = len(node.args) == 1 and not node.kwargs
+        return _flatten(module.start_dim, module.end_dim) if plain else None
+    name = target_name(node)
     if node.op == "call_method":
         return _read_method(node, name, source, channels)
     if node.op != "call_function":
@@ -90,7 +92,7 @@ def _read_method(node: fx.Node, name: str, source: fx.Node, channels: int) -> Pa
     if name == "flatten":
         return _flatten(*_two(rest, node.kwargs))
     if name in ("view", "reshape") and not node.kwargs:
-        sizes: Any = rest[0] if len(rest) == 1 and isinstance(rest[0], tuple | list) else rest
+        sizes = rest[0] if len(rest) == 1 and isinstance(rest[0], tuple | list) else rest
         if len(sizes) < 2 or not _is_size(sizes[0], source, 0):
             return None
         if len(sizes) == 2 and (sizes[1] == -1 or sizes[1] == channels):
@@ -100,7 +102,7 @@ def _read_method(node: fx.Node, name: str, source: fx.Node, channels: int) -> Pa
     if name in ("mul", "mul_", "div", "div_", "add", "add_", "sub", "sub_") and len(rest) == 1:
         if node.kwargs or not is_finite_number(rest[0]):
             return None
-        return _affine(name.rstrip("_"), float(rest[0]))  # type: ignore[arg-type]
+        return _affine(name.rstrip("_"), float(rest[0]))
     return None
 
 
@@ -117,11 +119,11 @@ def _read_arithmetic(node: fx.Node) -> Passing | None:
     if first is second:
         return Passing(scale=2.0) if name == "add" else None
     if isinstance(first, fx.Node) and is_finite_number(second):
-        return _affine(name, float(second))  # type: ignore[arg-type]
+        return _affine(name, float(second))
     if isinstance(second, fx.Node) and is_finite_number(first):
         if name == "sub":
-            return Passing(scale=-1.0, shift=float(first))  # type: ignore[arg-type]
-        return None if name == "div" else _affine(name, float(first))  # type: ignore[arg-type]
+            return Passing(scale=-1.0, shift=float(first))
+        return None if name == "div" else _affine(name, float(first))
     return None
 
 
@@ -133,28 +135,29 @@ def _affine(name: str, number: float) -> Passing | None:
     return Passing(shift=number if name == "add" else -number)
 
 
-def _flatten(start: Any, end: Any) -> Passing | None:
-    if end != -1 or start not in (1, 2):
+def _flatten(start: object, end: object) -> Passing | None:
+    if end != -1 or not isinstance(start, int) or start not in (1, 2):
         return None
     return Passing(ndim=start + 1)
 
 
-def _two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    given = dict(zip(("start_dim", "end_dim"), args, strict=False)) | kwargs
+def _two(args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[object, object]:
+    given = dict(zip(("start_dim", "end_dim"), args, strict=False)) | dict(kwargs)
     return given.get("start_dim", 0), given.get("end_dim", -1)
 
 
 def _is_off(node: fx.Node) -> bool:
     """Whether a function that drops is told that nothing trains."""
+    assert callable(node.target)
     try:
-        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
         bound.apply_defaults()
     except (TypeError, ValueError):
         return False
     return bound.arguments.get("training", True) is False
 
 
-def _is_size(value: Any, source: fx.Node, axis: int) -> bool:
+def _is_size(value: object, source: fx.Node, axis: int) -> bool:
     """Whether a value is the size of one axis of a tensor."""
     if not isinstance(value, fx.Node):
         return False

@@ -6,16 +6,18 @@ counts as more.
 """
 
 import ast
+import contextlib
 import functools
 import inspect
 import textwrap
 from collections.abc import Iterable
-from types import FunctionType
-from typing import Any
+from types import FunctionType, MethodType
 
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
+
+from repvgg.fusion.attributes import MISSING, Wrapper, attributes_of, stored
 
 _CODE = ("__call__", "__getattr__", "__getattribute__", "forward", "_conv_forward")
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
@@ -67,25 +69,31 @@ def read(module: nn.Module) -> Reading:
     return found
 
 
-def _functions(method: Any) -> Iterable[Any]:
+def _functions(method: object) -> Iterable[object]:
     """A method and the decorators around it, torch's own apart."""
-    parts = [method.fget, method.fset] if isinstance(method, property) else [method]
+    parts: list[object] = [method]
+    if isinstance(method, property):
+        parts = [method.fget, method.fset]
     while parts:
         function = parts.pop()
         if function is None:
             continue
-        globals_ = getattr(function, "__globals__", {})  # functools.wraps copies the other names
-        if not globals_.get("__name__", "").startswith("torch."):
+        if isinstance(function, MethodType):
+            function = function.__func__
+        # functools.wraps copies all names but those of the globals.
+        names = function.__globals__ if isinstance(function, FunctionType) else {}
+        if not names.get("__name__", "").startswith("torch."):
             yield function
-        if hasattr(function, "__wrapped__"):
+        if isinstance(function, Wrapper):
             parts.append(function.__wrapped__)
 
 
 class _Code:
     """One method, read: it may call a child, iterate over a container to call its children."""
 
-    def __init__(self, function: Any, module: nn.Module, found: Reading) -> None:
-        function = getattr(function, "__func__", function)
+    def __init__(self, function: object, module: nn.Module, found: Reading) -> None:
+        if isinstance(function, staticmethod | classmethod | MethodType):
+            function = function.__func__
         if not isinstance(function, FunctionType):
             raise TypeError("not written in Python")
         wrapped = vars(function).pop("__wrapped__", None)  # getsource would go to the innermost
@@ -124,10 +132,13 @@ class _Code:
             child = self.module._modules[parent.attr]
             if child is not None:
                 self._use(parent, child)
-        elif hasattr(nn.Module, parent.attr) or parent.attr in ("__dict__", "_modules"):
+        elif stored(nn.Module, parent.attr) is not MISSING or parent.attr in (
+            "__dict__",
+            "_modules",
+        ):
             if parent.attr not in ("training",):
                 self._escape(*self.module.children())
-        elif not _is_plain(inspect.getattr_static(type(self.module), parent.attr, 0)):
+        elif (own := stored(type(self.module), parent.attr)) is not MISSING and not _is_plain(own):
             self.methods.append((self.module, parent.attr))
 
     def _use(self, expression: ast.expr, module: nn.Module) -> None:
@@ -137,9 +148,7 @@ class _Code:
             self.found.called[module] = None
         elif isinstance(parent, ast.Attribute) and parent.attr in module._modules:
             self._use(parent, module._modules[parent.attr] or nn.Identity())
-        elif isinstance(parent, ast.Attribute) and _is_plain(
-            inspect.getattr_static(module, parent.attr, None)
-        ):
+        elif isinstance(parent, ast.Attribute) and _is_plain(stored(module, parent.attr)):
             self.found.inspected[module] = None
         elif isinstance(parent, ast.Attribute) and _is_own_method(module, parent.attr):
             self.found.inspected[module] = None
@@ -209,10 +218,10 @@ def _is_super(node: ast.AST) -> bool:
 
 def _is_own_method(module: nn.Module, name: str) -> bool:
     """Whether a class has a method or property of its own, which torch's do not have."""
-    own = inspect.getattr_static(type(module), name, None)
+    own = stored(type(module), name)
     return (
         isinstance(own, FunctionType | property | staticmethod | classmethod)
-        and not hasattr(nn.Module, name)
+        and stored(nn.Module, name) is MISSING
         and not is_of_torch(module)
     )
 
@@ -226,7 +235,7 @@ def _is_plain(value: object) -> bool:
 def _hidden_modules(module: nn.Module) -> Iterable[nn.Module]:
     """Modules that a module holds in plain attributes, where no registry knows of them."""
     registries = ("_modules", "_parameters", "_buffers")
-    todo: list[Any] = [value for key, value in vars(module).items() if key not in registries]
+    todo: list[object] = [value for key, value in vars(module).items() if key not in registries]
     seen: set[int] = set()
     while todo:
         value = todo.pop()
@@ -246,9 +255,10 @@ def _hidden_modules(module: nn.Module) -> Iterable[nn.Module]:
         elif inspect.isfunction(value):
             todo += [cell.cell_contents for cell in value.__closure__ or ()]
         elif not isinstance(value, Tensor | type):
-            slots = [slot for cls in type(value).__mro__ for slot in vars(cls).get("__slots__", ())]
-            todo += [getattr(value, slot, None) for slot in slots if isinstance(slot, str)]
-            todo += getattr(value, "__dict__", {}).values()
+            for slot in [s for cls in type(value).__mro__ for s in vars(cls).get("__slots__", ())]:
+                with contextlib.suppress(AttributeError):  # nothing was put into this slot
+                    todo.append(getattr(value, slot))
+            todo += attributes_of(value).values()
 
 
 def is_of_torch(module: nn.Module) -> bool:
@@ -261,6 +271,6 @@ def has_own_code(module: nn.Module, base: type[nn.Module]) -> bool:
     """Whether a module does other things than the class of torch that it comes from."""
     own = vars(module)
     return any(
-        key in own or getattr(type(module), key, None) is not getattr(base, key, None)
+        key in own or stored(type(module), key) is not stored(base, key)
         for key in (*_CODE, *_TENSORS)
     ) and not parametrize.is_parametrized(module)

@@ -7,22 +7,23 @@ the module it stands in gets a forward that was written from the graph of its ow
 """
 
 import inspect
+from collections.abc import Callable
 from operator import add, iadd
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from repvgg.fusion import foldable
+from repvgg.fusion.attributes import has_trainable_bias
 from repvgg.fusion.batchnorms import FusionReport
 from repvgg.fusion.bytecode import is_decorated
 from repvgg.fusion.dataflow import Dataflow, Flags, uses
-from repvgg.fusion.flags import (
-    global_flags,
-)
+from repvgg.fusion.flags import global_flags
 from repvgg.fusion.geometry import POOLS, embedding, read_geometry, read_subsampling, small_kernel
 from repvgg.fusion.hooks import has_hooks
+from repvgg.fusion.kinds import target_home
 from repvgg.fusion.normalizations import is_normalization, read_normalization
 from repvgg.fusion.own_forward import OwnForward, thin_children
 from repvgg.fusion.surgery import give_forward, put
@@ -214,7 +215,7 @@ class _Sums:
         branches = [self._branch(term) for term in terms]
         convolved = {b.source for b in branches if isinstance(b.module, _ConvNd)}
         merged = []
-        rest: list[Any] = []
+        rest: list[fx.Node] = []
         for source in sorted(convolved, key=self.order.__getitem__):
             group = self._compatible([b for b in branches if b.source is source])
             if len(group) < 2 or self._is_disturbed(root, nodes, group):
@@ -327,8 +328,9 @@ class _Sums:
                 return True
         return False
 
-    def _is_fresh(self, node: Any, nodes: set[fx.Node]) -> bool:
+    def _is_fresh(self, node: object, nodes: set[fx.Node]) -> bool:
         """Whether nobody else can see the value of a step that a sum adds to."""
+        assert isinstance(node, fx.Node)
         return node in nodes or self._branch(node).module is not None
 
     def _is_guarded(self, group: list[Branch]) -> bool:
@@ -361,8 +363,7 @@ class _Sums:
             padding_mode=old.padding_mode,
             device="meta",
         )
-        biases = [getattr(b.module, "bias", None) for b in group]
-        trains = any(isinstance(b, nn.Parameter) and b.requires_grad for b in biases)
+        trains = any(has_trainable_bias(branch.module) for branch in group)
         kernel = foldable.in_format_of(old.weight, total.kernel)
         conv.weight = nn.Parameter(kernel, old.weight.requires_grad)
         conv.bias = nn.Parameter(total.bias.to(old.weight), trains)
@@ -410,12 +411,13 @@ def _num_taps(branch: Branch) -> int:
     return branch.module.weight[0, 0].numel()
 
 
-def _plain(cls: type[nn.Module]) -> Any:
+def _plain(cls: type[_ConvNd]) -> Callable[..., _ConvNd]:
     """Torch's own class of a convolution."""
-    return next(base for base in foldable.CONVOLUTIONS if issubclass(cls, base))
+    return next(base for base in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if issubclass(cls, base))
 
 
 def _is_augmented(node: fx.Node) -> bool:
     """Whether a step is x += y, or another of its kind."""
-    home = getattr(node.target, "__module__", "")
-    return home == "_operator" and foldable.may_overwrite(node, None)
+    if node.op != "call_function" or target_home(node) != "_operator":
+        return False
+    return foldable.may_overwrite(node, None)

@@ -6,13 +6,12 @@ import linecache
 import re
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 from torch import fx, nn
 
-from repvgg.fusion.flags import expression
+from repvgg.fusion.flags import Values, expression
 
-Case = tuple[tuple[tuple[str, Any], ...], fx.Graph]  # values of attributes, and the graph they give
+Case = tuple[Values, fx.Graph]  # values of attributes, and the graph they give
 
 
 def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -23,7 +22,7 @@ def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
-def give_forward(owner: nn.Module, cases: Sequence[Case], fixed: dict[str, Any]) -> None:
+def give_forward(owner: nn.Module, cases: Sequence[Case], fixed: dict[str, object]) -> None:
     """Make a module run graphs; all else of it, its class's methods too, stays.
 
     Its class becomes a subclass of the same name.
@@ -35,7 +34,7 @@ def give_forward(owner: nn.Module, cases: Sequence[Case], fixed: dict[str, Any])
     if isinstance(owner, fx.GraphModule):
         owner.graph = cases[0][1]
         return
-    names: dict[str, Any] = {}
+    names: dict[str, object] = {}
     parts = []
     for place, (_, graph) in enumerate(cases):
         for node in graph.nodes:
@@ -53,7 +52,7 @@ def give_forward(owner: nn.Module, cases: Sequence[Case], fixed: dict[str, Any])
     owner.__class__ = _specialized(type(owner), "\n\n".join(parts) + "\n", names)
 
 
-def _dispatch(cases: Sequence[Case], fixed: dict[str, Any], owner: str) -> str:
+def _dispatch(cases: Sequence[Case], fixed: dict[str, object], owner: str) -> str:
     x = next(str(node.target) for node in cases[0][1].nodes if node.op == "placeholder")
     lines = [f"def forward(self, {x}):"]
     for place, (path, value) in enumerate(fixed.items()):
@@ -83,7 +82,7 @@ def _changed(owner: str, path: str) -> str:
     )
 
 
-def _specialized(base: type[nn.Module], source: str, names: dict[str, Any]) -> type[nn.Module]:
+def _specialized(base: type[nn.Module], source: str, names: dict[str, object]) -> type[nn.Module]:
     """A subclass with another forward, whose instances can be pickled and scripted."""
     namespace = {
         key: importlib.import_module(value) if isinstance(value, str) else value
@@ -95,7 +94,7 @@ def _specialized(base: type[nn.Module], source: str, names: dict[str, Any]) -> t
     linecache.cache[place] = (len(source), None, source.splitlines(keepends=True), place)
     exec(compile(source, place, "exec"), namespace)
 
-    def reduce(self: nn.Module, _: Any) -> tuple[Any, ...]:
+    def reduce(self: nn.Module, _: object) -> tuple[object, ...]:
         return _restore, (base, source, names), vars(self)
 
     members = {
@@ -107,6 +106,6 @@ def _specialized(base: type[nn.Module], source: str, names: dict[str, Any]) -> t
     return type(base.__name__, (base,), members)
 
 
-def _restore(base: type[nn.Module], source: str, names: dict[str, Any]) -> nn.Module:
+def _restore(base: type[nn.Module], source: str, names: dict[str, object]) -> nn.Module:
     cls = _specialized(base, source, names)
     return cls.__new__(cls)

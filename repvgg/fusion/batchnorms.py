@@ -10,11 +10,11 @@ from torch.nn.modules.conv import _ConvNd
 from repvgg.fusion import dataflow, foldable
 from repvgg.fusion.attributes import has_trainable_bias
 from repvgg.fusion.flags import plain_attributes
-from repvgg.fusion.kinds import target_name
+from repvgg.fusion.kinds import either, other_output, target_name
 from repvgg.fusion.normalizations import Normalization, is_normalization, read_normalization
-from repvgg.fusion.passing import Passing, read_passing, source_of
+from repvgg.fusion.pass_through import PassThrough, read_pass_through, source_of
+from repvgg.fusion.paths import exclude_each_other
 from repvgg.fusion.surgery import put
-from repvgg.fusion.tracer import either, elsewhere, exclude_each_other
 from repvgg.reparam import Affine
 
 
@@ -63,13 +63,13 @@ class Folding:
         report: FusionReport,
         values: dict[str, Affine],
         *,
-        of_values: bool,
+        check_values: bool,
     ) -> None:
         self.modules = dict(model.named_modules())
         self.model = model
         self.flow = flow
         self.report = report
-        self.of_values = of_values
+        self.check_values = check_values
         self.values = values
         self.changed: set[str] = set()
         self.trains: dict[str, bool] = {}  # whether the bias of a normalization took gradients
@@ -83,7 +83,7 @@ class Folding:
             for fold in (self._fold_behind, self._fold_before):
                 for name in list(pending):
                     found = readings[name]
-                    reason = found if isinstance(found, str) else self._refuse(name)
+                    reason = found if isinstance(found, str) else self._obstacle(name)
                     if reason is None and isinstance(found, Normalization):
                         reason = fold(name, found)
                     if reason is None:
@@ -115,14 +115,16 @@ class Folding:
             if feed is None or source is None or not isinstance(module, nn.Linear | _ConvNd):
                 return self._not_a_layer(given if feed is None else [feed.origin])
             if not foldable.is_linear(module):
-                return f"{source}: {self._refuse(source) or 'it has code of its own'}"
+                return f"{source}: {self._obstacle(source) or 'it has code of its own'}"
             feeds.setdefault(source, []).append(feed)
         values = {}
         ndims = set()
         for source, ways in feeds.items():
             module = self.modules[source]
             assert foldable.is_linear(module)
-            reason = self._refusal(source, ways) or self._mismatch(module, found, ndim=ways[0].ndim)
+            reason = self._output_obstacle(source, ways) or self._mismatch(
+                module, found, ndim=ways[0].ndim
+            )
             if reason is not None:
                 return f"{source}: {reason}"
             if len({feed.passing for feed in ways}) > 1:
@@ -136,13 +138,13 @@ class Folding:
             # The steps in between stay: what goes in must give, behind them, what was normalized.
             shift = found.scale * passing.shift + found.shift - passing.shift
             inner = replace(found, shift=shift / passing.scale)
-            value = foldable.absorb_behind(self._value(source), inner)
+            value = foldable.fold_following(self._value(source), inner)
             if not foldable.fits(module, value):
                 return f"{source}: the folded numbers overflow {module.weight.dtype}"
             values[source] = value
         if len(ndims) > 1:
             return "it is fed by convolutions of different dimensions"
-        self._take(name, found, calls, values, ndims.pop(), [(source, name) for source in feeds])
+        self._replace(name, found, calls, values, ndims.pop(), [(source, name) for source in feeds])
         return None
 
     def _is_an_attribute(self, node: fx.Node) -> bool:
@@ -164,7 +166,7 @@ class Folding:
 
     def _trace_back(self, call: fx.Node, channels: int) -> "_Feed | None":
         """From a normalization to the layer that feeds it, past steps that do nothing."""
-        total = Passing()
+        total = PassThrough()
         behind, node = call, call.all_input_nodes[0]
 
         def get_module(step: fx.Node) -> nn.Module | None:
@@ -175,15 +177,15 @@ class Folding:
             name = self.flow.called(node)
             if name is not None and isinstance(self.modules.get(name), nn.Linear | _ConvNd):
                 return _Feed(node, behind, total)
-            step = read_passing(node, channels, get_module)
+            step = read_pass_through(node, channels, get_module)
             source = source_of(node)
-            may_change = step not in (None, Passing()) and self._is_an_attribute(node)
+            may_change = step not in (None, PassThrough()) and self._is_an_attribute(node)
             if step is None or source is None or may_change or dataflow.uses(node) != [behind]:
-                return _Feed(node, behind, total) if total == Passing() else None
+                return _Feed(node, behind, total) if total == PassThrough() else None
             if None not in (step.dtype, total.dtype) and step.dtype != total.dtype:
                 return None
             # Later steps come first here: total(step(y)).
-            total = Passing(
+            total = PassThrough(
                 total.scale * step.scale,
                 total.scale * step.shift + total.shift,
                 total.ndim or step.ndim,
@@ -214,20 +216,20 @@ class Folding:
         module = self.modules[target]
         assert foldable.is_linear(module)
         fed = {user for call in calls for user in dataflow.uses(call)}
-        if target in self.flow.reached or self._refuse(target) is not None:
+        if target in self.flow.reached or self._obstacle(target) is not None:
             return "the convolution may not be changed"
         if set(self.flow.calls[target]) != fed or foldable.pads_with_zeros(module):
             return "the convolution has other inputs, or pads its border with zeros"
         if self._mismatch(module, found, foldable.in_channels(module)) is not None:
             return "the convolution does not fit"
-        value = foldable.absorb_before(module, self._value(target), found)
+        value = foldable.fold_preceding(module, self._value(target), found)
         if not foldable.fits(module, value):
             return "the folded numbers overflow"
         ndim = self._ndim(module)
-        self._take(name, found, calls, {target: value}, ndim, [(name, target)])
+        self._replace(name, found, calls, {target: value}, ndim, [(name, target)])
         return None
 
-    def _refusal(self, source: str, ways: "list[_Feed]") -> str | None:
+    def _output_obstacle(self, source: str, ways: "list[_Feed]") -> str | None:
         """Why the output of a convolution may not be changed."""
         if source in self.flow.reached:
             return self.flow.reached[source]
@@ -240,19 +242,19 @@ class Folding:
         }
         if others:
             return f"its output is also used by {self._describe(others)}"
-        return self._refuse(source)
+        return self._obstacle(source)
 
-    def _refuse(self, name: str) -> str | None:
-        return foldable.refusal(self.modules[name], values=self.of_values)
+    def _obstacle(self, name: str) -> str | None:
+        return foldable.obstacle(self.modules[name], values=self.check_values)
 
     def _is_overwritten_between(self, first: fx.Node, last: fx.Node) -> bool:
         """Whether the input of the first step may have changed when the last one runs."""
         node = first.next
         while node is not last:
             called = self.flow.called(node)
-            elsewhere = exclude_each_other(node, first) or exclude_each_other(node, last)
+            excluded = exclude_each_other(node, first) or exclude_each_other(node, last)
             module = None if called is None else self.modules.get(called)
-            if not elsewhere and foldable.may_overwrite(node, module):
+            if not excluded and foldable.may_overwrite(node, module):
                 return True
             node = node.next
         return False
@@ -278,7 +280,7 @@ class Folding:
             return "it is on another device than the normalization"
         return None
 
-    def _take(
+    def _replace(
         self,
         name: str,
         found: Normalization,
@@ -328,7 +330,7 @@ def _kind(node: fx.Node) -> str:
         return "the output of the network"
     if node.target is either:
         return "one of several values (a flag or condition decides which)"
-    if node.target is elsewhere:
+    if node.target is other_output:
         return "what the forward gives when a flag is set"
     name = target_name(node)
     return f"{name}()" if node.op in ("call_function", "call_method") else name
@@ -345,7 +347,7 @@ class _Feed(NamedTuple):
 
     origin: fx.Node
     behind: fx.Node
-    passing: Passing
+    passing: PassThrough
 
     @property
     def ndim(self) -> int | None:

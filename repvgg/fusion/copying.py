@@ -40,7 +40,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def inside_wrapper(module: nn.Module) -> nn.Module | None:
     """The network inside a wrapper of torch that only decides how it runs."""
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return module.get_submodule("module")
+        return module._modules["module"]
     if type(module).__name__ == "OptimizedModule":
         return module._modules.get("_orig_mod")
     return None

@@ -22,22 +22,17 @@ from torch.nn.modules.dropout import _DropoutNd
 from repvgg.fusion.attributes import stored
 from repvgg.fusion.bytecode import compares_identities, compares_with_none, names_argument
 from repvgg.fusion.copying import copied, inside_wrapper
+from repvgg.fusion.errors import UntraceableError, in_a_line, is_deliberate
 from repvgg.fusion.flags import Values
 from repvgg.fusion.hooks import has_hooks
-from repvgg.fusion.proxies import UntraceableError
+from repvgg.fusion.paths import with_own_containers
 from repvgg.fusion.source import is_of_torch, read
-from repvgg.fusion.tracer import (
-    Tracer,
-    in_a_line,
-    is_deliberate,
-    storage_of,
-    with_own_containers,
-)
+from repvgg.fusion.tracer import Tracer, storage_of
 
 MAX_NODES = 1500  # in larger graphs arguments are tried one at a time, and all
 MAX_VARIANTS = 32  # ways to call one forward that are followed, by its optional arguments
 METADATA = {"shape", "ndim", "dtype", "device", "size", "dim", "numel", "is_cuda", "requires_grad"}
-Steps = list[tuple[object, ...]]  # in a form that can be compared
+CanonicalNodes = list[tuple[object, ...]]  # in a form that can be compared
 Flags = Mapping[str, Sequence[Values]]  # of modules: attributes, and other values to try
 
 
@@ -86,21 +81,21 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 
 def trace(
-    model: nn.Module, is_step: Callable[[nn.Module], bool], flags: Flags | None = None
+    model: nn.Module, is_leaf: Callable[[nn.Module], bool], flags: Flags | None = None
 ) -> Dataflow:
     """Follow a network in its present mode. It is not changed.
 
     Args:
         model: of any kind.
-        is_step: whether a module is to be taken as one step, as torch's own are.
+        is_leaf: whether a module is to be taken as one step, as torch's own are.
         flags: attributes of modules that may be changed later, and the values that are tried.
     """
     # Following a forward runs its code, which may keep what it sees: that happens to a copy.
     names = dict(model.named_modules())
     model = shared_copy(model)
-    following = _Following(
+    tracing = _Tracing(
         names={module: name for name, module in model.named_modules()},
-        steps={model.get_submodule(name) for name, module in names.items() if is_step(module)},
+        leaves={model.get_submodule(name) for name, module in names.items() if is_leaf(module)},
         flags={model.get_submodule(name): tries for name, tries in (flags or {}).items()},
         root=model,
     )
@@ -111,30 +106,30 @@ def trace(
             scope, caller = scopes.pop()
             if scope not in done:
                 done.add(scope)
-                scopes += following.look_into(scope, caller)
+                scopes += tracing.visit(scope, caller)
             if not scopes:
                 # What this forward leaves alone somebody may still call.
-                idle = following.uncalled(model, done)
+                idle = tracing.uncalled(model, done)
                 scopes += [(module, "nothing calls it but the user") for module in idle]
-    return following.flow
+    return tracing.flow
 
 
 class Transparent(nn.Module):
     """A module that gives what it is given, or raises: no step of the dataflow."""
 
 
-class _Following:
+class _Tracing:
     """Follows the parts of one network and writes down what it finds."""
 
     def __init__(
         self,
         names: dict[nn.Module, str],
-        steps: set[nn.Module],
+        leaves: set[nn.Module],
         flags: dict[nn.Module, Sequence[Values]],
         root: nn.Module,
     ) -> None:
         self.names = names
-        self.steps = steps
+        self.leaves = leaves
         self.flags = flags
         self.root = root
         self.flow = Dataflow()
@@ -150,12 +145,12 @@ class _Following:
                 self.storages[module, key] = storage_of(tensor)
                 self.holders.setdefault(storage_of(tensor), []).append(module)
 
-    def look_into(self, scope: nn.Module, caller: str) -> list[tuple[nn.Module, str]]:
+    def visit(self, scope: nn.Module, caller: str) -> list[tuple[nn.Module, str]]:
         """Follow one module; what else is to be followed then, and who calls it."""
         inner = inside_wrapper(scope)
         if inner is not None:
             return [(inner, caller)]
-        if scope in self.steps or is_of_torch(scope):
+        if scope in self.leaves or is_of_torch(scope):
             if _has_forward(scope):
                 self._reach(scope.modules(), caller or "the network is this module alone")
             return []
@@ -173,7 +168,7 @@ class _Following:
             inside += reading.inspected
             self.flow.inspected |= {self.names[m] for m in inside if m in self.names}
             # What a BatchNorm or convolution says of itself changes when it is folded.
-            self._reach([m for m in reading.inspected if m in self.steps], by)
+            self._reach([m for m in reading.inspected if m in self.leaves], by)
         return found
 
     def uncalled(self, model: nn.Module, done: set[nn.Module]) -> list[nn.Module]:
@@ -205,7 +200,7 @@ class _Following:
         for fixed, may_fail, others in variants:
             if large and 1 < others < max(variant.others for variant in variants):
                 continue
-            tracer = Tracer(self.steps, flags=self.flags, assume=scope is self.outermost())
+            tracer = Tracer(self.leaves, flags=self.flags, assume=scope is self.outermost())
             for module in scope.modules():  # what a forward keeps would enter this graph
                 if module in self.held:
                     vars(module).clear()
@@ -217,15 +212,15 @@ class _Following:
                     failure = in_a_line(error)
                     continue
                 return opaque | tracer.opaque | {scope: in_a_line(error)}
-            if may_fail and (tracer.opaque or tracer.refusals):
+            if may_fail and (tracer.opaque or tracer.failures):
                 continue
             followed = True
             large = large or len(graph.nodes) > MAX_NODES
             opaque |= tracer.opaque
             if tracer.opaque and compares_with_none(scope):
-                tracer.refuse("it tests for None what another could not be followed to give")
-            if tracer.refusals:
-                return opaque | {scope: tracer.refusals[-1]}
+                tracer.untraceable("it compares the output of an untraceable module with None")
+            if tracer.failures:
+                return opaque | {scope: tracer.failures[-1]}
             for storage in tracer.read_storages:
                 self._reach(self.holders.get(storage, []), "its weights are read")
             for module, attribute in tracer.changed.items():
@@ -256,7 +251,7 @@ class _Following:
                     continue
                 flow.calls.setdefault(self.names[module], []).append(node)
                 flow._names[node] = self.names[module]
-                if module not in self.steps and is_of_torch(module):  # may use what it holds
+                if module not in self.leaves and is_of_torch(module):  # may use what it holds
                     inside = [inner for inner in module.modules() if inner is not module]
                     self._reach(inside, f"{self.names[module]} may use it")
             elif node.op == "get_attr":
@@ -291,8 +286,10 @@ def erase(node: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def describe(nodes: Iterable[fx.Node], flow: Dataflow, *, but: Collection[fx.Node] = ()) -> Steps:
-    """Steps in a form that can be compared with those of another graph.
+def canonical(
+    nodes: Iterable[fx.Node], flow: Dataflow, *, but: Collection[fx.Node] = ()
+) -> CanonicalNodes:
+    """Nodes in a form that can be compared with those of another graph.
 
     Values from outside are "given", tensors of the network go by their names.
 
@@ -304,7 +301,7 @@ def describe(nodes: Iterable[fx.Node], flow: Dataflow, *, but: Collection[fx.Nod
     def refer(node: fx.Node) -> int | str | None:
         return places.get(node, "given")
 
-    steps: Steps = []
+    steps: CanonicalNodes = []
     for node in nodes:
         if node.op == "get_attr":
             constant = str(node.target).rpartition(".")[2].startswith("_tensor_constant")
@@ -330,11 +327,11 @@ def equal(first: Dataflow, second: Dataflow, *, apart_from: Collection[str] = ()
     def counts(name: str) -> bool:
         return not (inside and name.startswith(inside))
 
-    graphs: list[dict[str, list[Steps]]] = [{}, {}]
+    graphs: list[dict[str, list[CanonicalNodes]]] = [{}, {}]
     for flow, found in zip((first, second), graphs, strict=True):
         for graph, name in flow.graphs.items():
             if counts(name):
-                found.setdefault(name, []).append(describe(graph.nodes, flow))
+                found.setdefault(name, []).append(canonical(graph.nodes, flow))
     untraced = [set(filter(counts, flow.untraced)) for flow in (first, second)]
     return untraced[0] == untraced[1] and graphs[0] == graphs[1]
 
@@ -364,7 +361,7 @@ def _variants(scope: nn.Module) -> list[_Variant]:
     if type(scope).__call__ is not nn.Module.__call__ and not isinstance(scope, fx.GraphModule):
         raise UntraceableError("it has a __call__ of its own")
     if compares_identities(scope):
-        raise UntraceableError("it compares the identities of values (is)")
+        raise UntraceableError("it compares values by identity (is)")
     parameters = [
         parameter
         for parameter in inspect.signature(scope.forward).parameters.values()

@@ -18,7 +18,7 @@ from repvgg.fusion.attributes import MISSING, attributes_of, has_attribute, stor
 from repvgg.fusion.bytecode import code_of
 
 if TYPE_CHECKING:
-    from repvgg.fusion.tracer import Tracer
+    from repvgg.fusion.decisions import DecidingTracer
 
 MAX_TRIES = 24  # settings of one module that are tried
 MANY = 32  # more indices than a network has outputs
@@ -141,7 +141,7 @@ def settings_to_try(module: nn.Module) -> list[Values]:
 class _Tracked:
     """A text or number that lets its tracer answer what is asked of it."""
 
-    asked: "tuple[str, Tracer]"
+    asked: "tuple[str, DecidingTracer]"
 
     def _ask(self, question: str, other: object, answer: object) -> object:
         path, tracer = self.asked
@@ -159,7 +159,7 @@ def _asks(name: str) -> Callable[..., object]:
     return method
 
 
-def tracked(value: object, path: str, tracer: "Tracer") -> object:
+def tracked(value: object, path: str, tracer: "DecidingTracer") -> object:
     """A text or number whose comparisons are decisions of a tracer."""
     base = type(value)
     names = ["__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"]

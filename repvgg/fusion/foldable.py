@@ -103,14 +103,14 @@ def is_linear(module: nn.Module) -> TypeGuard[Linear]:
     return base is not None and not has_own_code(module, base)
 
 
-def is_step(module: nn.Module) -> bool:
+def is_leaf(module: nn.Module) -> bool:
     """Whether the dataflow takes a module as one step, whose inside is known."""
     if is_normalization(module):
         return isinstance(read_normalization(module), Normalization)
     return is_linear(module) or isinstance(module, Tail | Rows)
 
 
-def refusal(module: nn.Module, *, values: bool = True) -> str | None:
+def obstacle(module: nn.Module, *, values: bool = True) -> str | None:
     """Why the tensors of a module may not be folded, whatever surrounds it.
 
     Args:
@@ -188,12 +188,12 @@ def fits(module: Linear, value: Affine) -> bool:
     return all(part.is_meta or bool(part.to(dtype).isfinite().all()) for part in value)
 
 
-def absorb_behind(value: Affine, found: Normalization) -> Affine:
+def fold_following(value: Affine, found: Normalization) -> Affine:
     """The affine map that also normalizes."""
     return scale_output(value.kernel, value.bias, found.scale, found.shift)
 
 
-def absorb_before(module: Linear, value: Affine, found: Normalization) -> Affine:
+def fold_preceding(module: Linear, value: Affine, found: Normalization) -> Affine:
     """The affine map of normalized inputs."""
     groups = 1 if isinstance(module, nn.Linear) else module.groups
     return scale_input(value.kernel, value.bias, found.scale, found.shift, groups=groups)
@@ -216,7 +216,7 @@ def may_overwrite(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether a step may change a tensor that it is given; `module` is what it calls."""
     if module is not None:
         in_place = any(isinstance(m, _MayOverwrite) and m.inplace for m in module.modules())
-        return in_place or not (is_of_torch(module) or is_step(module))
+        return in_place or not (is_of_torch(module) or is_leaf(module))
     name = target_name(node)
     if node.op == "call_method":
         return name.endswith("_")

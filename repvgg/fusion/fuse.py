@@ -7,11 +7,11 @@ from repvgg import verify
 from repvgg.fusion import dataflow, foldable, sums
 from repvgg.fusion.batchnorms import Folding, FusionReport
 from repvgg.fusion.copying import copied, plain_weights, require_images, require_network, unwrapped
+from repvgg.fusion.errors import in_a_line
 from repvgg.fusion.flags import Values, settings_to_try
-from repvgg.fusion.hooks import OnlyFollowed
+from repvgg.fusion.hooks import ArgumentGuard
 from repvgg.fusion.normalizations import is_normalization, read_once
 from repvgg.fusion.surgery import put
-from repvgg.fusion.tracer import in_a_line
 from repvgg.reparam import Affine
 from repvgg.verify import SAME
 
@@ -136,10 +136,10 @@ def _fold_and_merge(
     """Fold pairs and merge sums in turn, until neither finds more."""
     report = FusionReport()
     exact: dict[str, Affine] = {}  # kernels in float64, by the names of their layers
-    flow = dataflow.trace(network, foldable.is_step)
+    flow = dataflow.trace(network, foldable.is_leaf)
     flags = _flags(network, flow)
     if flags:
-        flow = dataflow.trace(network, foldable.is_step, flags)
+        flow = dataflow.trace(network, foldable.is_leaf, flags)
     while True:
         report.untraced.clear()
         report.untraced.update(flow.untraced)
@@ -149,8 +149,8 @@ def _fold_and_merge(
         folded = dataflow.shared_copy(network)
         step = FusionReport()
         kernels = dict(exact)
-        Folding(folded, flow, step, kernels, of_values=values).run()
-        after = dataflow.trace(folded, foldable.is_step, flags) if step.fused else flow
+        Folding(folded, flow, step, kernels, check_values=values).run()
+        after = dataflow.trace(folded, foldable.is_leaf, flags) if step.fused else flow
         if not dataflow.equal(flow, after):
             reason = "some forward depends on what would be replaced (its class, or what it says)"
             step = FusionReport(kept={n: step.kept.get(n, reason) for n in _norms(network)})
@@ -183,7 +183,7 @@ def _merge_all(
         (owner, names)
         for owner in sums.owners(flow, network)
         for names in sums.merge_sums(
-            merged, owner, flow, kernels, report, of_values=values, flags=flags
+            merged, owner, flow, kernels, report, check_values=values, flags=flags
         )
     ]
     if not merged_sums:
@@ -193,7 +193,7 @@ def _merge_all(
     def trace_around(network: nn.Module) -> dataflow.Dataflow:
         known = {network.get_submodule(owner) for owner in owners}
         return dataflow.trace(
-            network, lambda module: module in known or foldable.is_step(module), flags
+            network, lambda module: module in known or foldable.is_leaf(module), flags
         )
 
     if not dataflow.equal(trace_around(network), trace_around(merged), apart_from=owners):
@@ -206,7 +206,7 @@ def _merge_all(
                 report.fused.append((names[0], name))
     exact.clear()
     exact.update(kernels)
-    return merged, dataflow.trace(merged, foldable.is_step, flags)
+    return merged, dataflow.trace(merged, foldable.is_leaf, flags)
 
 
 def _flags(network: nn.Module, flow: dataflow.Dataflow) -> dict[str, list[Values]]:
@@ -243,7 +243,7 @@ def _with_one_graph(network: nn.Module) -> nn.Module:
 def _guard(network: nn.Module, flow: dataflow.Dataflow) -> None:
     """Let the network raise on arguments that its forward was not followed for."""
     if flow.assumed:
-        network.register_forward_pre_hook(OnlyFollowed(flow.assumed), with_kwargs=True)
+        network.register_forward_pre_hook(ArgumentGuard(flow.assumed), with_kwargs=True)
 
 
 def _norms(model: nn.Module) -> list[str]:

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class OnlyFollowed:
+class ArgumentGuard:
     """A hook in front of a forward that raises on arguments for which it was not followed.
 
     Args:
@@ -49,7 +49,7 @@ class OnlyFollowed:
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody listens to a module's calls, or changes what goes in or comes out."""
     return any(
-        not isinstance(hook, OnlyFollowed)
+        not isinstance(hook, ArgumentGuard)
         for key in HOOKS
         for hook in getattr(module, key).values()
     )

@@ -78,6 +78,20 @@ _ARITHMETIC = (
 NUMBERS = (int, float, bool)
 
 
+def either(first: object, *others: object) -> object:
+    """Stands in a graph for one of several values; which one, a decision determines. Never run."""
+    return first
+
+
+def other_output(*values: object) -> None:
+    """Stands in a graph for what a forward returns when a flag is set. Never run."""
+
+
+def iteration(count: object, number: int) -> int:
+    """Stands in a graph for an index below an unknown count. Never run."""
+    return number
+
+
 def target_name(node: fx.Node) -> str:
     """The name of what a node calls; a function may have none (`functools.partial`)."""
     target = node.target
@@ -122,7 +136,7 @@ def kind_of(node: object, known: Callable[[fx.Node], type | None]) -> type | Non
     if target in _COMPARISONS or target in _ARITHMETIC:
         kinds = [of(index) for index in range(len(node.args))]
         return _kind_of_operation(target, kinds)
-    if name == "either":
+    if target is either:
         kinds = [kind_of(alternative, known) for alternative in node.args]
         return kinds[0] if len(set(kinds)) == 1 else None
     home = target_home(node)

@@ -19,9 +19,10 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from repvgg.fusion.attributes import tensor_of
 from repvgg.fusion.copying import copied
 from repvgg.fusion.dataflow import uses
+from repvgg.fusion.errors import in_a_line
 from repvgg.fusion.hooks import has_hooks
 from repvgg.fusion.source import has_own_code
-from repvgg.fusion.tracer import Tracer, in_a_line
+from repvgg.fusion.tracer import Tracer
 from repvgg.reparam import bn_affine
 
 NORMALIZATIONS: dict[type[nn.Module], int | None] = {  # and their dimensions in space; None: any

@@ -10,10 +10,10 @@ from repvgg.fusion import foldable
 from repvgg.fusion.attributes import has_attribute
 from repvgg.fusion.bytecode import code_of, is_decorated
 from repvgg.fusion.dataflow import (
+    CanonicalNodes,
     Dataflow,
     Flags,
-    Steps,
-    describe,
+    canonical,
     erase,
     is_transparent,
     shared_copy,
@@ -36,29 +36,29 @@ OUTSIDE = ("placeholder", "output")
 MAX_CASES = 8  # graphs of one forward
 
 
-def thin_children(owner: nn.Module) -> set[nn.Module]:
+def inlined_children(owner: nn.Module) -> set[nn.Module]:
     """Children of anybody's class that only call layers in a row: they are seen through."""
-    thin: set[nn.Module] = set()
+    inlined: set[nn.Module] = set()
     for module in reversed(list(owner.modules())):
-        if module is owner or is_of_torch(module) or foldable.is_step(module):
+        if module is owner or is_of_torch(module) or foldable.is_leaf(module):
             continue
         if type(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
-            thin.add(module)
+            inlined.add(module)
             continue
         if has_hooks(module) or is_decorated(module) or alternatives(module):
             continue
-        twin = shared_copy(module)
-        steps = {m for m in twin.modules() if m is not twin}
+        clone = shared_copy(module)
+        steps = {m for m in clone.modules() if m is not clone}
         tracer = Tracer(steps, exact=True, tensors=True)
         try:
-            graph = tracer.trace(twin)
+            graph = tracer.trace(clone)
         except Exception:
             continue
         calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
         only_calls = all(node.op == "call_module" and len(node.args) == 1 for node in calls)
-        if only_calls and not tracer.refusals and not tracer.contexts and len(calls) > 0:
-            thin.add(module)
-    return thin
+        if only_calls and not tracer.failures and not tracer.switches_context and len(calls) > 0:
+            inlined.add(module)
+    return inlined
 
 
 class OwnForward:
@@ -71,26 +71,26 @@ class OwnForward:
         name: str,
         flow: Dataflow,
         flags: Flags,
-        thin: set[nn.Module],
+        inlined: set[nn.Module],
     ) -> None:
         self.owner = owner
         self.model = model
         self.decided: set[str] = set()
         self.name = name
         self.flow = flow
-        self.thin = {path for path, module in owner.named_modules() if module in thin}
+        self.inlined = {path for path, module in owner.named_modules() if module in inlined}
         self.names = {module: path for path, module in model.named_modules()}
         self.flags = {
             path: flags[self.names[module]]
             for path, module in owner.named_modules()
             if self.names[module] in flags
         }
-        self.contexts = False
+        self.switches_context = False
         self.queries: set[str] = set()
-        self.leaves_traces = False
+        self.has_side_effects = False
         self.reads = _numbers(owner)
 
-    def runs_alike(self) -> bool:
+    def is_consistent(self) -> bool:
         """Whether each of its calls runs the same steps as it does by itself, and no others."""
         expected = [self._steps(flags) for flags in (self.flags, {})]
         if any(steps is None for steps in expected):
@@ -101,31 +101,31 @@ class OwnForward:
                 if self.name in self.flow.callers[node] and node.op not in OUTSIDE:
                     call = (number, self.flow.callers[node][self.name])
                     occurrences.setdefault(call, []).append(node)
-        alike = all(describe(nodes, self.flow) in expected for nodes in occurrences.values())
+        alike = all(canonical(nodes, self.flow) in expected for nodes in occurrences.values())
         return bool(occurrences) and alike
 
-    def _steps(self, flags: Flags) -> Steps | None:
-        twin = shared_copy(self.owner)
+    def _steps(self, flags: Flags) -> CanonicalNodes | None:
+        clone = shared_copy(self.owner)
         steps = {
-            twin.get_submodule(path)
+            clone.get_submodule(path)
             for path, module in self.owner.named_modules()
-            if foldable.is_step(module)
+            if foldable.is_leaf(module)
         }
-        tries = {twin.get_submodule(path): values for path, values in flags.items()}
+        tries = {clone.get_submodule(path): values for path, values in flags.items()}
         tracer = Tracer(steps, flags=tries, tensors=True)
-        before = _state(twin)
+        before = _state(clone)
         try:
-            graph = tracer.trace(twin)
+            graph = tracer.trace(clone)
         except Exception:
             return None  # the whole network's own dataflow has said why
-        if tracer.opaque or tracer.refusals or tracer.read_storages or _state(twin) != before:
+        if tracer.opaque or tracer.failures or tracer.read_storages or _state(clone) != before:
             return None
         if tracer.changed:
             return None
         own = self._named(graph)
         nodes = [node for node in graph.nodes if node.op not in OUTSIDE]
         passing = [n for n in nodes if n.op == "call_module" and is_transparent(n, self._module(n))]
-        return describe(nodes, own, but=passing)
+        return canonical(nodes, own, but=passing)
 
     def _module(self, node: fx.Node) -> nn.Module:
         return self.owner.get_submodule(str(node.target))
@@ -149,25 +149,27 @@ class OwnForward:
         return found
 
     def _trace(self, values: Values, reads: Sequence[str]) -> fx.Graph | None:
-        twin = shared_copy(self.owner)
-        steps = {module for path, module in twin.named_modules() if path and path not in self.thin}
+        clone = shared_copy(self.owner)
+        steps = {
+            module for path, module in clone.named_modules() if path and path not in self.inlined
+        }
         tracer = Tracer(steps, exact=True, tensors=True, reads=reads)
         try:
             with contextlib.ExitStack() as stack:
                 for attribute, value in values:
-                    stack.enter_context(setting(twin, attribute, value))
-                graph = tracer.trace(twin)
+                    stack.enter_context(setting(clone, attribute, value))
+                graph = tracer.trace(clone)
         except Exception:
             return None
-        if tracer.opaque or tracer.refusals:
+        if tracer.opaque or tracer.failures:
             return None
         if any(
             node.op == "get_attr" and not _has(self.owner, str(node.target)) for node in graph.nodes
         ):
             return None  # a tensor that its forward makes
-        self.contexts = self.contexts or tracer.contexts
+        self.switches_context = self.switches_context or tracer.switches_context
         self.queries |= tracer.queries
-        self.leaves_traces = self.leaves_traces or tracer.leaves_traces
+        self.has_side_effects = self.has_side_effects or tracer.has_side_effects
         for node in list(graph.nodes):
             module = self._module(node) if node.op == "call_module" else None
             if type(module) is nn.Identity and is_transparent(node, module):
@@ -198,12 +200,12 @@ class OwnForward:
         flags.append(("training", not self.owner.training))
         plain = self.graph(())
         assert plain is not None
-        usual = describe(plain.nodes, self._named(plain))
+        usual = canonical(plain.nodes, self._named(plain))
         tries: dict[str, list[object]] = {}
         known = {"training", *plain_attributes(self.owner)}
         for attribute, value in flags:
             other = self.graph(((attribute, value),))
-            if other is not None and describe(other.nodes, self._named(other)) != usual:
+            if other is not None and canonical(other.nodes, self._named(other)) != usual:
                 if attribute not in known:
                     return f"its forward asks for {attribute}, which may be set later"
                 tries.setdefault(attribute, [value_of(self.owner, attribute)]).append(value)

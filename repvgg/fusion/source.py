@@ -101,7 +101,7 @@ class _Code:
             source = textwrap.dedent(inspect.getsource(function))
         finally:
             if wrapped is not None:
-                function.__wrapped__ = wrapped  # type: ignore[attr-defined]
+                vars(function)["__wrapped__"] = wrapped
         tree = ast.parse(source).body[0]
         assert isinstance(tree, ast.FunctionDef)
         self.tree = tree
@@ -173,7 +173,10 @@ class _Code:
         while True:
             if isinstance(parent, ast.Attribute) and parent.attr in ("items", "values"):
                 positions += [1] * (parent.attr == "items")
-                expression = self.parents[parent]  # type: ignore[assignment]
+                call = self.parents[parent]
+                if not isinstance(call, ast.expr):
+                    break
+                expression = call
             elif isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name):
                 function = parent.func.id
                 if function == "len":

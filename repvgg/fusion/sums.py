@@ -25,14 +25,14 @@ from repvgg.fusion.geometry import POOLS, embedding, read_geometry, read_subsamp
 from repvgg.fusion.hooks import has_hooks
 from repvgg.fusion.kinds import target_home
 from repvgg.fusion.normalizations import is_normalization, read_normalization
-from repvgg.fusion.own_forward import OwnForward, thin_children
-from repvgg.fusion.surgery import give_forward, put
+from repvgg.fusion.own_forward import OwnForward, inlined_children
+from repvgg.fusion.surgery import put, set_forward
 from repvgg.reparam import Affine, merge
 
 ADDITIONS = (add, iadd, torch.add, "add", "add_")
 
 
-class Branch(NamedTuple):
+class Term(NamedTuple):
     """One term of a sum.
 
     Attributes:
@@ -97,7 +97,7 @@ def merge_sums(
     values: dict[str, Affine],
     report: FusionReport,
     *,
-    of_values: bool = True,
+    check_values: bool = True,
     flags: Flags | None = None,
 ) -> list[tuple[str, ...]]:
     """Merge what can be merged in the forward of one module, in place.
@@ -110,60 +110,65 @@ def merge_sums(
         name: of the module in it.
         values: kernels in float64 that were rounded in `model`, by name; the merged ones are added.
         report: what is left, and why, is added to `unmerged`.
-        of_values: as `values` in `repvgg.fusion.foldable.refusal`.
+        check_values: as `values` in `repvgg.fusion.foldable.obstacle`.
         flags: those with which `flow` was made.
 
     Returns:
         for each sum the names of the modules that became one, the remaining one first.
     """
     owner = model.get_submodule(name)
-    if has_hooks(owner) or name in flow.inspected or name in flow.untraced:
+    if not _takes_one_input(owner) or name in flow.inspected or name in flow.untraced:
         return []
-    plain_call = type(owner).__call__ is nn.Module.__call__ or isinstance(owner, fx.GraphModule)
-    if not plain_call or "forward" in vars(owner):
-        return []
-    parameters = list(inspect.signature(owner.forward).parameters.values())
-    if len(parameters) != 1 or parameters[0].kind is not parameters[0].POSITIONAL_OR_KEYWORD:
-        return []
-    thin = thin_children(owner)
+    inlined = inlined_children(owner)
     names = {module: path for path, module in model.named_modules()}
-    seen_through = {names[module] for module in thin}
-    own = OwnForward(owner, model, name, flow, flags or {}, thin)
-    if not own.runs_alike():
+    inlined_names = {names[module] for module in inlined}
+    own = OwnForward(owner, model, name, flow, flags or {}, inlined)
+    if not own.is_consistent():
         return []
     base = own.graph(())
     if base is None:
         return []
-    sums = _Sums(model, owner, name, base, flow, values, of_values, seen_through)
+    sums = _Sums(model, owner, name, base, flow, values, check_values, inlined_names)
     merged = sums.merge()
     # The text of a graph does not say `+=` as it was meant.
     if not merged or any(_is_augmented(node) for node in base.nodes):
         return []
 
     def merges_alike(graph: fx.Graph) -> bool:
-        other = _Sums(model, owner, name, graph, flow, dict(values), of_values, seen_through)
+        other = _Sums(model, owner, name, graph, flow, dict(values), check_values, inlined_names)
         return other.merge() == merged
 
-    if own.contexts:
-        reason = "its forward switches gradients, inference mode or autocast"
-    elif is_decorated(owner):
-        reason = "its forward is decorated, and what the decorator does is in no graph"
-    elif own.leaves_traces:
-        reason = "its forward changes something outside of the network"
-    elif switches := global_flags(owner):
-        reason = f"its forward reads {', '.join(switches)} of its Python module, which may change"
-    elif own.queries:
-        asked = ", ".join(sorted(own.queries))
-        reason = f"its forward asks torch for {asked}, whose answer may change"
-    else:
-        cases = own.cases(base, merges_alike)
-        if not isinstance(cases, str):
-            sums.write()
-            give_forward(owner, cases, own.fixed())
-            return merged
-        reason = cases
-    report.unmerged[name] = reason
-    return []
+    cases = _obstacle(own) or own.cases(base, merges_alike)
+    if isinstance(cases, str):
+        report.unmerged[name] = cases
+        return []
+    sums.write()
+    set_forward(owner, cases, own.fixed())
+    return merged
+
+
+def _takes_one_input(module: nn.Module) -> bool:
+    """Whether a module runs its class's forward, of one argument, and nothing else."""
+    plain_call = type(module).__call__ is nn.Module.__call__ or isinstance(module, fx.GraphModule)
+    if has_hooks(module) or not plain_call or "forward" in vars(module):
+        return False
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    return len(parameters) == 1 and parameters[0].kind is parameters[0].POSITIONAL_OR_KEYWORD
+
+
+def _obstacle(own: OwnForward) -> str | None:
+    """Why a graph does not show all that a forward does, or may do later."""
+    if own.switches_context:
+        return "its forward switches gradients, inference mode or autocast"
+    if is_decorated(own.owner):
+        return "its forward is decorated, and the graph does not show what the decorator does"
+    if own.has_side_effects:
+        return "its forward changes something outside of the network"
+    if switches := global_flags(own.owner):
+        return f"its forward reads {', '.join(switches)} of its Python module, which may change"
+    if own.queries:
+        return f"its forward calls {', '.join(sorted(own.queries))}, whose answer may change"
+    return None
 
 
 class _Sums:
@@ -175,8 +180,8 @@ class _Sums:
         graph: fx.Graph,
         flow: Dataflow,
         values: dict[str, Affine],
-        of_values: bool,
-        thin: set[str],
+        check_values: bool,
+        inlined: set[str],
     ) -> None:
         self.model = model
         self.owner = owner
@@ -184,8 +189,8 @@ class _Sums:
         self.graph = graph
         self.flow = flow
         self.values = values
-        self.of_values = of_values
-        self.thin = thin
+        self.check_values = check_values
+        self.inlined = inlined
         self.totals: dict[str, Affine] = {}
         self.absorbed: dict[nn.Module, nn.Module] = {}  # and what stands in their place
         self.order: dict[fx.Node, int] = {}
@@ -252,9 +257,9 @@ class _Sums:
                     terms.append(node)
         return nodes, terms
 
-    def _branch(self, term: fx.Node) -> Branch:
+    def _branch(self, term: fx.Node) -> Term:
         """Read one term; what is no branch is the identity of itself."""
-        itself = Branch(term, term, term)
+        itself = Term(term, term, term)
         node = term
         if self._is_check(node) and len(node.users) == 1:
             node = node.all_input_nodes[0]
@@ -269,10 +274,10 @@ class _Sums:
         calls = self.flow.calls.get(path, [])
         within = bool(calls) and all(self._is_own(call, path) for call in calls)
         known = read_geometry(module) is not None
-        known = known and foldable.refusal(module, values=self.of_values) is None
+        known = known and foldable.obstacle(module, values=self.check_values) is None
         if not within or not known or self.calls[module] != 1 or path in self.flow.reached:
             return itself
-        return Branch(term, source, node, module, path, step)
+        return Term(term, source, node, module, path, step)
 
     def _is_own(self, call: fx.Node, path: str) -> bool:
         """Whether a call stands in the forward itself, or in children that are seen through."""
@@ -280,7 +285,7 @@ class _Sums:
         if self.name not in callers:
             return False
         between = set(callers[callers.index(self.name) + 1 :]) - {path}
-        return between <= self.thin
+        return between <= self.inlined
 
     def _is_check(self, node: fx.Node) -> bool:
         """Whether a step only refuses inputs of the wrong rank."""
@@ -289,14 +294,14 @@ class _Sums:
             and type(self.owner.get_submodule(str(node.target))) is foldable.Rows
         )
 
-    def _compatible(self, group: list[Branch]) -> list[Branch]:
+    def _compatible(self, group: list[Term]) -> list[Term]:
         """Those that fit into the largest convolution of a group, which comes first."""
         convolutions = [b for b in group if isinstance(b.module, _ConvNd)]
         main = max(convolutions, key=_num_taps)
         fitting = [b for b in group if b is not main and self._kernel(b, main) is not None]
         return [main, *fitting]
 
-    def _kernel(self, branch: Branch, main: Branch) -> Affine | None:
+    def _kernel(self, branch: Term, main: Term) -> Affine | None:
         """A branch as a convolution of the main one's shape, in float64; None where it is none."""
         conv = main.module
         assert isinstance(conv, _ConvNd)
@@ -312,7 +317,7 @@ class _Sums:
         taps = [amount for pair in reversed(padding) for amount in pair]  # last dimension first
         return Affine(nn.functional.pad(small.kernel, taps), small.bias)
 
-    def _is_disturbed(self, root: fx.Node, nodes: set[fx.Node], group: list[Branch]) -> bool:
+    def _is_disturbed(self, root: fx.Node, nodes: set[fx.Node], group: list[Term]) -> bool:
         """Whether a value may be overwritten between its first use and the sum."""
         first = min(self.order[b.call] for b in group if b.module is not None)
         for node, position in self.order.items():
@@ -333,7 +338,7 @@ class _Sums:
         assert isinstance(node, fx.Node)
         return node in nodes or self._branch(node).module is not None
 
-    def _is_guarded(self, group: list[Branch]) -> bool:
+    def _is_guarded(self, group: list[Term]) -> bool:
         """Whether inputs are refused of which a BatchNorm would normalize another axis."""
         if any(b.module is not None and self._is_check(b.term) for b in group):
             return True
@@ -344,7 +349,7 @@ class _Sums:
                     return False
         return True
 
-    def _write(self, root: fx.Node, source: fx.Node, group: list[Branch]) -> fx.Node:
+    def _write(self, root: fx.Node, source: fx.Node, group: list[Term]) -> fx.Node:
         main = group[0]
         old = main.module
         assert isinstance(old, _ConvNd)
@@ -406,7 +411,7 @@ def _is_addition(node: fx.Node) -> bool:
     )
 
 
-def _num_taps(branch: Branch) -> int:
+def _num_taps(branch: Term) -> int:
     assert isinstance(branch.module, _ConvNd)
     return branch.module.weight[0, 0].numel()
 

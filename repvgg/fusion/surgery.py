@@ -22,7 +22,7 @@ def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
-def give_forward(owner: nn.Module, cases: Sequence[Case], fixed: dict[str, object]) -> None:
+def set_forward(owner: nn.Module, cases: Sequence[Case], fixed: dict[str, object]) -> None:
     """Make a module run graphs; all else of it, its class's methods too, stays.
 
     Its class becomes a subclass of the same name.

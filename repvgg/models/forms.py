@@ -12,10 +12,10 @@ from torch.nn.modules.conv import _ConvNd
 from repvgg import verify
 from repvgg.fusion.batchnorms import FusionReport
 from repvgg.fusion.copying import copied, plain_weights, require_images
+from repvgg.fusion.errors import in_a_line
 from repvgg.fusion.fuse import fuse_any
 from repvgg.fusion.normalizations import is_normalization
 from repvgg.fusion.surgery import put
-from repvgg.fusion.tracer import in_a_line
 from repvgg.models.block import QARepVGGBlock, RepVGGBlock
 from repvgg.models.network import RepVGG
 from repvgg.models.over_parameterize import RepVGGConv

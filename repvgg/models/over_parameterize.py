@@ -225,7 +225,7 @@ def _flows(model: nn.Module) -> list[dataflow.Dataflow]:
 
 def _is_step(module: nn.Module) -> bool:
     """As for fusing, and the blocks that are made here."""
-    return isinstance(module, RepVGGConv) or foldable.is_step(module)
+    return isinstance(module, RepVGGConv) or foldable.is_leaf(module)
 
 
 def _is_called_plainly(name: str, flow: dataflow.Dataflow) -> bool:
@@ -239,7 +239,7 @@ def _is_eligible(conv: nn.Conv2d) -> bool:
     stride, dilation, padding = conv.stride, conv.dilation, conv.padding
     return (
         foldable.is_linear(conv)
-        and foldable.refusal(conv, values=False) is None
+        and foldable.obstacle(conv, values=False) is None
         and conv.kernel_size == (KERNEL_SIZE, KERNEL_SIZE)
         and stride[0] == stride[1]
         and dilation[0] == dilation[1]
@@ -261,7 +261,7 @@ def _bn_behind(
     if set(flow.calls[behind]) != users:
         return None
     bn = modules[behind]
-    if not isinstance(bn, _BatchNorm) or foldable.refusal(bn, values=False) is not None:
+    if not isinstance(bn, _BatchNorm) or foldable.obstacle(bn, values=False) is not None:
         return None
     reading = read_normalization(bn)
     fits = isinstance(reading, Normalization) and reading.dims in (2, None)

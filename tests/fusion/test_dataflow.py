@@ -96,7 +96,7 @@ def test_parts_that_are_only_called_are_fused(network, fused):
     used = [pair for pair in report.fused if not _is_unused(network, pair[0])]
     assert len(used) >= fused
     assert relative_error(network(images(2, 4, 8, 8)), found(images(2, 4, 8, 8))) < 1e-12
-    assert report.untraced[""] == "it needs a value when it calls __float__"
+    assert report.untraced[""] == "it calls __float__ on a value"
 
 
 def _is_unused(network: nn.Module, name: str) -> bool:
@@ -336,7 +336,7 @@ class Caches(Pair):
 def test_what_a_forward_keeps_does_not_enter_the_next_graph():
     network = settle(Caches())
 
-    flow = dataflow.trace(network, foldable.is_step)
+    flow = dataflow.trace(network, foldable.is_leaf)
 
     for graph in flow.graphs:
         graph.lint()
@@ -370,10 +370,10 @@ def test_parts_that_do_not_run_are_fused_for_themselves():
 def test_the_dataflow_names_the_calls_and_the_reasons():
     network = settle(nn.Sequential(Calls(), Pair()))
 
-    flow = dataflow.trace(copy.deepcopy(network), foldable.is_step)
+    flow = dataflow.trace(copy.deepcopy(network), foldable.is_leaf)
 
     assert {"0.pair.conv", "0.seq.1", "1.bn"} <= set(flow.calls)
-    assert flow.untraced == {"0": "it needs a value when it calls __float__"}
+    assert flow.untraced == {"0": "it calls __float__ on a value"}
 
 
 @pytest.mark.parametrize("container", [nn.ModuleList([Pair()]), nn.ModuleDict({"a": Pair()})])

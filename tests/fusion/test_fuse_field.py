@@ -243,7 +243,7 @@ def asks_torch(self, x):
     [
         (adds_by_flag, {"both": True}, "depends on both"),
         (reads_global, {}, "reads SWITCH of its Python module"),
-        (asks_torch, {}, "asks torch for is_exporting()"),
+        (asks_torch, {}, "calls is_exporting()"),
     ],
 )
 def test_a_sum_that_something_decides_is_left_with_the_reason(forward, attributes, reason):
@@ -968,13 +968,13 @@ def test_images_of_a_wrong_shape_are_an_error():
 def test_a_wrong_fold_is_named_on_images(monkeypatch):
     from repvgg.fusion import foldable
 
-    absorb = foldable.absorb_behind
+    absorb = foldable.fold_following
 
     def wrong(value, found):
         kernel, bias = absorb(value, found)
         return type(value)(kernel * 1.001, bias)
 
-    monkeypatch.setattr(foldable, "absorb_behind", wrong)
+    monkeypatch.setattr(foldable, "fold_following", wrong)
 
     with pytest.raises(ValueError, match="the folded network gives something else on these images"):
         fuse_conv_bn(small(), X.float())

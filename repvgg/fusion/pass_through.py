@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
-from repvgg.fusion.kinds import is_finite_number, target_name
+from repvgg.fusion.kinds import either, is_finite_number, target_name
 
 _NOTHING = ("contiguous", "clone", "detach")
 _DROPOUTS = (
@@ -30,7 +30,7 @@ _MUL = (operator.mul, operator.imul, torch.mul)
 _DIV = (operator.truediv, operator.itruediv, torch.div)
 
 
-class Passing(NamedTuple):
+class PassThrough(NamedTuple):
     """y -> scale * y + shift, for each element.
 
     Attributes:
@@ -54,9 +54,9 @@ def source_of(node: fx.Node) -> fx.Node | None:
     return second if isinstance(second, fx.Node) else None
 
 
-def read_passing(
+def read_pass_through(
     node: fx.Node, channels: int, get_module: Callable[[fx.Node], nn.Module | None]
-) -> Passing | None:
+) -> PassThrough | None:
     """What a step does with a value of so many channels; None where that is more, or not known."""
     source = source_of(node)
     if source is None:
@@ -72,23 +72,23 @@ def read_passing(
         return _read_method(node, name, source, channels)
     if node.op != "call_function":
         return None
-    if name == "either":  # every way gives this value
+    if node.target is either:  # every way gives this value
         return None
     if name in _DROPOUTS:
-        return Passing() if _is_off(node) else None
+        return PassThrough() if _is_off(node) else None
     if name == "flatten" and node.target is torch.flatten:
         return _flatten(*_two(node.args[1:], node.kwargs))
     return _read_arithmetic(node)
 
 
-def _read_method(node: fx.Node, name: str, source: fx.Node, channels: int) -> Passing | None:
+def _read_method(node: fx.Node, name: str, source: fx.Node, channels: int) -> PassThrough | None:
     rest = node.args[1:]
     if name in _NOTHING and not rest and not node.kwargs:
-        return Passing()
+        return PassThrough()
     if name in _CASTS and not rest and not node.kwargs:
-        return Passing(dtype=_CASTS[name])
+        return PassThrough(dtype=_CASTS[name])
     if name == "to" and len(rest) == 1 and isinstance(rest[0], torch.dtype) and not node.kwargs:
-        return Passing(dtype=rest[0])
+        return PassThrough(dtype=rest[0])
     if name == "flatten":
         return _flatten(*_two(rest, node.kwargs))
     if name in ("view", "reshape") and not node.kwargs:
@@ -96,9 +96,9 @@ def _read_method(node: fx.Node, name: str, source: fx.Node, channels: int) -> Pa
         if len(sizes) < 2 or not _is_size(sizes[0], source, 0):
             return None
         if len(sizes) == 2 and (sizes[1] == -1 or sizes[1] == channels):
-            return Passing(ndim=2)
+            return PassThrough(ndim=2)
         if _is_size(sizes[1], source, 1) or sizes[1] == channels:
-            return Passing(ndim=len(sizes))
+            return PassThrough(ndim=len(sizes))
     if name in ("mul", "mul_", "div", "div_", "add", "add_", "sub", "sub_") and len(rest) == 1:
         if node.kwargs or not is_finite_number(rest[0]):
             return None
@@ -106,9 +106,9 @@ def _read_method(node: fx.Node, name: str, source: fx.Node, channels: int) -> Pa
     return None
 
 
-def _read_arithmetic(node: fx.Node) -> Passing | None:
+def _read_arithmetic(node: fx.Node) -> PassThrough | None:
     if node.target is operator.neg:
-        return Passing(scale=-1.0)
+        return PassThrough(scale=-1.0)
     if node.kwargs or len(node.args) != 2:
         return None
     first, second = node.args
@@ -117,28 +117,28 @@ def _read_arithmetic(node: fx.Node) -> Passing | None:
     if name is None:
         return None
     if first is second:
-        return Passing(scale=2.0) if name == "add" else None
+        return PassThrough(scale=2.0) if name == "add" else None
     if isinstance(first, fx.Node) and is_finite_number(second):
         return _affine(name, float(second))
     if isinstance(second, fx.Node) and is_finite_number(first):
         if name == "sub":
-            return Passing(scale=-1.0, shift=float(first))
+            return PassThrough(scale=-1.0, shift=float(first))
         return None if name == "div" else _affine(name, float(first))
     return None
 
 
-def _affine(name: str, number: float) -> Passing | None:
+def _affine(name: str, number: float) -> PassThrough | None:
     if name in ("mul", "div"):
         if number == 0:
             return None
-        return Passing(scale=number if name == "mul" else 1 / number)
-    return Passing(shift=number if name == "add" else -number)
+        return PassThrough(scale=number if name == "mul" else 1 / number)
+    return PassThrough(shift=number if name == "add" else -number)
 
 
-def _flatten(start: object, end: object) -> Passing | None:
+def _flatten(start: object, end: object) -> PassThrough | None:
     if end != -1 or not isinstance(start, int) or start not in (1, 2):
         return None
-    return Passing(ndim=start + 1)
+    return PassThrough(ndim=start + 1)
 
 
 def _two(args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[object, object]:

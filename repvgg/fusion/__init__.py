@@ -1,7 +1,7 @@
-"""Fold BatchNorms into convolutions, and merge parallel branches, in any network.
+"""Folds BatchNorms into convolutions and merges parallel branches, in any network.
 
-`tracer` follows a network's forward, `dataflow` finds its layers, `batchnorms` and `sums` change
-them, `fuse` does all of it.
+`fuse` is the entry. `tracer` traces a forward, `dataflow` finds which module feeds which,
+`batchnorms` folds and `sums` merges.
 """
 
 from repvgg.fusion.batchnorms import FusionReport

@@ -1,4 +1,4 @@
-"""What an object of any class holds, read without running its code."""
+"""Attributes of objects of any class, which may lack them."""
 
 import inspect
 from collections.abc import Mapping
@@ -11,23 +11,23 @@ class _Missing:
     """The type of `MISSING`."""
 
 
-MISSING: Final = _Missing()  # in place of an attribute that is not there
+MISSING: Final = _Missing()  # stands for an attribute that an object lacks
 
 
 @runtime_checkable
 class Wrapper(Protocol):
-    """What a decorator made with functools.wraps, and the function inside of it."""
+    """A function that a decorator returned, with the original inside (functools.wraps)."""
 
     __wrapped__: object
 
 
 def stored(owner: object, name: str) -> object:
-    """An attribute as it is stored, without running a property or `__getattr__`, or `MISSING`."""
+    """An attribute as stored, or `MISSING`. No property and no `__getattr__` runs."""
     return inspect.getattr_static(owner, name, MISSING)
 
 
 def attributes_of(value: object) -> Mapping[str, object]:
-    """What an object holds in its `__dict__`; one with slots, or of C, has none."""
+    """The `__dict__` of an object, empty for objects without one."""
     try:
         return vars(value)
     except TypeError:
@@ -35,17 +35,17 @@ def attributes_of(value: object) -> Mapping[str, object]:
 
 
 def has_attribute(module: nn.Module, name: str) -> bool:
-    """Whether the code of a module would find an attribute, as its own `hasattr` does."""
+    """Whether a forward that calls `hasattr(self, name)` finds the attribute."""
     return hasattr(module, name)
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor | None:
-    """A tensor that a module of any class may have, be it a weight, a buffer or a property."""
+    """A parameter, buffer or other tensor of a module, None if the module has no such tensor."""
     value = getattr(module, name, None)
     return value if isinstance(value, Tensor) else None
 
 
 def has_trainable_bias(module: nn.Module | None) -> bool:
-    """Whether a module has a bias that takes gradients."""
+    """Whether a module has a bias that requires gradients."""
     bias = None if module is None else module._parameters.get("bias")
     return bias is not None and bias.requires_grad

@@ -1,4 +1,4 @@
-"""Normalizations are folded, one by one, into the convolutions that feed them or that they feed."""
+"""Folds BatchNorms, one by one, into the convolutions before or after them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -20,16 +20,16 @@ from repvgg.reparam import Affine
 
 @dataclass(frozen=True)
 class FusionReport:
-    """What `fuse_conv_bn` did. Modules are known by their names in the network.
+    """What `fuse_conv_bn` did. Modules are identified by their names in the network.
 
     Attributes:
-        fused: pairs of a convolution or linear layer and a normalization, in the order in which
-            they ran; they are one module now, under the name of the convolution.
-        merged: convolutions and what was added to them, one module now, which has the first name.
-        kept: every normalization that is left, and why.
-        unmerged: modules whose forward adds branches that one convolution could replace, and why
-            they are left.
-        untraced: modules whose forward could not be followed, and why; inside them less is fused.
+        fused: pairs of a convolution or linear layer and a normalization, in execution order.
+            Each pair is one module now, under the name of the layer.
+        merged: convolutions and the branches added to them. Each group is one module now, under
+            the first name.
+        kept: every normalization that was not folded, and why.
+        unmerged: modules whose forward adds branches that were not merged, and why.
+        untraced: modules whose forward could not be traced, and why. Less is folded inside them.
     """
 
     fused: list[tuple[str, str]] = field(default_factory=list)
@@ -40,20 +40,21 @@ class FusionReport:
 
     @property
     def moved(self) -> set[str]:
-        """Modules whose own outputs are others than before, as another one does their part."""
+        """Modules whose outputs changed, because another module does part of their work."""
         moved = {name for names in self.merged for name in names}
         for place, (first, second) in enumerate(self.fused):
             moved.add(first)
             if any(first == later for later, _ in self.fused[place + 1 :]):
-                moved.add(second)  # one BatchNorm behind another
+                moved.add(second)  # one BatchNorm after another
         return moved
 
 
 class Folding:
-    """Folds pairs until no more can be. Kernels stay in float64, and are rounded when written.
+    """Folds pairs until no more can be. Kernels stay in float64 and are rounded when written.
 
     Args:
-        values: what was folded before, in float64, by the name of its module; it is added to.
+        values: kernels in float64 of layers that were folded before, by name. It is extended.
+        check_values: whether the numbers matter, or only the architecture (meta device).
     """
 
     def __init__(
@@ -72,15 +73,16 @@ class Folding:
         self.check_values = check_values
         self.values = values
         self.changed: set[str] = set()
-        self.trains: dict[str, bool] = {}  # whether the bias of a normalization took gradients
+        self.trains: dict[str, bool] = {}  # whether the folded normalization has a trainable bias
 
     def run(self) -> None:
+        """Fold what can be folded, and write the kernels."""
         pending = [name for name, m in self.modules.items() if is_normalization(m)]
         readings = {name: read_normalization(self.modules[name]) for name in pending}
         progress = True
         while progress:
             progress = False
-            for fold in (self._fold_behind, self._fold_before):
+            for fold in (self._fold_into_inputs, self._fold_into_output):
                 for name in list(pending):
                     found = readings[name]
                     reason = found if isinstance(found, str) else self._obstacle(name)
@@ -90,15 +92,15 @@ class Folding:
                         pending.remove(name)
                         self.report.kept.pop(name, None)
                         progress = True
-                    elif fold == self._fold_behind:
+                    elif fold == self._fold_into_inputs:
                         self.report.kept[name] = reason
         for name in self.changed:
             module = self.modules[name]
             assert foldable.is_linear(module)
             foldable.write(module, self.values[name], self.trains.get(name, False))
 
-    def _fold_behind(self, name: str, found: Normalization) -> str | None:
-        """Fold a normalization into all that feeds it; or why not."""
+    def _fold_into_inputs(self, name: str, found: Normalization) -> str | None:
+        """Fold a normalization into all layers before it, or return why not."""
         calls = self.flow.calls.get(name, [])
         if name in self.flow.reached:
             return self.flow.reached[name]
@@ -115,32 +117,32 @@ class Folding:
             if feed is None or source is None or not isinstance(module, nn.Linear | _ConvNd):
                 return self._not_a_layer(given if feed is None else [feed.origin])
             if not foldable.is_linear(module):
-                return f"{source}: {self._obstacle(source) or 'it has code of its own'}"
+                return f"{source}: {self._obstacle(source) or 'its class overrides code of torch'}"
             feeds.setdefault(source, []).append(feed)
         values = {}
         ndims = set()
-        for source, ways in feeds.items():
+        for source, routes in feeds.items():
             module = self.modules[source]
             assert foldable.is_linear(module)
-            reason = self._output_obstacle(source, ways) or self._mismatch(
-                module, found, ndim=ways[0].ndim
+            reason = self._output_obstacle(source, routes) or self._mismatch(
+                module, found, ndim=routes[0].ndim
             )
             if reason is not None:
                 return f"{source}: {reason}"
-            if len({feed.passing for feed in ways}) > 1:
+            if len({feed.passing for feed in routes}) > 1:
                 return f"{source}: its outputs are scaled or reshaped in several ways"
-            passing = ways[0].passing
+            passing = routes[0].passing
             if passing.ndim is not None and isinstance(module, nn.Linear):
-                return f"{source}: its output is reshaped, whatever its axes are"
+                return f"{source}: its output is reshaped, but its number of axes is unknown"
             if passing.dtype not in (None, module.weight.dtype):
                 return f"{source}: its output is cast to {passing.dtype}"
             ndims.add(passing.ndim or self._ndim(module))
-            # The steps in between stay: what goes in must give, behind them, what was normalized.
+            # The nodes in between stay: p(inner(y)) = norm(p(y)) for their scale and shift p.
             shift = found.scale * passing.shift + found.shift - passing.shift
             inner = replace(found, shift=shift / passing.scale)
             value = foldable.fold_following(self._value(source), inner)
             if not foldable.fits(module, value):
-                return f"{source}: the folded numbers overflow {module.weight.dtype}"
+                return f"{source}: the folded weights overflow {module.weight.dtype}"
             values[source] = value
         if len(ndims) > 1:
             return "it is fed by convolutions of different dimensions"
@@ -148,56 +150,56 @@ class Folding:
         return None
 
     def _is_an_attribute(self, node: fx.Node) -> bool:
-        """Whether a number in a step may be an attribute of its module, which may change."""
+        """Whether a constant of a node may be an attribute of its module, which may change."""
         numbers = [value for value in node.args if isinstance(value, int | float)]
         home = self.modules[list(self.flow.callers[node])[-1]]
         held = [value for value in plain_attributes(home).values() if type(value) in (int, float)]
         return any(number == value for number in numbers for value in held)
 
     def _not_a_layer(self, nodes: list[fx.Node]) -> str:
-        fed = self._describe(nodes)
+        shown = self._names(nodes)
         names = [target_name(node) for node in nodes if node.op == "call_function"]
         if any(name.startswith("conv") or name in ("linear", "addmm") for name in names):
             return (
-                f"it is fed by {fed}, called as a function: only the weights of a layer "
+                f"it is fed by {shown}, called as a function: only the weights of a layer "
                 "(nn.Conv2d, nn.Linear) can be changed"
             )
-        return f"it is fed by {fed}, which is no convolution or linear layer"
+        return f"it is fed by {shown}, which is no convolution or linear layer"
 
     def _trace_back(self, call: fx.Node, channels: int) -> "_Feed | None":
-        """From a normalization to the layer that feeds it, past steps that do nothing."""
+        """Go from a normalization back to the layer before it, past nodes that pass values on."""
         total = PassThrough()
-        behind, node = call, call.all_input_nodes[0]
+        user, node = call, call.all_input_nodes[0]
 
-        def get_module(step: fx.Node) -> nn.Module | None:
-            name = self.flow.called(step)
+        def get_module(node: fx.Node) -> nn.Module | None:
+            name = self.flow.called(node)
             return None if name is None else self.modules[name]
 
         while True:
             name = self.flow.called(node)
             if name is not None and isinstance(self.modules.get(name), nn.Linear | _ConvNd):
-                return _Feed(node, behind, total)
-            step = read_pass_through(node, channels, get_module)
+                return _Feed(node, user, total)
+            passing = read_pass_through(node, channels, get_module)
             source = source_of(node)
-            may_change = step not in (None, PassThrough()) and self._is_an_attribute(node)
-            if step is None or source is None or may_change or dataflow.uses(node) != [behind]:
-                return _Feed(node, behind, total) if total == PassThrough() else None
-            if None not in (step.dtype, total.dtype) and step.dtype != total.dtype:
+            may_change = passing not in (None, PassThrough()) and self._is_an_attribute(node)
+            if passing is None or source is None or may_change or dataflow.uses(node) != [user]:
+                return _Feed(node, user, total) if total == PassThrough() else None
+            if None not in (passing.dtype, total.dtype) and passing.dtype != total.dtype:
                 return None
-            # Later steps come first here: total(step(y)).
+            # Later nodes come first here: total(passing(y)).
             total = PassThrough(
-                total.scale * step.scale,
-                total.scale * step.shift + total.shift,
-                total.ndim or step.ndim,
-                total.dtype or step.dtype,
+                total.scale * passing.scale,
+                total.scale * passing.shift + total.shift,
+                total.ndim or passing.ndim,
+                total.dtype or passing.dtype,
             )
-            behind, node = node, source
+            user, node = node, source
 
-    def _fold_before(self, name: str, found: Normalization) -> str | None:
-        """Fold a normalization into the one that it feeds; or why not."""
+    def _fold_into_output(self, name: str, found: Normalization) -> str | None:
+        """Fold a normalization into the layer after it, or return why not."""
         calls = self.flow.calls.get(name, [])
         if name in self.flow.reached or not calls or found.tail or found.dtype is not None:
-            return "it cannot be folded into what is behind it"
+            return "it cannot be folded into the layer after it"
         targets: dict[str, None] = {}
         for call in calls:
             users = dataflow.uses(call)
@@ -206,34 +208,34 @@ class Folding:
             names = {self.flow.called(user) for user in users}
             target = names.pop() if len(names) == 1 else None
             if target is None or not foldable.is_linear(self.modules[target]):
-                return "it does not feed a convolution alone"
+                return "its output is not used by a convolution alone"
             if any(self._is_overwritten_between(call, user) for user in users):
-                return "something in between may work in place"
+                return "a node in between may overwrite its input"
             targets[target] = None
         if len(targets) > 1:
-            return "it feeds several convolutions"
+            return "its output is used by several convolutions"
         (target,) = targets
         module = self.modules[target]
         assert foldable.is_linear(module)
         fed = {user for call in calls for user in dataflow.uses(call)}
         if target in self.flow.reached or self._obstacle(target) is not None:
-            return "the convolution may not be changed"
+            return "the convolution cannot be folded"
         if set(self.flow.calls[target]) != fed or foldable.pads_with_zeros(module):
             return "the convolution has other inputs, or pads its border with zeros"
         if self._mismatch(module, found, foldable.in_channels(module)) is not None:
             return "the convolution does not fit"
         value = foldable.fold_preceding(module, self._value(target), found)
         if not foldable.fits(module, value):
-            return "the folded numbers overflow"
+            return "the folded weights overflow"
         ndim = self._ndim(module)
         self._replace(name, found, calls, {target: value}, ndim, [(name, target)])
         return None
 
-    def _output_obstacle(self, source: str, ways: "list[_Feed]") -> str | None:
-        """Why the output of a convolution may not be changed."""
+    def _output_obstacle(self, source: str, routes: "list[_Feed]") -> str | None:
+        """Why the output of a convolution cannot change, or None."""
         if source in self.flow.reached:
             return self.flow.reached[source]
-        expected = {feed.behind for feed in ways}
+        expected = {feed.user for feed in routes}
         others = {
             user
             for call in self.flow.calls[source]
@@ -241,14 +243,14 @@ class Folding:
             if user not in expected
         }
         if others:
-            return f"its output is also used by {self._describe(others)}"
+            return f"its output is also used by {self._names(others)}"
         return self._obstacle(source)
 
     def _obstacle(self, name: str) -> str | None:
         return foldable.obstacle(self.modules[name], values=self.check_values)
 
     def _is_overwritten_between(self, first: fx.Node, last: fx.Node) -> bool:
-        """Whether the input of the first step may have changed when the last one runs."""
+        """Whether the input of the first node may have changed when the last one runs."""
         node = first.next
         while node is not last:
             called = self.flow.called(node)
@@ -266,7 +268,7 @@ class Folding:
         channels: int | None = None,
         ndim: int | None = None,
     ) -> str | None:
-        """Why a normalization does not work on the channels of a convolution."""
+        """Why a normalization does not fit a convolution, or None."""
         if channels is None:
             channels = foldable.out_channels(module)
         dims = foldable.dimensions(module) if ndim is None else ndim - 2
@@ -293,7 +295,7 @@ class Folding:
         self.changed |= values.keys()
         self.report.fused.extend(pairs)
         old = self.modules[name]
-        for source in values:  # a bias that the layer had not is the one of the normalization
+        for source in values:  # a new bias of the layer replaces that of the normalization
             self.trains[source] = self.trains.get(source, False) or has_trainable_bias(old)
         self.modules[name] = foldable.replacement(old, found, ndim)
         put(self.model, old, self.modules[name])
@@ -311,19 +313,19 @@ class Folding:
         assert foldable.is_linear(module)
         return 2 + foldable.dimensions(module)
 
-    def _describe(self, nodes: Iterable[fx.Node]) -> str:
-        """The steps, for the reader."""
+    def _names(self, nodes: Iterable[fx.Node]) -> str:
+        """The nodes as text for a message."""
         shown = set()
         for node in nodes:
             if node.target is either:
-                ways = sorted({self.flow.called(n) or _kind(n) for n in node.all_input_nodes})
-                shown.add(f"{' or '.join(ways)} (a flag or condition decides)")
+                inputs = sorted({self.flow.called(n) or _text(n) for n in node.all_input_nodes})
+                shown.add(f"{' or '.join(inputs)} (a flag or condition decides)")
             else:
-                shown.add(self.flow.called(node) or _kind(node))
+                shown.add(self.flow.called(node) or _text(node))
         return ", ".join(sorted(shown)) or "nothing"
 
 
-def _kind(node: fx.Node) -> str:
+def _text(node: fx.Node) -> str:
     if node.op == "placeholder":
         return f"the input {node.target}"
     if node.op == "output":
@@ -331,7 +333,7 @@ def _kind(node: fx.Node) -> str:
     if node.target is either:
         return "one of several values (a flag or condition decides which)"
     if node.target is other_output:
-        return "what the forward gives when a flag is set"
+        return "the output of the forward when a flag is set"
     name = target_name(node)
     return f"{name}()" if node.op in ("call_function", "call_method") else name
 
@@ -340,13 +342,13 @@ class _Feed(NamedTuple):
     """How the output of a layer reaches a normalization.
 
     Attributes:
-        origin: the step that calls the layer.
-        behind: the first step that takes its output.
-        passing: what the steps in between do.
+        origin: the node that calls the layer.
+        user: the first node that takes its output.
+        passing: the scale and shift of the nodes in between.
     """
 
     origin: fx.Node
-    behind: fx.Node
+    user: fx.Node
     passing: PassThrough
 
     @property

@@ -1,6 +1,7 @@
-"""What the byte code of a forward says: what it calls, compares and reads.
+"""What the bytecode of a forward calls, compares and reads.
 
-What no proxy can notice (`x is y`) is found here. Read is a forward and what it calls of its class.
+Proxies cannot notice `x is y`; the bytecode shows it. All functions here read the forward of a
+class and the methods that it calls.
 """
 
 import ast
@@ -19,7 +20,7 @@ from repvgg.fusion.attributes import Wrapper, stored
 
 
 def functions_of(cls: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType]]:
-    """A forward and what it calls of its class, as they are called."""
+    """The forward and the methods that it calls, by name, with their decorators."""
     todo, seen = ["forward"], set()
     while todo:
         name = todo.pop()
@@ -37,22 +38,22 @@ def functions_of(cls: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType
 
 
 def _codes(function: types.FunctionType) -> list[types.CodeType]:
-    """The code of a function, and of those inside of it."""
+    """The code of a function and of the functions defined in it."""
     found = [function.__code__]
-    for code in found:  # it grows
+    for code in found:  # the list grows meanwhile
         found += [const for const in code.co_consts if inspect.iscode(const)]
     return found
 
 
 def instructions_of(cls: type[nn.Module]) -> Iterator[list[dis.Instruction]]:
-    """The byte code of a forward and of what it calls of its class."""
+    """The instructions of the forward and of the methods that it calls."""
     for _, function in functions_of(cls):
         for code in _codes(inspect.unwrap(function)):
             yield list(dis.get_instructions(code))
 
 
 def names_argument(module: nn.Module, name: str) -> bool:
-    """Whether a forward does anything with one of its arguments."""
+    """Whether a forward uses one of its arguments."""
     return any(
         name
         in (instruction.argval if isinstance(instruction.argval, tuple) else [instruction.argval])
@@ -63,9 +64,9 @@ def names_argument(module: nn.Module, name: str) -> bool:
 
 
 def compares_identities(module: nn.Module) -> bool:
-    """Whether a forward asks if two variables are the same object, or matches the parts of one.
+    """Whether a forward compares two variables by identity, or uses a `match` statement.
 
-    Proxies cannot refuse that.
+    A proxy cannot notice either.
     """
     return _compares_identities(type(module))  # type: ignore[arg-type]  # see code_of
 
@@ -82,7 +83,7 @@ def _compares_identities(cls: type[nn.Module]) -> bool:
 
 
 def compares_with_none(module: nn.Module) -> bool:
-    """Whether a forward compares a variable with None: a proxy never is, a value may be."""
+    """Whether a forward compares a variable with None. A proxy never is None; a value may be."""
     return _compares_with_none(type(module))  # type: ignore[arg-type]  # see code_of
 
 
@@ -91,16 +92,16 @@ def _compares_with_none(cls: type[nn.Module]) -> bool:
     for instructions in instructions_of(cls):
         for i, instruction in enumerate(instructions):
             operand = i - 1 if instruction.opname.endswith("NONE") else i - 2
-            asks = instruction.opname == "IS_OP" or (
+            compares = instruction.opname == "IS_OP" or (
                 "JUMP" in instruction.opname and instruction.opname.endswith("NONE")
             )
-            if asks and instructions[operand].opname.startswith("LOAD_FAST"):
+            if compares and instructions[operand].opname.startswith("LOAD_FAST"):
                 return True
     return False
 
 
 def is_decorated(module: nn.Module) -> bool:
-    """Whether a forward, or a method that it uses, is wrapped in other code."""
+    """Whether a decorator wraps the forward or a method that it calls."""
     return not isinstance(module, fx.GraphModule) and any(
         isinstance(function, Wrapper) or any(map(_is_function, _enclosed(function)))
         for _, function in functions_of(type(module))
@@ -108,7 +109,7 @@ def is_decorated(module: nn.Module) -> bool:
 
 
 def _enclosed(function: types.FunctionType) -> list[object]:
-    """Values from outside of a function, those of `super()` apart."""
+    """Variables of a closure, except `__class__`, which `super()` uses."""
     variables = inspect.getclosurevars(function).nonlocals
     return [value for name, value in variables.items() if name != "__class__"]
 
@@ -124,7 +125,7 @@ _REPORTS = {
 
 
 def in_message(frame: types.FrameType) -> bool:
-    """Whether code makes a text for a reader: of an exception, an assertion, a log, a print."""
+    """Whether code builds the text of an exception, an assertion, a log entry or a print."""
     code = frame.f_code
     line, end, column, end_column = list(code.co_positions())[frame.f_lasti // 2]
     if line is None or end is None or column is None or end_column is None:
@@ -138,7 +139,7 @@ def in_message(frame: types.FrameType) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _reports(path: str) -> list[ast.expr | ast.Assert]:
-    """The expressions of a file whose values are for a reader."""
+    """The expressions of a file that build messages."""
     try:
         tree = ast.parse("".join(linecache.getlines(path)))
     except SyntaxError:
@@ -163,17 +164,17 @@ def _name(function: ast.expr) -> str:
 
 
 class Code(NamedTuple):
-    """What the byte code of a forward says of attributes.
+    """How a forward uses attributes.
 
     Attributes:
-        names: of attributes, also those that stand as texts (`getattr(self, "deploy", False)`).
-        compared: attributes that are compared with constants, and those.
-        indices: attributes by which something is indexed.
-        switches: truth values of the Python module that are read.
-        probed: names that `getattr` or `hasattr` looks for.
+        names: of all attributes, string constants included (`getattr(self, "deploy", False)`).
+        compared: attributes that are compared with constants, and the constants.
+        indices: attributes that are used as an index.
+        switches: booleans of the Python module that are read.
+        probed: names in calls of `getattr` and `hasattr`.
         tests: whether anything is compared or tested.
-        properties: that its class has and that are read.
-        passes_itself: whether the module is given to other code.
+        properties: of the class that are read.
+        passes_itself: whether `self` is passed to other code.
         children: attributes of attributes, (first, second).
     """
 
@@ -189,8 +190,8 @@ class Code(NamedTuple):
 
 
 def code_of(module: nn.Module) -> Code:
-    """Read the byte code of a forward."""
-    return _code_of(type(module))  # type: ignore[arg-type]  # mypy holds no class for hashable
+    """How the forward of a module uses attributes."""
+    return _code_of(type(module))  # type: ignore[arg-type]  # mypy takes no class as hashable
 
 
 @functools.lru_cache(maxsize=4096)
@@ -251,14 +252,14 @@ def _code_of(cls: type[nn.Module]) -> Code:
 
 
 def _is_passed(itself: str, instructions: list[dis.Instruction]) -> bool:
-    """Whether `self` is loaded for something else than one of its attributes."""
+    """Whether `self` is loaded for anything but an attribute."""
     used = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR", "LOAD_SUPER_ATTR")
     for place, instruction in enumerate(instructions[:-1]):
         loads = instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
         if not loads or instruction.argval != itself:
             continue
         before = {i.argval for i in instructions[max(0, place - 2) : place]}
-        asked = before & {"hasattr", "getattr", "super", "isinstance"}
-        if instructions[place + 1].opname not in used and not asked:
+        looks_up = before & {"hasattr", "getattr", "super", "isinstance"}
+        if instructions[place + 1].opname not in used and not looks_up:
             return True
     return False

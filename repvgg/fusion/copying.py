@@ -1,8 +1,8 @@
-"""Copies of networks: what every function here that gives back a changed network changes.
+"""Copies of networks, where `copy.deepcopy` fails or loses something.
 
-`copy.deepcopy` fails on a tensor that an earlier forward left in a network, on a lock or an open
-file, loses the modes and graphs of torchvision's feature extractors, and copies what a
-`DistributedDataParallel` holds for its own use. `copied` does none of that.
+`copy.deepcopy` fails on a tensor that an earlier forward left in a network, on a lock and on an
+open file. It loses the modes and graphs of torchvision's feature extractors, and copies the buckets
+of a `DistributedDataParallel`.
 """
 
 import copy
@@ -31,14 +31,17 @@ _CONTAINERS = (list, tuple, set, frozenset, deque)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside `DistributedDataParallel` and `torch.compile`, nested or not."""
+    """The network inside `DistributedDataParallel` and `torch.compile`, nested or not.
+
+    `DataParallel` stays around the network, so that the copy runs on several devices too.
+    """
     while not isinstance(model, nn.DataParallel) and (inner := inside_wrapper(model)) is not None:
         model = inner
     return model
 
 
 def inside_wrapper(module: nn.Module) -> nn.Module | None:
-    """The network inside a wrapper of torch that only decides how it runs."""
+    """The network in a wrapper of torch that only determines how it runs; None for no wrapper."""
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return module._modules["module"]
     if type(module).__name__ == "OptimizedModule":
@@ -47,35 +50,35 @@ def inside_wrapper(module: nn.Module) -> nn.Module | None:
 
 
 def require_network(model: object) -> None:
-    """Raise a ValueError where something else is given than an nn.Module."""
+    """Raise a ValueError unless `model` is an nn.Module."""
     if not isinstance(model, nn.Module):
         what = model.__name__ if isinstance(model, type) else type(model).__name__
-        raise ValueError(f"given was {what}, which is no network: pass an instance of nn.Module")
+        raise ValueError(f"model is a {what}, which is no network: pass an instance of nn.Module")
 
 
 def require_images(images: object) -> None:
-    """Raise a ValueError where something else is given than a tensor of finite numbers, or None."""
+    """Raise a ValueError unless `images` is None or a tensor of finite numbers."""
     if images is None:
         return
     if not isinstance(images, Tensor):
         raise ValueError(
-            f"images is a {type(images).__name__}: pass a tensor as the network takes it, such as "
+            f"images is a {type(images).__name__}: pass an input tensor of the network, such as "
             "(N, C, H, W)"
         )
     if images.is_floating_point() and not images.isfinite().all():
-        raise ValueError("images holds NaN or infinite values, on which nothing can be compared")
+        raise ValueError("images contains NaN or inf, on which no outputs can be compared")
 
 
 def copied(model: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
     """Copy a network, with its modes, memory formats and tied weights.
 
-    `DistributedDataParallel` and `torch.compile` are taken off first. Tensors that an earlier
-    forward left in the network are detached. What cannot be copied (locks, open files, generators,
-    process groups) is shared with the original. All tensors of the copy are normal ones, under
-    `torch.inference_mode()` too.
+    `DistributedDataParallel` and `torch.compile` are removed first. Tensors that an earlier forward
+    left in the network are detached. The copy shares what cannot be copied: locks, open files,
+    generators, process groups. No tensor of the copy is an inference tensor, even under
+    `torch.inference_mode()`.
 
     Args:
-        memo: of `copy.deepcopy`: what is to be taken for an object, by its id. It is not changed.
+        memo: as for `copy.deepcopy`: replacements of objects, by their ids. It is not changed.
 
     Raises:
         ValueError: a lazy module was never initialized, or the network cannot be copied.
@@ -91,7 +94,7 @@ def copied(model: nn.Module, memo: dict[int, object] | None = None) -> nn.Module
             if any(isinstance(t, UninitializedBuffer | UninitializedParameter) for t in tensors):
                 raise ValueError(
                     f"{name or type(model).__name__}, a {type(module).__name__}, has weights that "
-                    "are not initialized: run the network once on images before it is copied"
+                    "are not initialized: run the network once on images first"
                 )
             for value in tree_leaves(list(vars(module).values())):
                 if isinstance(value, Tensor):
@@ -113,7 +116,7 @@ def copied(model: nn.Module, memo: dict[int, object] | None = None) -> nn.Module
 
 
 def _detach(tensor: Tensor, memo: dict[int, object]) -> None:
-    """Have a normal tensor without history take the place of one that cannot be copied."""
+    """Replace a tensor with a history, or an inference tensor, by a plain one."""
     if tensor.grad_fn is not None:
         memo.setdefault(id(tensor), tensor.detach().clone())
     elif tensor.is_inference() and id(tensor) not in memo:
@@ -131,7 +134,7 @@ def _deepcopy(model: nn.Module, memo: dict[int, object]) -> nn.Module:
 
 
 def _copy_graph_module(module: fx.GraphModule, memo: dict[int, object]) -> None:
-    """Copy all attributes and every graph. The class's own `__deepcopy__` takes one graph alone.
+    """Copy all attributes and every graph. `GraphModule.__deepcopy__` copies only one graph.
 
     torchvision's feature extractors have two, and swap them in `train` and `eval`.
     """
@@ -145,7 +148,7 @@ def _copy_graph_module(module: fx.GraphModule, memo: dict[int, object]) -> None:
 
 
 def _share(model: nn.Module, memo: dict[int, object]) -> None:
-    """Find what cannot be copied in the attributes of modules, and let a copy hold the same."""
+    """Let the copy share all attributes of modules that cannot be copied."""
     trial = dict(memo)
     for module in model.modules():
         trial[id(module)] = module
@@ -194,11 +197,11 @@ def _can_be_copied(value: object, memo: dict[int, object]) -> bool:
 
 @torch.no_grad()
 def plain_weights(model: nn.Module) -> None:
-    """Make weights that are computed from others permanent, in place.
+    """Replace weights that are computed from others by their values, in place.
 
-    They take the value of the next forward in eval mode: pruning (`torch.nn.utils.prune`), weight
-    and spectral normalization, old and new, and any `torch.nn.utils.parametrize`. What they were
-    computed from goes; `requires_grad` stays, and so do all other hooks.
+    These are pruned weights (`torch.nn.utils.prune`), weight and spectral normalization, old and
+    new, and any `torch.nn.utils.parametrize`. They get the value of the next forward in eval mode.
+    `requires_grad` and all other hooks stay.
     """
     with torch.inference_mode(False), torch.no_grad():
         for module in model.modules():
@@ -211,12 +214,12 @@ def plain_weights(model: nn.Module) -> None:
 
 
 def computes_weights(hook: object) -> TypeGuard[WeightHook]:
-    """Whether a hook in front of a forward is one of those that `plain_weights` removes."""
+    """Whether a forward pre-hook is one of those that `plain_weights` removes."""
     return isinstance(hook, WeightHook)
 
 
 def has_computed_weights(module: nn.Module) -> bool:
-    """Whether `plain_weights` would change a module (not what is inside it)."""
+    """Whether `plain_weights` would change a module, apart from its children."""
     hooks = module._forward_pre_hooks.values()
     return parametrize.is_parametrized(module) or any(map(computes_weights, hooks))
 
@@ -245,7 +248,7 @@ def present_value(module: nn.Module, name: str) -> Tensor | None:
 def _remove_parametrizations(module: nn.Module) -> None:
     if not parametrize.is_parametrized(module):
         return
-    # torch.nn.utils.parametrize.remove_parametrizations takes the weight from the class, which
+    # torch.nn.utils.parametrize.remove_parametrizations deletes the weight from the class, which
     # copies share, and writes into the original, which may be tied to another layer.
     lists = module.get_submodule("parametrizations").eval()
     values = {name: getattr(module, name).detach().clone() for name, _ in lists.named_children()}
@@ -293,7 +296,8 @@ def _name(hook: WeightHook) -> str:
 def _computed(hook: WeightHook, module: nn.Module) -> Tensor:
     weight: Tensor
     if isinstance(hook, BasePruningMethod):
-        weight = hook.apply_mask(module)  # type: ignore[no-untyped-call, unused-ignore]  # torch says no types
+        # torch does not annotate it.
+        weight = hook.apply_mask(module)  # type: ignore[no-untyped-call, unused-ignore]
     elif isinstance(hook, WeightNorm):
         weight = hook.compute_weight(module)
     else:

@@ -1,10 +1,10 @@
-"""Which module feeds which: the graph of a network's forward, and what cannot be known of it.
+"""The dataflow of a network: which module feeds which, and what cannot be known.
 
-`trace` follows the forward with torch.fx, along every way that its decisions may go. A module whose
-forward cannot be followed (it turns a value into a number of Python, say) becomes one opaque step
-for its parent, and its code is read instead: a child that it does nothing with but call is followed
-by itself, with inputs unknown; all else that the code may reach is marked as such. Nothing is ever
-concluded from the order of children.
+`trace` traces the forward with torch.fx, along every path that its decisions may take. A forward
+that converts a value to a Python number, say, cannot be traced. Its module becomes one opaque node
+for its parent, and its source is read instead (`repvgg.fusion.source`). A child that it only calls
+is traced separately, with unknown inputs. Everything else that the code may use is marked so. The
+order of children never matters.
 """
 
 import inspect
@@ -26,11 +26,11 @@ from repvgg.fusion.errors import UntraceableError, in_a_line, is_deliberate
 from repvgg.fusion.flags import Values
 from repvgg.fusion.hooks import has_hooks
 from repvgg.fusion.paths import with_own_containers
-from repvgg.fusion.source import is_of_torch, read
+from repvgg.fusion.source import is_of_torch, read_forward
 from repvgg.fusion.tracer import Tracer, storage_of
 
-MAX_NODES = 1500  # in larger graphs arguments are tried one at a time, and all
-MAX_VARIANTS = 32  # ways to call one forward that are followed, by its optional arguments
+MAX_NODES = 1500  # in larger graphs optional arguments are tried one at a time, and all at once
+MAX_VARIANTS = 32  # combinations of optional arguments of one forward
 METADATA = {"shape", "ndim", "dtype", "device", "size", "dim", "numel", "is_cuda", "requires_grad"}
 CanonicalNodes = list[tuple[object, ...]]  # in a form that can be compared
 Flags = Mapping[str, Sequence[Values]]  # of modules: attributes, and other values to try
@@ -38,20 +38,20 @@ Flags = Mapping[str, Sequence[Values]]  # of modules: attributes, and other valu
 
 @dataclass
 class Dataflow:
-    """What was found out about a network. Modules are known by their first names in it.
+    """What is known about a network. Modules are identified by their first names in it.
 
     Attributes:
-        graphs: what was followed, the network itself or the parts of it that could be, and the
-            names of those.
-        calls: the steps at which a module is called, in all graphs.
-        reached: modules that may be used in ways no graph shows, or whose tensors are read from
-            outside, and by what.
-        untraced: modules whose forward could not be followed, and why.
-        inspected: modules of which such a forward reads attributes, or that it may do anything to.
-        callers: for each step, the modules in whose forward it stands, innermost last, and a key
-            that tells one call of such a module from the next.
-        assumed: arguments of the network that are taken for tensors, as what it does with others
-            could not be followed.
+        graphs: the traced graphs, of the network or of parts of it, and the names of those.
+        calls: the nodes that call a module, in all graphs.
+        reached: modules that may be used in ways that no graph shows, or whose tensors other
+            modules read, and the reason.
+        untraced: modules whose forward could not be traced, and why.
+        inspected: modules whose attributes such a forward reads, or that it may use in any way.
+        callers: for each node, the modules in whose forward it stands, innermost last. A key
+            distinguishes the calls of one module.
+        assumed: arguments of the network that must be tensors, because the forward could not be
+            traced for others.
+        names: for each node that calls a module or reads a tensor, the name of that.
     """
 
     graphs: dict[fx.Graph, str] = field(default_factory=dict)
@@ -61,15 +61,15 @@ class Dataflow:
     inspected: set[str] = field(default_factory=set)
     callers: dict[fx.Node, dict[str, str]] = field(default_factory=dict)
     assumed: set[str] = field(default_factory=set)
-    _names: dict[fx.Node, str] = field(default_factory=dict)
+    names: dict[fx.Node, str] = field(default_factory=dict)
 
     def called(self, node: fx.Node) -> str | None:
-        """The module that a step calls."""
-        return self._names.get(node)
+        """The name of the module or tensor of a node."""
+        return self.names.get(node)
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """Copy a network but for its weights, which both then hold.
+    """Copy a network without its weights, which the copy shares.
 
     Raises:
         ValueError: it holds something that cannot be copied.
@@ -83,14 +83,14 @@ def shared_copy(model: nn.Module) -> nn.Module:
 def trace(
     model: nn.Module, is_leaf: Callable[[nn.Module], bool], flags: Flags | None = None
 ) -> Dataflow:
-    """Follow a network in its present mode. It is not changed.
+    """Trace a network in its present mode. It does not change.
 
     Args:
-        model: of any kind.
-        is_leaf: whether a module is to be taken as one step, as torch's own are.
-        flags: attributes of modules that may be changed later, and the values that are tried.
+        model: of any class.
+        is_leaf: whether a module becomes one node, as those of torch do.
+        flags: attributes of modules that may change later, and the values to try.
     """
-    # Following a forward runs its code, which may keep what it sees: that happens to a copy.
+    # Tracing runs the code of a forward, which may store proxies in the network: use a copy.
     names = dict(model.named_modules())
     model = shared_copy(model)
     tracing = _Tracing(
@@ -108,18 +108,18 @@ def trace(
                 done.add(scope)
                 scopes += tracing.visit(scope, caller)
             if not scopes:
-                # What this forward leaves alone somebody may still call.
+                # The user may still call what this forward does not.
                 idle = tracing.uncalled(model, done)
                 scopes += [(module, "nothing calls it but the user") for module in idle]
     return tracing.flow
 
 
 class Transparent(nn.Module):
-    """A module that gives what it is given, or raises: no step of the dataflow."""
+    """A module that returns its input or raises. It has no node in the dataflow."""
 
 
 class _Tracing:
-    """Follows the parts of one network and writes down what it finds."""
+    """Traces the parts of one network and records the dataflow."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class _Tracing:
             for module in names
             if not isinstance(module, torch.jit.ScriptModule)
         }
-        self.holders: dict[int, list[nn.Module]] = {}  # of tensors, by storage: they may be tied
+        self.holders: dict[int, list[nn.Module]] = {}  # of tensors, by storage; tied ones share it
         self.storages: dict[tuple[nn.Module, str], int] = {}
         for module in names:
             for key, tensor in own_tensors(module).items():
@@ -146,7 +146,7 @@ class _Tracing:
                 self.holders.setdefault(storage_of(tensor), []).append(module)
 
     def visit(self, scope: nn.Module, caller: str) -> list[tuple[nn.Module, str]]:
-        """Follow one module; what else is to be followed then, and who calls it."""
+        """Trace one module. Returns what has to be traced then, and by whom it is called."""
         inner = inside_wrapper(scope)
         if inner is not None:
             return [(inner, caller)]
@@ -155,24 +155,24 @@ class _Tracing:
                 self._reach(scope.modules(), caller or "the network is this module alone")
             return []
         if has_hooks(scope):
-            self._reach(scope.modules(), "hooks on what holds it may use it")
+            self._reach(scope.modules(), "a hook of a parent may use it")
         found: list[tuple[nn.Module, str]] = []
-        for module, reason in self._follow(scope).items():
+        for module, reason in self._trace(scope).items():
             name = self.names[module]
             self.flow.untraced[name] = reason
-            by = f"{name or type(module).__name__}, which could not be followed ({reason}), uses it"
-            reading = read(module)
+            by = f"{name or type(module).__name__}, which could not be traced ({reason}), uses it"
+            reading = read_forward(module)
             found += [(child, by) for child in reading.called if child in self.names]
             inside = [inner for child in reading.escaped for inner in child.modules()]
             self._reach(inside, by)
             inside += reading.inspected
             self.flow.inspected |= {self.names[m] for m in inside if m in self.names}
-            # What a BatchNorm or convolution says of itself changes when it is folded.
+            # The attributes of a BatchNorm or convolution change when it is folded.
             self._reach([m for m in reading.inspected if m in self.leaves], by)
         return found
 
     def uncalled(self, model: nn.Module, done: set[nn.Module]) -> list[nn.Module]:
-        """The outermost modules below which nothing is called or reached, the untraced apart."""
+        """The outermost modules of which no part is called, reached or untraced."""
         busy = {"", *self.flow.untraced}
         known = [*self.flow.calls, *self.flow.reached, *(self.names[module] for module in done)]
         for name in known:
@@ -188,20 +188,20 @@ class _Tracing:
                 todo += [child for child in module.children() if child not in done]
         return found
 
-    def _follow(self, scope: nn.Module) -> dict[nn.Module, str]:
-        """Add the graphs of one module, called with unknown inputs; what was opaque, and why."""
+    def _trace(self, scope: nn.Module) -> dict[nn.Module, str]:
+        """Add the graphs of one module with unknown inputs. Returns what is opaque, and why."""
         opaque: dict[nn.Module, str] = {}
         try:
             variants = _variants(scope)
         except (UntraceableError, ValueError, TypeError) as error:
             return {scope: in_a_line(error)}
-        followed, failure = False, "no way to call it was found"
+        traced, failure = False, "no arguments were found with which it runs"
         large = False
         for fixed, may_fail, others in variants:
             if large and 1 < others < max(variant.others for variant in variants):
                 continue
             tracer = Tracer(self.leaves, flags=self.flags, assume=scope is self.outermost())
-            for module in scope.modules():  # what a forward keeps would enter this graph
+            for module in scope.modules():  # undo what an earlier forward stored in it
                 if module in self.held:
                     vars(module).clear()
                     vars(module).update(with_own_containers(self.held[module]))
@@ -214,7 +214,7 @@ class _Tracing:
                 return opaque | tracer.opaque | {scope: in_a_line(error)}
             if may_fail and (tracer.opaque or tracer.failures):
                 continue
-            followed = True
+            traced = True
             large = large or len(graph.nodes) > MAX_NODES
             opaque |= tracer.opaque
             if tracer.opaque and compares_with_none(scope):
@@ -227,10 +227,10 @@ class _Tracing:
                 self._reach([module], f"a forward sets its {attribute}")
             self.flow.assumed |= tracer.assumed
             self._add(graph, scope)
-        return opaque if followed else {scope: failure}
+        return opaque if traced else {scope: failure}
 
     def outermost(self) -> nn.Module:
-        """The network, inside what wraps it."""
+        """The network inside its wrappers."""
         module = self.root
         while (inner := inside_wrapper(module)) is not None:
             module = inner
@@ -250,14 +250,14 @@ class _Tracing:
                     erase(node)
                     continue
                 flow.calls.setdefault(self.names[module], []).append(node)
-                flow._names[node] = self.names[module]
-                if module not in self.leaves and is_of_torch(module):  # may use what it holds
+                flow.names[node] = self.names[module]
+                if module not in self.leaves and is_of_torch(module):  # may use its children
                     inside = [inner for inner in module.modules() if inner is not module]
                     self._reach(inside, f"{self.names[module]} may use it")
             elif node.op == "get_attr":
                 path, _, key = node.target.rpartition(".")
                 owner = scope.get_submodule(path)
-                flow._names[node] = f"{self.names[owner]}.{key}"
+                flow.names[node] = f"{self.names[owner]}.{key}"
                 holders = self.holders.get(self.storages.get((owner, key), 0), [])
                 self._reach(holders, f"its {key} is read")
 
@@ -268,12 +268,12 @@ class _Tracing:
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a module, those of its children apart."""
+    """Parameters and buffers of a module, without those of its children."""
     return dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
 
 
 def is_transparent(node: fx.Node, module: nn.Module) -> bool:
-    """Whether the call of a module gives what it is given: an identity, or dropout in eval mode."""
+    """Whether the call of a module returns its input: an identity, or dropout in eval mode."""
     passes = type(module) is nn.Identity or isinstance(module, Transparent)
     passes = passes or (isinstance(module, _DropoutNd) and not module.training)
     plain = not has_hooks(module) and not node.kwargs and len(node.args) == 1
@@ -281,46 +281,46 @@ def is_transparent(node: fx.Node, module: nn.Module) -> bool:
 
 
 def erase(node: fx.Node) -> None:
-    """Take a step out of its graph that gives what it is given."""
+    """Remove a node that returns its input."""
     node.replace_all_uses_with(node.all_input_nodes[0])
     node.graph.erase_node(node)
 
 
 def canonical(
-    nodes: Iterable[fx.Node], flow: Dataflow, *, but: Collection[fx.Node] = ()
+    nodes: Iterable[fx.Node], flow: Dataflow, *, skipping: Collection[fx.Node] = ()
 ) -> CanonicalNodes:
     """Nodes in a form that can be compared with those of another graph.
 
-    Values from outside are "given", tensors of the network go by their names.
+    Values from outside are "given". Tensors of the network are identified by their names.
 
     Args:
-        but: steps that give what they are given, which do not count.
+        skipping: nodes that return their input.
     """
     places: dict[fx.Node, int | str | None] = {}
 
     def refer(node: fx.Node) -> int | str | None:
         return places.get(node, "given")
 
-    steps: CanonicalNodes = []
+    found: CanonicalNodes = []
     for node in nodes:
         if node.op == "get_attr":
             constant = str(node.target).rpartition(".")[2].startswith("_tensor_constant")
             places[node] = "a constant" if constant else flow.called(node)
             continue
-        if node in but:
+        if node in skipping:
             places[node] = refer(node.all_input_nodes[0])
             continue
-        places[node] = len(steps)
+        places[node] = len(found)
         arguments = fx.map_arg((node.args, node.kwargs), refer)
-        steps.append((node.op, flow.called(node) or node.target, arguments))
-    return steps
+        found.append((node.op, flow.called(node) or node.target, arguments))
+    return found
 
 
 def equal(first: Dataflow, second: Dataflow, *, apart_from: Collection[str] = ()) -> bool:
-    """Whether two networks run the same steps on the same values.
+    """Whether two networks run the same nodes on the same values.
 
     Args:
-        apart_from: modules whose inside does not count.
+        apart_from: modules whose inside is not compared.
     """
     inside = tuple(f"{name}." if name else "" for name in apart_from)
 
@@ -337,12 +337,12 @@ def equal(first: Dataflow, second: Dataflow, *, apart_from: Collection[str] = ()
 
 
 class _Variant(NamedTuple):
-    """One way to call a forward.
+    """Arguments with which a forward is traced.
 
     Attributes:
-        fixed: arguments that are given as constants, by name.
+        fixed: arguments that are constants, by name.
         may_fail: whether the forward may raise on them.
-        others: how many of them are not as usual.
+        others: how many of them are not the usual ones.
     """
 
     fixed: dict[str, object]
@@ -351,15 +351,15 @@ class _Variant(NamedTuple):
 
 
 def _variants(scope: nn.Module) -> list[_Variant]:
-    """Ways to call a forward.
+    """Arguments with which a forward is traced.
 
-    The first argument is given, and so are truth values. Every other optional one that its code
-    names is as it is by default, and otherwise; every other one may be None.
+    The first argument is unknown, and so are booleans. Every other argument that the code uses is
+    tried twice: unknown, and with its default. One without a default is None the second time.
     """
     if "forward" in vars(scope):
         raise UntraceableError("its forward was replaced by hand")
     if type(scope).__call__ is not nn.Module.__call__ and not isinstance(scope, fx.GraphModule):
-        raise UntraceableError("it has a __call__ of its own")
+        raise UntraceableError("it overrides __call__")
     if compares_identities(scope):
         raise UntraceableError("it compares values by identity (is)")
     parameters = [
@@ -372,7 +372,7 @@ def _variants(scope: nn.Module) -> list[_Variant]:
         if place == 0 and parameter.default is None:
             continue
         if isinstance(parameter.default, bool):
-            continue  # it is given, and what it decides is followed both ways
+            continue  # it is unknown, and both paths are traced
         if parameter.default is not parameter.empty and not names_argument(scope, parameter.name):
             fixed[parameter.name] = [parameter.default]
         elif parameter.default is not parameter.empty:
@@ -382,7 +382,7 @@ def _variants(scope: nn.Module) -> list[_Variant]:
     required = {p.name for p in parameters if p.default is p.empty}
     variants = []
     if math.prod(map(len, fixed.values())) > MAX_VARIANTS:
-        raise UntraceableError(f"it has {len(fixed)} arguments that may be None or otherwise")
+        raise UntraceableError(f"it has {len(fixed)} optional arguments, which are too many")
     for values in itertools.product(*fixed.values()):
         chosen = {k: v for k, v in zip(fixed, values, strict=True) if v is not PH}
         may_fail = any(value is None and key in required for key, value in chosen.items())
@@ -393,17 +393,17 @@ def _variants(scope: nn.Module) -> list[_Variant]:
 
 
 def is_metadata(node: fx.Node) -> bool:
-    """Whether a step asks a tensor for its shape or kind, not for its values."""
+    """Whether a node reads the shape or type of a tensor, not its values."""
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in METADATA
     return node.op == "call_method" and node.target in METADATA
 
 
 def uses(node: fx.Node) -> list[fx.Node]:
-    """The steps that need the values of this one."""
+    """The nodes that need the values of this one."""
     return [user for user in node.users if not is_metadata(user)]
 
 
 def _has_forward(module: nn.Module) -> bool:
-    # A descriptor of TorchScript, which fails on a class, is a forward too.
+    # The forward of TorchScript modules is a descriptor that fails when read from the class.
     return stored(type(module), "forward") is not stored(nn.Module, "forward")

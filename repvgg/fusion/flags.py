@@ -1,7 +1,7 @@
-"""Flags: attributes of a module that decide what its forward does, and that may be set later.
+"""Flags: attributes of a module that determine what its forward does, and that may change later.
 
-`head.export = True` after folding is common, so a fold must hold for every value of a flag. One is
-named by a path: `export`, `cfg.export` inside an object, `opts[export]` inside a dictionary.
+Users set `head.export = True` after folding, so a fold must hold for every value of a flag. A flag
+is identified by a path: `export`, `cfg.export` in an object, `opts[export]` in a dictionary.
 """
 
 import contextlib
@@ -20,23 +20,23 @@ from repvgg.fusion.bytecode import code_of
 if TYPE_CHECKING:
     from repvgg.fusion.decisions import DecidingTracer
 
-MAX_TRIES = 24  # settings of one module that are tried
+MAX_TRIES = 24  # settings of one module
 MANY = 32  # more indices than a network has outputs
-MAX_PAIRED = 5  # flags that are tried two at a time
-TRACKED = object()  # in place of a value: compare it both ways
+MAX_PAIRED = 5  # with more flags than this, no two are changed at a time
+TRACKED = object()  # stands for a value whose comparisons are decisions
 Values = tuple[tuple[str, object], ...]  # paths, and what they are set to
 PLAIN = (bool, int, float, str)
 _OF_MODULES = {"training", *vars(nn.Module())}
 
 
 def held_values(module: nn.Module) -> dict[str, object]:
-    """What else a graph of a forward holds: None, lists, and plain attributes of children."""
+    """Other constants in the graph of a forward: None, lists, plain attributes of children."""
     code = code_of(module)
     found: dict[str, object] = {}
     for name in sorted(code.names - _OF_MODULES):
         try:
             value = getattr(module, name)
-        except AttributeError:  # its code reads this name of something else
+        except AttributeError:  # the forward reads this attribute of another object
             continue
         if value is None or (type(value) is list and _is_plain_tuple(tuple(value))):
             found[name] = copy.copy(value)
@@ -47,7 +47,7 @@ def held_values(module: nn.Module) -> dict[str, object]:
 
 
 def plain_attributes(module: nn.Module) -> dict[str, object]:
-    """Texts and numbers that a forward names, by their paths, and the values they have."""
+    """Strings and numbers that a forward reads, by their paths."""
     found: dict[str, object] = {}
     names = code_of(module).names - _OF_MODULES
     for name in sorted(names):
@@ -66,7 +66,7 @@ def plain_attributes(module: nn.Module) -> dict[str, object]:
 
 
 def other_callables(module: nn.Module) -> dict[str, object]:
-    """Functions that a module holds as plain attributes and that its forward names."""
+    """Functions that a module stores as attributes and that its forward uses."""
     names = code_of(module).names - _OF_MODULES
     return {
         name: value
@@ -76,10 +76,10 @@ def other_callables(module: nn.Module) -> dict[str, object]:
 
 
 def alternatives(module: nn.Module) -> list[tuple[str, object]]:
-    """Flags of a module that its forward reads, and the other values that they may take.
+    """Flags of a module that its forward reads, and other values of them.
 
-    A flag is a truth value, a text that is compared, or what chooses among modules
-    (`self.bns[self.domain]`). `training` is none: a fused network is for eval mode.
+    A flag is a boolean, a string that is compared, or an index of a module
+    (`self.bns[self.domain]`). `training` is no flag: a fused network is for eval mode.
     """
     if type(module).__module__.startswith("torch."):
         return []
@@ -113,9 +113,9 @@ def alternatives(module: nn.Module) -> list[tuple[str, object]]:
 
 
 def settings_to_try(module: nn.Module) -> list[Values]:
-    """Values of its flags under which a forward is followed: one or two others at a time.
+    """Values of its flags with which a forward is traced: one or two are changed at a time.
 
-    In one more, texts and numbers are tracked: each comparison goes both ways.
+    In a last setting, strings and numbers are tracked: each comparison is a decision.
     """
     single = alternatives(module)
     found: list[Values] = [(one,) for one in single]
@@ -139,42 +139,42 @@ def settings_to_try(module: nn.Module) -> list[Values]:
 
 
 class _Tracked:
-    """A text or number that lets its tracer answer what is asked of it."""
+    """A string or number whose comparisons a tracer answers."""
 
-    asked: "tuple[str, DecidingTracer]"
+    origin: "tuple[str, DecidingTracer]"
 
-    def _ask(self, question: str, other: object, answer: object) -> object:
-        path, tracer = self.asked
-        if answer is NotImplemented or not tracer.frames:  # it is over
+    def _decide(self, question: str, other: object, answer: object) -> object:
+        path, tracer = self.origin
+        if answer is NotImplemented or not tracer.frames:  # the trace has ended
             return answer
         key = ("flag", path, question, repr(other))
         return tracer.decide(key, f"it depends on {path}", first=bool(answer))
 
 
-def _asks(name: str) -> Callable[..., object]:
+def _deciding(name: str) -> Callable[..., object]:
     def method(self: _Tracked, other: object, *rest: object) -> object:
         answer = getattr(type(self).__bases__[1], name)(self, other, *rest)
-        return self._ask(name, (other, *rest), answer)
+        return self._decide(name, (other, *rest), answer)
 
     return method
 
 
 def tracked(value: object, path: str, tracer: "DecidingTracer") -> object:
-    """A text or number whose comparisons are decisions of a tracer."""
+    """A string or number whose comparisons are decisions of a tracer."""
     base = type(value)
     names = ["__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"]
     names += ["startswith", "endswith", "__contains__"] if base is str else []
-    members: dict[str, object] = {name: _asks(name) for name in names}
-    members["__bool__"] = lambda self: self._ask("bool", None, base.__ne__(self, base()))
+    members: dict[str, object] = {name: _deciding(name) for name in names}
+    members["__bool__"] = lambda self: self._decide("bool", None, base.__ne__(self, base()))
     members["__hash__"] = base.__hash__
     found = type(base.__name__, (_Tracked, base), members)(value)
-    found.asked = (path, tracer)
+    found.origin = (path, tracer)
     return found
 
 
 @contextlib.contextmanager
 def setting(module: nn.Module, path: str, value: object) -> Iterator[None]:
-    """Meanwhile, let an attribute of a module have another value."""
+    """Set an attribute of a module within a `with` block."""
     first, rest = (*re.split(r"[.\[]", path.rstrip("]"), maxsplit=1), "")[:2]
     held = vars(module)
     if rest:
@@ -193,18 +193,18 @@ def setting(module: nn.Module, path: str, value: object) -> Iterator[None]:
 
 
 def value_of(module: nn.Module, path: str) -> object:
-    """The value that an attribute has."""
+    """The present value of a flag."""
     return module.training if path == "training" else plain_attributes(module)[path]
 
 
 def expression(path: str) -> str:
-    """How the code of a forward reads an attribute."""
+    """The Python expression that reads a flag."""
     name, bracket, key = path.rstrip("]").partition("[")
     return f"self.{name}[{key!r}]" if bracket else f"self.{name}"
 
 
 def global_flags(module: nn.Module) -> list[str]:
-    """Truth values of its Python module that the code of a forward reads."""
+    """Booleans of its Python module that a forward reads."""
     return sorted(code_of(module).switches)
 
 
@@ -217,7 +217,7 @@ def _is_plain_tuple(value: object) -> bool:
 
 
 def _holds_settings(value: object) -> bool:
-    """Whether a value is an object that may hold settings of anybody's making."""
+    """Whether a value is an object of the user that may hold settings."""
     if value is None or isinstance(value, nn.Module | Tensor | type | types.ModuleType):
         return False
     known = (str, bytes, int, float, list, tuple, set, frozenset, property, staticmethod)

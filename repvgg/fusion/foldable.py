@@ -1,7 +1,7 @@
-"""Which modules are affine maps that may be changed, and how they are read and written.
+"""Foldable layers: which they are, and how their kernels and biases are read and written.
 
-A module is judged by what it does: a subclass of a convolution that brings no code of its own is
-one. Normalizations are read in `repvgg.fusion.normalizations`.
+A subclass of a convolution that overrides no code is a convolution. Normalizations are read in
+`repvgg.fusion.normalizations`.
 """
 
 import operator
@@ -46,27 +46,27 @@ _is_tracing: Callable[[], bool] = vars(torch.jit)["is_tracing"]
 
 @fx.wrap
 def require_axes(x: Tensor, ndim: int, channels: int) -> Tensor:
-    """Give a tensor back if it has so many axes, and the channels on its second one.
+    """Return a tensor that has `ndim` axes, the second one of `channels` channels.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it has another shape.
     """
-    # torch.jit.trace warns of such tests, and records sizes as they are.
+    # torch.jit.trace warns of such tests, and records the present sizes as constants.
     known = _is_scripting() or not _is_tracing()
     if known and (x.ndim != ndim or x.shape[1] != channels):
         raise ValueError(
             f"an input of shape {x.shape} reached a BatchNorm that was folded for inputs of {ndim} "
-            f"axes, the second one of {channels} channels: run the network as it was before "
-            "fuse_conv_bn on it"
+            f"axes, the second one of {channels} channels: use the network that was passed to "
+            "fuse_conv_bn"
         )
     return x
 
 
 class Rows(Transparent):
-    """Stands for a BatchNorm that was folded and took inputs of several ranks.
+    """Replaces a folded BatchNorm that accepted inputs of several ranks.
 
-    It normalized the second axis, whatever that was. The fold holds where that is the axis of
-    channels, so only such inputs are let through.
+    The BatchNorm normalized the second axis of any input. The fold holds only if that is the axis
+    of channels, so every other input is an error.
 
     Shapes: `ndim` axes, the second one of `channels`; unchanged.
 
@@ -94,27 +94,27 @@ class _MayOverwrite(Protocol):
 
 
 class Tail(nn.Sequential):
-    """What a normalization did besides normalizing, in its place; one step of the dataflow."""
+    """Replaces a folded normalization that had more modules inside, timm's activation say."""
 
 
 def is_linear(module: nn.Module) -> TypeGuard[Linear]:
-    """Whether a module is a convolution or linear layer without code of its own."""
+    """Whether a module is a convolution or linear layer of torch that overrides no code."""
     base = next((base for base in (*CONVOLUTIONS, nn.Linear) if isinstance(module, base)), None)
     return base is not None and not has_own_code(module, base)
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether the dataflow takes a module as one step, whose inside is known."""
+    """Whether a module is one node of the dataflow, because its function is known."""
     if is_normalization(module):
         return isinstance(read_normalization(module), Normalization)
     return is_linear(module) or isinstance(module, Tail | Rows)
 
 
 def obstacle(module: nn.Module, *, values: bool = True) -> str | None:
-    """Why the tensors of a module may not be folded, whatever surrounds it.
+    """Why the tensors of a module cannot be folded in any network, or None.
 
     Args:
-        values: whether the numbers count too; else the form alone, which the meta device has.
+        values: whether the numbers matter, or only the architecture (meta device).
     """
     tensors = [*module.parameters(), *module.buffers()]
     if parametrize.is_parametrized(module):
@@ -124,19 +124,18 @@ def obstacle(module: nn.Module, *, values: bool = True) -> str | None:
     if any(not tensor.is_floating_point() for tensor in module.parameters()):
         return "its parameters are not real numbers"
     if values and any(tensor.is_meta for tensor in tensors):
-        return "it is on the meta device, where it has no values"
+        return "it is on the meta device, where tensors have no values"
     if values and is_normalization(module) and is_never_updated(module):
         return "its statistics were never updated: train it or load weights"
     return None
 
 
 def replacement(module: nn.Module, found: Normalization, ndim: int) -> nn.Module:
-    """What stands where a normalization of inputs with `ndim` axes was folded away."""
+    """The module in the place of a folded normalization, whose inputs had `ndim` axes."""
     if found.tail:
         tail = OrderedDict((name, module.get_submodule(name)) for name in found.tail)
         return Tail(tail).eval()
-    stands = nn.Identity() if found.checks else Rows(ndim, len(found.scale))
-    return stands.eval()
+    return (nn.Identity() if found.checks else Rows(ndim, len(found.scale))).eval()
 
 
 def dimensions(module: Linear) -> int:
@@ -145,12 +144,12 @@ def dimensions(module: Linear) -> int:
 
 
 def in_channels(module: Linear) -> int:
-    """Channels of the inputs of a layer."""
+    """Channels of a layer's inputs."""
     return module.in_features if isinstance(module, nn.Linear) else module.in_channels
 
 
 def out_channels(module: Linear) -> int:
-    """Channels of the outputs of a layer."""
+    """Channels of a layer's outputs."""
     return module.out_features if isinstance(module, nn.Linear) else module.out_channels
 
 
@@ -163,10 +162,10 @@ def affine(module: Linear) -> Affine:
 
 
 def write(module: Linear, value: Affine, bias_trains: bool) -> None:
-    """Give a module a kernel and a bias. Its dtype, device and memory format stay.
+    """Set the kernel and bias of a layer. Its dtype, device and memory format stay.
 
     Args:
-        bias_trains: whether the bias takes gradients if the module had none.
+        bias_trains: whether a new bias requires gradients.
     """
     kernel = value.kernel
     if isinstance(module, _ConvTransposeNd):
@@ -178,29 +177,29 @@ def write(module: Linear, value: Affine, bias_trains: bool) -> None:
 
 
 def in_format_of(old: Tensor, kernel: Tensor) -> Tensor:
-    """Numbers with the dtype, device and memory format (channels_last or not) of a tensor."""
+    """A kernel in the dtype, device and memory format (channels_last, say) of another tensor."""
     return torch.empty_like(old, requires_grad=False).copy_(kernel)
 
 
 def fits(module: Linear, value: Affine) -> bool:
-    """Whether numbers stay finite in the precision of a module."""
+    """Whether a kernel and bias stay finite in the dtype of a layer."""
     dtype = module.weight.dtype
     return all(part.is_meta or bool(part.to(dtype).isfinite().all()) for part in value)
 
 
 def fold_following(value: Affine, found: Normalization) -> Affine:
-    """The affine map that also normalizes."""
+    """Fold a normalization into the layer before it."""
     return scale_output(value.kernel, value.bias, found.scale, found.shift)
 
 
 def fold_preceding(module: Linear, value: Affine, found: Normalization) -> Affine:
-    """The affine map of normalized inputs."""
+    """Fold a normalization into the layer after it."""
     groups = 1 if isinstance(module, nn.Linear) else module.groups
     return scale_input(value.kernel, value.bias, found.scale, found.shift, groups=groups)
 
 
 def pads_with_zeros(module: Linear) -> bool:
-    """Whether a border is made up that a shift of the input would not reach."""
+    """Whether a layer pads its input with zeros, which a normalization would have shifted."""
     if isinstance(module, nn.Linear):
         return False
     if isinstance(module, _ConvTransposeNd):
@@ -213,7 +212,7 @@ def pads_with_zeros(module: Linear) -> bool:
 
 
 def may_overwrite(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether a step may change a tensor that it is given; `module` is what it calls."""
+    """Whether a node may overwrite one of its inputs. `module` is what it calls."""
     if module is not None:
         in_place = any(isinstance(m, _MayOverwrite) and m.inplace for m in module.modules())
         return in_place or not (is_of_torch(module) or is_leaf(module))

@@ -1,4 +1,4 @@
-"""BatchNorms and parallel branches of any network, folded into its convolutions."""
+"""Folds the BatchNorms and merges the parallel branches of any network."""
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,39 +17,44 @@ from repvgg.verify import SAME
 
 
 def fuse_conv_bn(model: nn.Module, images: Tensor | None = None) -> tuple[nn.Module, FusionReport]:
-    """Copy a network and fold every BatchNorm of the copy that can be proven to allow it.
+    """Copy a network, fold its BatchNorms and merge its parallel branches.
 
-    BN(W*x + b) is one convolution (RepVGG, eq. 3), and so is W*BN(x) + b where no border is padded
-    with zeros, and a sum of parallel convolutions of one x (section 3.3), x itself among them. What
-    feeds what is read off the forward (`fusion.dataflow`), never off the order of children: a
-    BatchNorm is folded into the convolutions that feed it if all it is ever given comes from them
-    and all they ever give goes to it, along every way that the forward may take: by its arguments,
-    by sizes and values that it tests, by flags (truth values, texts, numbers) of its modules.
-    Kernels are computed in float64 and rounded once. Folding goes on until nothing more folds.
+    Three identities are used. BN(W*x + b) is one convolution (RepVGG, eq. 3). So is W*BN(x) + b, if
+    the convolution does not pad with zeros. So is a sum of parallel convolutions of x, to which x
+    may be added (section 3.3).
 
-    The copy computes what `model` computes in eval mode; `model` does not change. A folded
-    convolution keeps its name, and an `nn.Identity` (or what a normalization did besides
-    normalizing, timm's activation) stands in the place of its BatchNorm. For BatchNorm1d and
-    SyncBatchNorm it raises on inputs of which another axis would have been normalized. Where a sum
-    was merged, the module whose forward adds becomes an instance of a subclass with a new forward,
-    which works for every value of its flags or raises on those that it was not written for. Where a
-    forward handles other arguments than tensors in ways that cannot be followed, the copy raises on
-    them. `DistributedDataParallel` and `torch.compile` around the network are taken off.
+    The forward is traced (`fusion.dataflow`); the order of children does not matter. A BatchNorm is
+    folded into the convolutions before it if it has no other inputs, and they have no other users.
+    That must hold on every path of the forward. Paths depend on arguments, on sizes and values that
+    the forward tests, and on flags of its modules (booleans, strings, numbers). Kernels are
+    computed in float64 and rounded once. Folding repeats until nothing changes.
 
-    Assumed is that a network is used by calling it, not by single methods or parts of it, that its
-    forward does not depend on what it did before, and that nobody replaces its layers afterwards.
+    The copy computes what `model` computes in eval mode; `model` does not change.
+
+    - A folded convolution keeps its name. An `nn.Identity` replaces its BatchNorm, or what else the
+      normalization contained (timm's activation).
+    - BatchNorm1d and SyncBatchNorm accept inputs of several ranks. Their replacement raises on
+      inputs whose second axis is not that of the channels.
+    - A module whose branches were merged becomes an instance of a subclass with a new forward. It
+      supports every value of its flags, or raises.
+    - If an argument may be other than a tensor, and that cannot be traced, the copy raises on it.
+    - `DistributedDataParallel` and `torch.compile` around the network are removed.
+
+    The fold assumes that users call the network, not its parts or other methods. It also assumes
+    that the forward does not depend on earlier calls, and that no layer is replaced afterwards.
 
     Args:
-        images: an input of the network; if given, the copy is compared with `model` on it in
-            float64. Recommended for networks that are not ours.
+        images: an input of the network. If given, the copy is compared with `model` on it in
+            float64. Recommended for networks from elsewhere.
 
     Returns:
-        the copy, in eval mode, and a report of what was fused, and of what was not and why.
+        the copy, in eval mode, and a report of what was folded and merged, and what was not and
+        why.
 
     Raises:
-        ValueError: the network is in training mode, was made by torch.export or torch.jit, cannot
-            be copied, or (with `images`) the copy computes something else; the first module that
-            differs is named.
+        ValueError: the network is in training mode, comes from torch.export or torch.jit, or cannot
+            be copied. With `images`: the outputs differ, and the first module that differs is
+            named.
     """
     require_network(model)
     require_images(images)
@@ -57,7 +62,7 @@ def fuse_conv_bn(model: nn.Module, images: Tensor | None = None) -> tuple[nn.Mod
     if isinstance(model, fx.GraphModule) and _is_exported(model):
         raise ValueError(
             "the network is a program of torch.export, in which BatchNorms are no modules: call "
-            "fuse_conv_bn on the network first, then export what it returns"
+            "fuse_conv_bn on the network first, then export the result"
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
@@ -76,12 +81,12 @@ def fuse_conv_bn(model: nn.Module, images: Tensor | None = None) -> tuple[nn.Mod
 
 
 def _require_equal(model: nn.Module, images: Tensor) -> None:
-    """Fold a copy of a network in float64, where no kernel is rounded, and compare it.
+    """Fold a copy of a network in float64, where no kernel is rounded, and compare the outputs.
 
-    Where it cannot run in float64, float32 has to do.
+    A network that cannot run in float64 is compared in float32.
 
     Raises:
-        ValueError: a module gives something else; the first one is named.
+        ValueError: the output of a module differs; the first one is named.
     """
     failed: Exception | None = None
     for dtype, tolerance in SAME.items():
@@ -98,42 +103,42 @@ def _require_equal(model: nn.Module, images: Tensor) -> None:
         )
         if found is not None:
             raise ValueError(
-                f"{found[0] or type(model).__name__}: the folded network gives something else on "
-                f"these images, by {found[1]:.1e} of the largest value: please report it, and use "
-                "the network as it is"
+                f"{found[0] or type(model).__name__}: the output of the folded network differs on "
+                f"these images, by {found[1]:.1e} of the largest value: please report this, and "
+                "use the network without folding"
             )
         return
     assert failed is not None
     raise ValueError(
         f"{type(model).__name__} could not be run on images of shape {tuple(images.shape)} "
-        f"({in_a_line(failed)}): pass an input as the network takes it"
+        f"({in_a_line(failed)}): pass an input that the network accepts"
     )
 
 
 def _is_exported(model: fx.GraphModule) -> bool:
-    """Whether torch.export made a network: it has operations of ATen and no modules."""
+    """Whether a network comes from torch.export: its nodes call ATen operations, not modules."""
     return any(isinstance(node.target, torch._ops.OpOverload) for node in model.graph.nodes)
 
 
 def fuse_any(model: nn.Module, *, values: bool) -> tuple[nn.Module, FusionReport]:
-    """Fold a network as `fuse_conv_bn` does, whatever its mode.
+    """Fold a network as `fuse_conv_bn` does, in any mode.
 
     Args:
-        values: whether the numbers count too; else the form alone, which the meta device has.
+        values: whether the numbers matter, or only the architecture (meta device).
     """
     with torch.inference_mode(False), torch.no_grad():
-        given = copied(model)
-        plain_weights(given)
-        modes = {name: module.training for name, module in given.named_modules()}
-        given = _with_one_graph(given.eval())
+        network = copied(model)
+        plain_weights(network)
+        modes = {name: module.training for name, module in network.named_modules()}
+        network = _with_one_graph(network.eval())
         with read_once():
-            return _fold_and_merge(given, modes, values)
+            return _fold_and_merge(network, modes, values)
 
 
 def _fold_and_merge(
     network: nn.Module, modes: dict[str, bool], values: bool
 ) -> tuple[nn.Module, FusionReport]:
-    """Fold pairs and merge sums in turn, until neither finds more."""
+    """Fold pairs and merge sums in turn, until nothing changes."""
     report = FusionReport()
     exact: dict[str, Affine] = {}  # kernels in float64, by the names of their layers
     flow = dataflow.trace(network, foldable.is_leaf)
@@ -147,23 +152,23 @@ def _fold_and_merge(
             if is_normalization(module) and modes.get(name):
                 flow.reached[name] = "it is in training mode: call .eval()"
         folded = dataflow.shared_copy(network)
-        step = FusionReport()
+        folds = FusionReport()
         kernels = dict(exact)
-        Folding(folded, flow, step, kernels, check_values=values).run()
-        after = dataflow.trace(folded, foldable.is_leaf, flags) if step.fused else flow
+        Folding(folded, flow, folds, kernels, check_values=values).run()
+        after = dataflow.trace(folded, foldable.is_leaf, flags) if folds.fused else flow
         if not dataflow.equal(flow, after):
-            reason = "some forward depends on what would be replaced (its class, or what it says)"
-            step = FusionReport(kept={n: step.kept.get(n, reason) for n in _norms(network)})
+            reason = "a forward depends on the class or the attributes of a layer to replace"
+            folds = FusionReport(kept={n: folds.kept.get(n, reason) for n in _norms(network)})
             folded, after, kernels = network, flow, exact
-        report.fused.extend(step.fused)
+        report.fused.extend(folds.fused)
         report.kept.clear()
-        report.kept.update(step.kept)
+        report.kept.update(folds.kept)
         network, exact = folded, kernels
         report.unmerged.clear()
-        sums = _merge_all(network, after, exact, report, values, flags)
-        if sums is None:
+        merged = _merge_all(network, after, exact, report, values, flags)
+        if merged is None:
             break
-        network, flow = sums
+        network, flow = merged
     _guard(network, flow)
     return network, report
 
@@ -176,7 +181,7 @@ def _merge_all(
     values: bool,
     flags: dataflow.Flags,
 ) -> tuple[nn.Module, dataflow.Dataflow] | None:
-    """Merge sums of branches in every forward that adds; None where there are none."""
+    """Merge the sums of branches in every forward. Returns None if nothing was merged."""
     merged = dataflow.shared_copy(network)
     kernels = dict(exact)
     merged_sums = [
@@ -197,7 +202,7 @@ def _merge_all(
         )
 
     if not dataflow.equal(trace_around(network), trace_around(merged), apart_from=owners):
-        report.unmerged.update(dict.fromkeys(owners, "another forward depends on what it is"))
+        report.unmerged.update(dict.fromkeys(owners, "another forward depends on its class"))
         return None
     for _, names in merged_sums:
         report.merged.append(names)
@@ -210,9 +215,9 @@ def _merge_all(
 
 
 def _flags(network: nn.Module, flow: dataflow.Dataflow) -> dict[str, list[Values]]:
-    """Flags of the modules between a layer and the normalization that it feeds.
+    """Flags of the modules between a layer and a normalization.
 
-    They may decide whether the one still feeds the other.
+    They may determine whether the layer feeds the normalization.
     """
     names: set[str] = set()
     for name, calls in flow.calls.items():
@@ -230,7 +235,7 @@ def _flags(network: nn.Module, flow: dataflow.Dataflow) -> dict[str, list[Values
 
 
 def _with_one_graph(network: nn.Module) -> nn.Module:
-    """Give GraphModules that swap graphs with their mode (torchvision's) the one of eval mode."""
+    """Keep only the eval graph of GraphModules with one graph a mode (torchvision's)."""
     for module in list(network.modules()):
         if isinstance(module, fx.GraphModule) and "train_graph" in vars(module):
             plain = fx.GraphModule(module, module.graph, type(module).__name__).eval()
@@ -241,7 +246,7 @@ def _with_one_graph(network: nn.Module) -> nn.Module:
 
 
 def _guard(network: nn.Module, flow: dataflow.Dataflow) -> None:
-    """Let the network raise on arguments that its forward was not followed for."""
+    """Let the network raise on arguments for which its forward was not traced."""
     if flow.assumed:
         network.register_forward_pre_hook(ArgumentGuard(flow.assumed), with_kwargs=True)
 

@@ -1,8 +1,8 @@
-"""How a branch moves over its input, and whether its kernel fits into another one's.
+"""The geometry of a branch, and whether its kernel fits into that of another branch.
 
 A smaller kernel is a larger one with zeros around it (RepVGG, Ding et al., 2021, arXiv:2101.03697,
-figure 4), an identity or a normalization one of size 1, average pooling one of equal taps (Ding et
-al., 2021, arXiv:2103.13425, section 3.2).
+figure 4). An identity or a normalization is a kernel of size 1. Average pooling is a kernel of
+equal taps (Ding et al., 2021, arXiv:2103.13425, section 3.2).
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ POOLS = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
 
 
 class Geometry(NamedTuple):
-    """How a branch moves over its input, by spatial dimension."""
+    """Kernel size, stride, dilation and padding of a branch, by spatial dimension."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -32,7 +32,7 @@ class Geometry(NamedTuple):
 
 
 def read_subsampling(node: object, dims: int) -> tuple[fx.Node, int] | None:
-    """Of x[..., ::s, ::s], over all spatial dimensions: x and s."""
+    """Read x and s from a node x[..., ::s, ::s] over all spatial dimensions."""
     if not isinstance(node, fx.Node) or node.target is not getitem:
         return None
     source, index = node.args
@@ -49,10 +49,10 @@ def read_subsampling(node: object, dims: int) -> tuple[fx.Node, int] | None:
 def small_kernel(
     module: nn.Module | None, conv: _ConvNd, value: Affine | None = None
 ) -> Affine | None:
-    """A branch of its own size, with the channels of a convolution; None where they differ.
+    """The kernel of a branch, not yet padded, or None if its channels differ from those of `conv`.
 
     Args:
-        value: of a convolution, if it is known more precisely than its weights say.
+        value: the kernel of a convolution in float64, if its weights are a rounded copy.
     """
     weight = conv.weight
     if isinstance(module, _ConvNd):
@@ -83,7 +83,7 @@ def small_kernel(
 
 
 def read_geometry(module: nn.Module | None, like: _ConvNd | None = None) -> Geometry | None:
-    """How a module moves over its input; None where it is no branch."""
+    """The geometry of a module, or None if it is no branch."""
     if isinstance(module, _ConvNd):
         known = foldable.is_linear(module)
         if isinstance(module, _ConvTransposeNd) or not known:
@@ -120,9 +120,9 @@ def read_geometry(module: nn.Module | None, like: _ConvNd | None = None) -> Geom
 
 
 def embedding(own: Geometry, target: Geometry) -> list[tuple[int, int]] | None:
-    """Taps to add in front of and behind a kernel so that it does the same as one of the target.
+    """Zeros to add before and after a kernel so that it has the geometry of another one.
 
-    None where no taps do: the outputs would differ in size or place, or at the border.
+    None if that is impossible: the outputs would differ in size or position, or at the border.
     """
     if len(own.kernel) != len(target.kernel) or own.stride != target.stride:
         return None

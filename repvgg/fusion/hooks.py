@@ -1,4 +1,4 @@
-"""Hooks on modules: which somebody set, and the one that guards a folded network."""
+"""Hooks on modules: those of the user, and the one that checks arguments of a folded network."""
 
 import inspect
 from collections.abc import Collection
@@ -9,14 +9,14 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 class ArgumentGuard:
-    """A hook in front of a forward that raises on arguments for which it was not followed.
+    """A forward pre-hook that raises on arguments for which the forward was not traced.
 
     Args:
-        assumed: an argument that must be a tensor, by its name; "*args" and "**kwargs" must be
-            empty, or False and None.
+        assumed: names of arguments that must be tensors. "*args" and "**kwargs" may only contain
+            False and None.
 
     Raises:
-        ValueError: an argument is something else.
+        ValueError: an argument has another type.
     """
 
     def __init__(self, assumed: Collection[str]) -> None:
@@ -35,19 +35,19 @@ class ArgumentGuard:
                     if value is not None and value is not False:
                         raise ValueError(
                             f"{type(module).__name__} was folded for calls without further "
-                            f"arguments and was given {key}={type(value).__name__}: leave it "
-                            "out, or use the network as it was before fuse_conv_bn"
+                            f"arguments, but {key} is a {type(value).__name__}: omit it, or "
+                            "use the network that was passed to fuse_conv_bn"
                         )
             elif not isinstance(given, Tensor | fx.Proxy):
                 raise ValueError(
-                    f"{type(module).__name__} was folded for a tensor as {name} and was given a "
-                    f"{type(given).__name__}: pass a tensor, or use the network as it was before "
-                    "fuse_conv_bn"
+                    f"{type(module).__name__} was folded for a tensor as {name}, which is a "
+                    f"{type(given).__name__}: pass a tensor, or use the network that was passed "
+                    "to fuse_conv_bn"
                 )
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody listens to a module's calls, or changes what goes in or comes out."""
+    """Whether a module has hooks, which may change its inputs or outputs."""
     return any(
         not isinstance(hook, ArgumentGuard)
         for key in HOOKS

@@ -1,7 +1,7 @@
-"""What kind of value a step of a traced forward gives: a tensor, a size, a number, or unknown.
+"""The type of a node's value: a tensor, a size, a number, or None if unknown.
 
-torch.fx knows steps, not types. A forward may ask for a type (`isinstance(x, torch.Tensor)`), and
-torch's own functions do. Here the kind follows from the step; None says that it is not known.
+torch.fx does not know types. A forward may test them (`isinstance(x, torch.Tensor)`), and functions
+of torch do. Here the type follows from the operation.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-# Functions and methods that give one tensor, whatever their arguments are.
+# Functions and methods that return one tensor for all arguments.
 _TENSOR = frozenset(
     """
     abs absolute acos adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d add add_
@@ -79,36 +79,36 @@ NUMBERS = (int, float, bool)
 
 
 def either(first: object, *others: object) -> object:
-    """Stands in a graph for one of several values; which one, a decision determines. Never run."""
+    """One of several values, by a decision, as a node of a graph. It never runs."""
     return first
 
 
 def other_output(*values: object) -> None:
-    """Stands in a graph for what a forward returns when a flag is set. Never run."""
+    """The output of a forward when a flag is set, as a node of a graph. It never runs."""
 
 
 def iteration(count: object, number: int) -> int:
-    """Stands in a graph for an index below an unknown count. Never run."""
+    """An index below an unknown count, as a node of a graph. It never runs."""
     return number
 
 
 def target_name(node: fx.Node) -> str:
-    """The name of what a node calls; a function may have none (`functools.partial`)."""
+    """The name of what a node calls. A function may lack one (`functools.partial`)."""
     target = node.target
     return target if isinstance(target, str) else str(getattr(target, "__name__", target))
 
 
 def target_home(node: fx.Node) -> str:
-    """The Python module of the function that a node calls; built-in ones of torch name none."""
+    """The Python module of the function that a node calls. Built-in functions of torch lack it."""
     return str(getattr(node.target, "__module__", None) or "torch")
 
 
 def kind_of(node: object, known: Callable[[fx.Node], type | None]) -> type | None:
-    """The type of what a step gives; None where it is not known.
+    """The type of a node's value, or None if unknown.
 
     Args:
-        node: a step, or a constant, whose type is its own.
-        known: the kind of a step that calls a module, or that comes from outside.
+        node: a node, or a constant.
+        known: the type of a node that calls a module or is an input.
     """
     if not isinstance(node, fx.Node):
         return type(node)

@@ -1,8 +1,7 @@
 """Which modules normalize by running statistics, and what they compute in eval mode.
 
-Torch's own are known. A normalization with a forward of its own (torchvision's FrozenBatchNorm2d,
-timm's BatchNormAct2d) is followed to see that it scales and shifts by channel, and what it does
-then.
+Those of torch are known. The forward of others (torchvision's FrozenBatchNorm2d, timm's
+BatchNormAct2d) is traced: it must scale and shift each channel, and may then run child modules.
 """
 
 import contextlib
@@ -25,7 +24,7 @@ from repvgg.fusion.source import has_own_code
 from repvgg.fusion.tracer import Tracer
 from repvgg.reparam import bn_affine
 
-NORMALIZATIONS: dict[type[nn.Module], int | None] = {  # and their dimensions in space; None: any
+NORMALIZATIONS: dict[type[nn.Module], int | None] = {  # and their spatial dimensions; None: any
     nn.BatchNorm1d: 1,
     nn.BatchNorm2d: 2,
     nn.BatchNorm3d: 3,
@@ -43,10 +42,10 @@ class Normalization:
 
     Attributes:
         scale, shift: (C,), float64.
-        tail: names of the children that run behind it, in order.
-        dims: spatial dimensions of its inputs; None takes any.
-        checks: refuses inputs of other dimensions by itself.
-        dtype: of all it works on; None keeps that of its inputs, whatever its own is.
+        tail: names of the children that run after it, in order.
+        dims: spatial dimensions of its inputs; None for any.
+        checks: whether the module raises on inputs of other dimensions.
+        dtype: of its computation and output; None for that of its input.
     """
 
     scale: Tensor
@@ -58,19 +57,19 @@ class Normalization:
 
 
 def is_normalization(module: nn.Module | None) -> bool:
-    """Whether a module looks like a BatchNorm: it keeps running statistics, or is a subclass."""
+    """Whether a module is a BatchNorm, or has running statistics like one."""
     if module is None or isinstance(module, _InstanceNorm):
         return False
     return isinstance(module, _BatchNorm) or has_statistics(module)
 
 
 def has_statistics(module: nn.Module) -> bool:
-    """Whether a module keeps a running mean and variance."""
+    """Whether a module has a running mean and variance."""
     return all(tensor_of(module, key) is not None for key in ("running_mean", "running_var"))
 
 
 def is_never_updated(module: nn.Module) -> bool:
-    """Whether the running statistics of a normalization are the initial ones, mean 0 and var 1."""
+    """Whether the running statistics are the initial ones, mean 0 and variance 1."""
     count, mean, variance = (
         tensor_of(module, key) for key in ("num_batches_tracked", "running_mean", "running_var")
     )
@@ -86,9 +85,9 @@ _read: dict[_Key, tuple[list[Tensor | None], Normalization | str]] | None = None
 
 @contextlib.contextmanager
 def read_once() -> Iterator[None]:
-    """Meanwhile, read a normalization only once, and copies that share its tensors not again.
+    """Cache `read_normalization` within a `with` block, also for copies with the same tensors.
 
-    Nothing may change the tensors or settings of normalizations meanwhile.
+    No tensor or setting of a normalization may change in the block.
     """
     global _read
     before, _read = _read, {}
@@ -99,7 +98,7 @@ def read_once() -> Iterator[None]:
 
 
 def read_normalization(module: nn.Module) -> Normalization | str:
-    """What a module that looks like a BatchNorm computes in eval mode, or why that is not known."""
+    """What a normalization computes in eval mode, or why that is unknown."""
     if _read is None or not has_statistics(module):
         return _read_normalization(module)
     parts = [tensor_of(module, key) for key in ("running_mean", "running_var", "weight", "bias")]
@@ -115,15 +114,15 @@ def _read_normalization(module: nn.Module) -> Normalization | str:
     base = next((base for base in NORMALIZATIONS if isinstance(module, base)), None)
     dims = None if base is None else NORMALIZATIONS[base]
     if base is None or has_own_code(module, base):
-        return _follow_normalization(module, dims)
+        return _trace_normalization(module, dims)
     assert isinstance(module, _BatchNorm)
     scale, shift = bn_affine(module)
     checks = base in (nn.BatchNorm2d, nn.BatchNorm3d)
     return Normalization(scale.detach(), shift.detach(), (), dims, checks)
 
 
-def _follow_normalization(module: nn.Module, dims: int | None) -> Normalization | str:
-    """Follow a forward of its own: operations that scale and shift, then children, one by one."""
+def _trace_normalization(module: nn.Module, dims: int | None) -> Normalization | str:
+    """Trace a forward: nodes that scale and shift, then child modules in a chain."""
     kind = type(module).__name__
     assert isinstance(module.running_mean, Tensor)
     dtype = None if isinstance(module, _BatchNorm) else module.running_mean.dtype
@@ -131,8 +130,8 @@ def _follow_normalization(module: nn.Module, dims: int | None) -> Normalization 
     try:
         graph = Tracer(set(module.children())).trace(module)
     except Exception as error:
-        return f"{kind} has a forward of its own that could not be followed ({in_a_line(error)})"
-    unknown = f"{kind} has a forward of its own that does not only scale and shift"
+        return f"{kind} has its own forward, which could not be traced ({in_a_line(error)})"
+    unknown = f"{kind} has its own forward, which does more than scale and shift"
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
         return unknown
@@ -165,26 +164,27 @@ def _follow_normalization(module: nn.Module, dims: int | None) -> Normalization 
     return unknown if found is None else replace(found, dtype=dtype)
 
 
-def _scales_and_shifts(step: fx.Node, node: fx.Node, varying: set[fx.Node]) -> bool:
-    if step.op != "call_function":
+def _scales_and_shifts(node: fx.Node, source: fx.Node, varying: set[fx.Node]) -> bool:
+    """Whether a node scales and shifts its source by values that do not vary with the input."""
+    if node.op != "call_function":
         return False
-    if step.target is F.batch_norm:
+    if node.target is F.batch_norm:
         names = ("input", "running_mean", "running_var", "weight", "bias", "training")
-        given = dict(zip(names, step.args, strict=False)) | step.kwargs
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
         others = [value for key, value in given.items() if key != "input"]
         return (
-            given["input"] is node
+            given["input"] is source
             and given.get("training", False) is False
             and not any(isinstance(value, fx.Node) and value in varying for value in others)
         )
-    if step.target not in _ELEMENTWISE:
+    if node.target not in _ELEMENTWISE:
         return False
-    first, *rest = step.args
-    if step.kwargs or len(rest) != 1:
+    first, *rest = node.args
+    if node.kwargs or len(rest) != 1:
         return False
-    divides = step.target in (operator.truediv, torch.div)
-    return (first is node and rest[0] not in varying) or (
-        rest[0] is node and first not in varying and not divides
+    divides = node.target in (operator.truediv, torch.div)
+    return (first is source and rest[0] not in varying) or (
+        rest[0] is source and first not in varying and not divides
     )
 
 
@@ -195,10 +195,10 @@ def _measure(
     """Read scale and shift off an affine head f: f(0) is the shift, (f(t) - f(0)) / t the scale."""
     mean = module.running_mean
     assert isinstance(mean, Tensor)
-    # Only images can be meant by a form that says nothing of dimensions.
+    # A class that accepts any dimensions is measured on images.
     dims = 2 if dims is None else dims
     ones = torch.ones(1, len(mean), *[1] * dims).to(mean)
-    large = 2.0**20  # a power of two, so that little of the scale is lost beside the shift
+    large = 2.0**20  # a power of two, so that the scale loses little precision next to the shift
     shift, far = (_Head(module, graph, head).value_for(t * ones) for t in (0.0, large))
     if shift.shape != ones.shape or far.shape != ones.shape:
         return None

@@ -1,4 +1,4 @@
-"""The forward of one module by itself, as a graph that can be run in its place."""
+"""The forward of one module as a graph that can replace it."""
 
 import contextlib
 import itertools
@@ -37,7 +37,7 @@ MAX_CASES = 8  # graphs of one forward
 
 
 def inlined_children(owner: nn.Module) -> set[nn.Module]:
-    """Children of anybody's class that only call layers in a row: they are seen through."""
+    """Children that only call layers in a chain. Their layers count as those of the owner."""
     inlined: set[nn.Module] = set()
     for module in reversed(list(owner.modules())):
         if module is owner or is_of_torch(module) or foldable.is_leaf(module):
@@ -48,13 +48,13 @@ def inlined_children(owner: nn.Module) -> set[nn.Module]:
         if has_hooks(module) or is_decorated(module) or alternatives(module):
             continue
         clone = shared_copy(module)
-        steps = {m for m in clone.modules() if m is not clone}
-        tracer = Tracer(steps, exact=True, tensors=True)
+        leaves = {m for m in clone.modules() if m is not clone}
+        tracer = Tracer(leaves, exact=True, tensors=True)
         try:
             graph = tracer.trace(clone)
         except Exception:
             continue
-        calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+        calls = [node for node in graph.nodes if node.op not in OUTSIDE]
         only_calls = all(node.op == "call_module" and len(node.args) == 1 for node in calls)
         if only_calls and not tracer.failures and not tracer.switches_context and len(calls) > 0:
             inlined.add(module)
@@ -62,7 +62,13 @@ def inlined_children(owner: nn.Module) -> set[nn.Module]:
 
 
 class OwnForward:
-    """The forward of one module by itself."""
+    """The forward of one module of a network, traced separately.
+
+    Attributes:
+        reads: numbers of the module that the graph reads when it runs.
+        decided: flags that determine which graph runs.
+        switches_context, queries, has_side_effects: as in `Tracer`.
+    """
 
     def __init__(
         self,
@@ -74,8 +80,6 @@ class OwnForward:
         inlined: set[nn.Module],
     ) -> None:
         self.owner = owner
-        self.model = model
-        self.decided: set[str] = set()
         self.name = name
         self.flow = flow
         self.inlined = {path for path, module in owner.named_modules() if module in inlined}
@@ -85,15 +89,16 @@ class OwnForward:
             for path, module in owner.named_modules()
             if self.names[module] in flags
         }
+        self.reads = _numbers(owner)
+        self.decided: set[str] = set()
         self.switches_context = False
         self.queries: set[str] = set()
         self.has_side_effects = False
-        self.reads = _numbers(owner)
 
     def is_consistent(self) -> bool:
-        """Whether each of its calls runs the same steps as it does by itself, and no others."""
-        expected = [self._steps(flags) for flags in (self.flags, {})]
-        if any(steps is None for steps in expected):
+        """Whether each call in the network runs the same nodes as the separate trace."""
+        expected = [self._canonical(flags) for flags in (self.flags, {})]
+        if any(nodes is None for nodes in expected):
             return False
         occurrences: dict[tuple[int, str], list[fx.Node]] = {}
         for number, each in enumerate(self.flow.graphs):
@@ -104,20 +109,20 @@ class OwnForward:
         alike = all(canonical(nodes, self.flow) in expected for nodes in occurrences.values())
         return bool(occurrences) and alike
 
-    def _steps(self, flags: Flags) -> CanonicalNodes | None:
+    def _canonical(self, flags: Flags) -> CanonicalNodes | None:
         clone = shared_copy(self.owner)
-        steps = {
+        leaves = {
             clone.get_submodule(path)
             for path, module in self.owner.named_modules()
             if foldable.is_leaf(module)
         }
         tries = {clone.get_submodule(path): values for path, values in flags.items()}
-        tracer = Tracer(steps, flags=tries, tensors=True)
+        tracer = Tracer(leaves, flags=tries, tensors=True)
         before = _state(clone)
         try:
             graph = tracer.trace(clone)
         except Exception:
-            return None  # the whole network's own dataflow has said why
+            return None  # the dataflow of the network has the reason
         if tracer.opaque or tracer.failures or tracer.read_storages or _state(clone) != before:
             return None
         if tracer.changed:
@@ -125,7 +130,7 @@ class OwnForward:
         own = self._named(graph)
         nodes = [node for node in graph.nodes if node.op not in OUTSIDE]
         passing = [n for n in nodes if n.op == "call_module" and is_transparent(n, self._module(n))]
-        return canonical(nodes, own, but=passing)
+        return canonical(nodes, own, skipping=passing)
 
     def _module(self, node: fx.Node) -> nn.Module:
         return self.owner.get_submodule(str(node.target))
@@ -134,14 +139,14 @@ class OwnForward:
         own = Dataflow()
         for node in graph.nodes:
             if node.op == "call_module":
-                own._names[node] = self.names[self._module(node)]
+                own.names[node] = self.names[self._module(node)]
             elif node.op == "get_attr":
                 path, _, key = str(node.target).rpartition(".")
-                own._names[node] = f"{self.names[self.owner.get_submodule(path)]}.{key}"
+                own.names[node] = f"{self.names[self.owner.get_submodule(path)]}.{key}"
         return own
 
     def graph(self, values: Values) -> fx.Graph | None:
-        """What it runs with such values of its attributes; children are single steps."""
+        """The graph for these values of flags, in which each child is one node."""
         found = self._trace(values, self.reads)
         if found is None and self.reads:
             self.reads = []
@@ -150,10 +155,10 @@ class OwnForward:
 
     def _trace(self, values: Values, reads: Sequence[str]) -> fx.Graph | None:
         clone = shared_copy(self.owner)
-        steps = {
+        leaves = {
             module for path, module in clone.named_modules() if path and path not in self.inlined
         }
-        tracer = Tracer(steps, exact=True, tensors=True, reads=reads)
+        tracer = Tracer(leaves, exact=True, tensors=True, reads=reads)
         try:
             with contextlib.ExitStack() as stack:
                 for attribute, value in values:
@@ -166,7 +171,7 @@ class OwnForward:
         if any(
             node.op == "get_attr" and not _has(self.owner, str(node.target)) for node in graph.nodes
         ):
-            return None  # a tensor that its forward makes
+            return None  # a tensor that the forward creates
         self.switches_context = self.switches_context or tracer.switches_context
         self.queries |= tracer.queries
         self.has_side_effects = self.has_side_effects or tracer.has_side_effects
@@ -181,18 +186,18 @@ class OwnForward:
         base: fx.Graph,
         merge: Callable[[fx.Graph], bool],
     ) -> list[Case] | str:
-        """A graph for each value of the flags that its forward depends on, or why there is none.
+        """A graph for each value of the flags that the forward depends on, or why that fails.
 
         Args:
-            base: with the values that they have, and its sums merged.
-            merge: merges the sums of another graph; whether they are the same.
+            base: the graph for the present values, with its sums merged.
+            merge: merges the sums of another graph, and returns whether they are the same.
         """
         code = code_of(self.owner)
         if code.properties:
             return f"its forward reads the property {', '.join(sorted(code.properties))}"
         if code.passes_itself:
-            return "its forward gives the module to other code, which may read anything of it"
-        flags = [  # a number may not change: see `fixed`
+            return "its forward passes the module to other code, which may read any attribute"
+        flags = [  # numbers must not change: see `fixed`
             (attribute, value)
             for attribute, value in alternatives(self.owner)
             if not _is_number(value)
@@ -207,33 +212,33 @@ class OwnForward:
             other = self.graph(((attribute, value),))
             if other is not None and canonical(other.nodes, self._named(other)) != usual:
                 if attribute not in known:
-                    return f"its forward asks for {attribute}, which may be set later"
+                    return f"its forward looks for {attribute}, which may be set later"
                 tries.setdefault(attribute, [value_of(self.owner, attribute)]).append(value)
         found: list[Case] = []
-        ways = list(itertools.product(*tries.values()))
-        if len(ways) > MAX_CASES:
-            return f"its forward depends on {', '.join(tries)} in too many ways"
-        for way in ways:
-            setting = tuple(zip(tries, way, strict=True))
+        combinations = list(itertools.product(*tries.values()))
+        if len(combinations) > MAX_CASES:
+            return f"its forward depends on too many values of {', '.join(tries)}"
+        for combination in combinations:
+            values = tuple(zip(tries, combination, strict=True))
             if not found:
-                found.append((setting, base))
+                found.append((values, base))
                 continue
-            graph = self.graph(setting)
+            graph = self.graph(values)
             if graph is None:
-                continue  # it does not run so
+                continue  # the forward does not run with these values
             if not merge(graph):
                 return (
-                    f"its forward depends on {', '.join(tries)}: with another value it adds other "
+                    f"its forward depends on {', '.join(tries)}: with other values it adds other "
                     "branches"
                 )
-            found.append((setting, graph))
+            found.append((values, graph))
         if len(found) > 1 and isinstance(self.owner, fx.GraphModule):
             return "it is a graph of torch.fx that depends on flags"
         self.decided = set(tries)
         return found
 
     def fixed(self) -> dict[str, object]:
-        """Plain attributes that its forward reads and its graphs hold as constants."""
+        """Attributes that are constants in the graphs, and so must not change."""
         if isinstance(self.owner, fx.GraphModule):
             return {}
         harmless = {*self.reads, *self.decided}
@@ -264,7 +269,7 @@ def _is_number(value: object) -> bool:
 
 
 def _state(module: nn.Module) -> list[dict[str, object]]:
-    """What a module and those in it hold, by identity, inside of containers too."""
+    """The attributes of a module and all inside it, by identity, containers included."""
     return [
         {key: _identity(value) for key, value in vars(part).items()} for part in module.modules()
     ]

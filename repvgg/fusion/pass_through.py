@@ -1,6 +1,6 @@
-"""Steps between a layer and a BatchNorm that do nothing in eval mode, or only scale and shift.
+"""Nodes between a layer and a BatchNorm that do nothing in eval mode, or only scale and shift.
 
-Dropout, `contiguous`, `flatten` and a constant factor do not keep a BatchNorm from being folded.
+Dropout, `contiguous`, `flatten` and a constant factor do not prevent a fold.
 """
 
 import inspect
@@ -34,9 +34,9 @@ class PassThrough(NamedTuple):
     """y -> scale * y + shift, for each element.
 
     Attributes:
-        ndim: axes of the result, where the step changes them; its second axis is still that of
-            the channels, or it raises.
-        dtype: the only precision in which it does not round.
+        ndim: number of axes of the result, if the node changes it. The second axis stays that of
+            the channels.
+        dtype: the only dtype that the node does not round.
     """
 
     scale: float = 1.0
@@ -46,7 +46,7 @@ class PassThrough(NamedTuple):
 
 
 def source_of(node: fx.Node) -> fx.Node | None:
-    """The value that a step of one input works on; its sizes do not count."""
+    """The value that a node of one input changes. Its sizes may be inputs too."""
     source = node.args[0] if node.args else None
     if isinstance(source, fx.Node):
         return source
@@ -57,7 +57,12 @@ def source_of(node: fx.Node) -> fx.Node | None:
 def read_pass_through(
     node: fx.Node, channels: int, get_module: Callable[[fx.Node], nn.Module | None]
 ) -> PassThrough | None:
-    """What a step does with a value of so many channels; None where that is more, or not known."""
+    """The scale and shift of a node, or None if it does anything else.
+
+    Args:
+        channels: of its input.
+        get_module: the module that a node calls.
+    """
     source = source_of(node)
     if source is None:
         return None
@@ -72,12 +77,12 @@ def read_pass_through(
         return _read_method(node, name, source, channels)
     if node.op != "call_function":
         return None
-    if node.target is either:  # every way gives this value
+    if node.target is either:  # another path has another value
         return None
     if name in _DROPOUTS:
         return PassThrough() if _is_off(node) else None
     if name == "flatten" and node.target is torch.flatten:
-        return _flatten(*_two(node.args[1:], node.kwargs))
+        return _flatten(*_start_and_end(node.args[1:], node.kwargs))
     return _read_arithmetic(node)
 
 
@@ -90,7 +95,7 @@ def _read_method(node: fx.Node, name: str, source: fx.Node, channels: int) -> Pa
     if name == "to" and len(rest) == 1 and isinstance(rest[0], torch.dtype) and not node.kwargs:
         return PassThrough(dtype=rest[0])
     if name == "flatten":
-        return _flatten(*_two(rest, node.kwargs))
+        return _flatten(*_start_and_end(rest, node.kwargs))
     if name in ("view", "reshape") and not node.kwargs:
         sizes = rest[0] if len(rest) == 1 and isinstance(rest[0], tuple | list) else rest
         if len(sizes) < 2 or not _is_size(sizes[0], source, 0):
@@ -141,13 +146,13 @@ def _flatten(start: object, end: object) -> PassThrough | None:
     return PassThrough(ndim=start + 1)
 
 
-def _two(args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[object, object]:
+def _start_and_end(args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[object, object]:
     given = dict(zip(("start_dim", "end_dim"), args, strict=False)) | dict(kwargs)
     return given.get("start_dim", 0), given.get("end_dim", -1)
 
 
 def _is_off(node: fx.Node) -> bool:
-    """Whether a function that drops is told that nothing trains."""
+    """Whether a dropout function is called with `training=False`."""
     assert callable(node.target)
     try:
         bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)

@@ -137,8 +137,9 @@ def _builtins(tracer: "Tracer") -> dict[str, object]:
             return len(value)
         return tracer.create_proxy("call_function", len, (value,), {})
 
+    # mypy wants __new__ to return an instance; a stand-in returns one of what it stands in for.
     class whole(metaclass=_IntMeta):  # noqa: N801
-        def __new__(cls, value: object = 0, *rest: object) -> object:  # type: ignore[misc]  # it stands in for int
+        def __new__(cls, value: object = 0, *rest: object) -> object:  # type: ignore[misc]
             if not is_value(value):
                 return int(value, *rest)  # type: ignore[call-overload]  # as the caller wrote it
             if tracer.kind(value.node) is int:
@@ -146,7 +147,7 @@ def _builtins(tracer: "Tracer") -> dict[str, object]:
             return tracer.create_proxy("call_function", int, (value,), {})
 
     class kind(metaclass=_TypeMeta):  # noqa: N801
-        def __new__(cls, *args: object) -> object:  # type: ignore[misc]  # it stands in for type
+        def __new__(cls, *args: object) -> object:  # type: ignore[misc]
             if len(args) == 1 and is_value(args[0]):
                 return tracer.exact_class(args[0].node)
             return type(*args)

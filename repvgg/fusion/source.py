@@ -1,8 +1,7 @@
-"""What the code of a forward that cannot be followed may do with its modules.
+"""How the source of an untraceable forward uses its child modules.
 
-Its source is read: a child that it only calls, by itself, in a loop over a container or in a method
-of its own, is told apart from one that it may do more to. What the reading does not understand
-counts as more.
+A child may only be called: directly, in a loop over a container, or in another method of the class.
+Any other use of a child, and any code that is not understood, may do anything with it.
 """
 
 import ast
@@ -28,12 +27,13 @@ _PASS_ON = (
 
 
 class Reading:
-    """What a forward does with modules.
+    """How a forward uses modules.
 
     Attributes:
-        called: in the order of the code; only called, unless they are in `escaped` too.
-        escaped: may be used in any way, with all that is inside.
-        inspected: have attributes that are read.
+        called: modules that are only called, in the order of the code, unless they are in `escaped`
+            too.
+        escaped: modules that may be used in any way, with everything inside.
+        inspected: modules with attributes that the code reads.
     """
 
     def __init__(self) -> None:
@@ -42,8 +42,8 @@ class Reading:
         self.inspected: dict[nn.Module, None] = {}
 
 
-def read(module: nn.Module) -> Reading:
-    """Read the forward of a module and every method that it uses."""
+def read_forward(module: nn.Module) -> Reading:
+    """Read the source of the forward and of every method that it uses."""
     found = Reading()
     todo, seen = [(module, "forward")], set()
     while todo:
@@ -64,13 +64,13 @@ def read(module: nn.Module) -> Reading:
                 for function in _functions(vars(base)[method]):
                     try:
                         todo += _Code(function, owner, found).methods
-                    except Exception:  # it has no source, or is no method: nothing is known
+                    except Exception:  # no source, or no method: nothing is known
                         found.escaped |= dict.fromkeys(owner.children())
     return found
 
 
 def _functions(method: object) -> Iterable[object]:
-    """A method and the decorators around it, torch's own apart."""
+    """A method and its decorators, without those of torch."""
     parts: list[object] = [method]
     if isinstance(method, property):
         parts = [method.fget, method.fset]
@@ -80,7 +80,7 @@ def _functions(method: object) -> Iterable[object]:
             continue
         if isinstance(function, MethodType):
             function = function.__func__
-        # functools.wraps copies all names but those of the globals.
+        # functools.wraps copies the names, but not the globals.
         names = function.__globals__ if isinstance(function, FunctionType) else {}
         if not names.get("__name__", "").startswith("torch."):
             yield function
@@ -89,14 +89,16 @@ def _functions(method: object) -> Iterable[object]:
 
 
 class _Code:
-    """One method, read: it may call a child, iterate over a container to call its children."""
+    """The source of one method."""
 
     def __init__(self, function: object, module: nn.Module, found: Reading) -> None:
         if isinstance(function, staticmethod | classmethod | MethodType):
             function = function.__func__
         if not isinstance(function, FunctionType):
             raise TypeError("not written in Python")
-        wrapped = vars(function).pop("__wrapped__", None)  # getsource would go to the innermost
+        wrapped = vars(function).pop(
+            "__wrapped__", None
+        )  # else getsource returns the innermost one
         try:
             source = textwrap.dedent(inspect.getsource(function))
         finally:
@@ -124,7 +126,7 @@ class _Code:
         self.found.escaped |= dict.fromkeys(modules)
 
     def _own(self, parent: ast.AST, node: ast.AST) -> None:
-        """`self.something`, or something else that is done with self."""
+        """One use of `self`."""
         if not isinstance(parent, ast.Attribute) or parent.value is not node:
             if not (isinstance(parent, ast.Call) and _is_super(parent)):
                 self._escape(*self.module.children())
@@ -142,7 +144,7 @@ class _Code:
             self.methods.append((self.module, parent.attr))
 
     def _use(self, expression: ast.expr, module: nn.Module) -> None:
-        """An expression whose value is `module`."""
+        """One use of an expression whose value is `module`."""
         parent = self.parents[expression]
         if isinstance(parent, ast.Call) and parent.func is expression:
             self.found.called[module] = None
@@ -163,7 +165,7 @@ class _Code:
             self._escape(module)
 
     def _use_elements(self, expression: ast.expr, parent: ast.AST, container: nn.Module) -> None:
-        """A container: `c[i](x)`, `for m in c: m(x)`, also in enumerate, zip, reversed, len."""
+        """One use of a container: `c[i](x)`, `for m in c: m(x)`, enumerate, zip, reversed, len."""
         if isinstance(parent, ast.Subscript) and parent.value is expression:
             call = self.parents[parent]
             if isinstance(call, ast.Call) and call.func is parent:
@@ -220,7 +222,7 @@ def _is_super(node: ast.AST) -> bool:
 
 
 def _is_own_method(module: nn.Module, name: str) -> bool:
-    """Whether a class has a method or property of its own, which torch's do not have."""
+    """Whether a name is a method or property of the user's class, not of nn.Module."""
     own = stored(type(module), name)
     return (
         isinstance(own, FunctionType | property | staticmethod | classmethod)
@@ -236,7 +238,7 @@ def _is_plain(value: object) -> bool:
 
 
 def _hidden_modules(module: nn.Module) -> Iterable[nn.Module]:
-    """Modules that a module holds in plain attributes, where no registry knows of them."""
+    """Modules in plain attributes of a module, which are not registered as children."""
     registries = ("_modules", "_parameters", "_buffers")
     todo: list[object] = [value for key, value in vars(module).items() if key not in registries]
     seen: set[int] = set()
@@ -259,19 +261,19 @@ def _hidden_modules(module: nn.Module) -> Iterable[nn.Module]:
             todo += [cell.cell_contents for cell in value.__closure__ or ()]
         elif not isinstance(value, Tensor | type):
             for slot in [s for cls in type(value).__mro__ for s in vars(cls).get("__slots__", ())]:
-                with contextlib.suppress(AttributeError):  # nothing was put into this slot
+                with contextlib.suppress(AttributeError):  # the slot is empty
                     todo.append(getattr(value, slot))
             todo += attributes_of(value).values()
 
 
 def is_of_torch(module: nn.Module) -> bool:
-    """Whether a module is one of torch's own, other than one that only passes on to others."""
+    """Whether the class of a module belongs to torch and is no container or wrapper."""
     passes_on = isinstance(module, _PASS_ON) or type(module).__name__ == "OptimizedModule"
     return type(module).__module__.startswith("torch.") and not passes_on
 
 
 def has_own_code(module: nn.Module, base: type[nn.Module]) -> bool:
-    """Whether a module does other things than the class of torch that it comes from."""
+    """Whether a subclass of a layer of torch overrides its code or tensors."""
     own = vars(module)
     return any(
         key in own or stored(type(module), key) is not stored(base, key)

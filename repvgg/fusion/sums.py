@@ -1,9 +1,9 @@
-"""Sums of parallel linear branches, in anyone's network, become one convolution.
+"""Merges sums of parallel linear branches into one convolution, in any network.
 
-RepVGG (Ding et al., 2021, arXiv:2101.03697), section 3.3, where the dataflow proves it applicable:
-W3*x + W1*x + x, with BatchNorms or average pooling among the branches (Ding et al., 2021,
-arXiv:2103.13425, section 3.2), is one convolution of x. The addition is code of some forward, so
-the module it stands in gets a forward that was written from the graph of its own.
+W3*x + W1*x + x is one convolution of x (RepVGG, Ding et al., 2021, arXiv:2101.03697, section 3.3).
+BatchNorms and average pooling may be among the branches (Ding et al., 2021, arXiv:2103.13425,
+section 3.2). The dataflow must prove that the terms have the same input. The addition is code of a
+forward, so the module of that forward gets a new one, generated from its graph.
 """
 
 import inspect
@@ -36,15 +36,15 @@ class Term(NamedTuple):
     """One term of a sum.
 
     Attributes:
-        term: the step that is added.
-        source: the step whose value enters it.
-        call: the step that calls its module.
-        module: its convolution, pool or normalization; None is the identity.
+        added: the node that is added.
+        source: the node whose value is the input of the branch.
+        call: the node that calls its module.
+        module: its convolution, pool or normalization; None for the identity.
         name: of the module.
-        subsampling: every how many pixels of the source enter it.
+        subsampling: the stride of a slice x[..., ::s, ::s] before the module.
     """
 
-    term: fx.Node
+    added: fx.Node
     source: fx.Node
     call: fx.Node
     module: nn.Module | None = None
@@ -53,7 +53,7 @@ class Term(NamedTuple):
 
 
 def owners(flow: Dataflow, model: nn.Module) -> list[str]:
-    """Modules in whose forward parallel branches are added, inner ones first."""
+    """Modules whose forward adds parallel branches, inner ones first."""
     found = dict.fromkeys(
         list(flow.callers[node])[-1]
         for graph in flow.graphs
@@ -64,7 +64,7 @@ def owners(flow: Dataflow, model: nn.Module) -> list[str]:
 
 
 def _adds_branches(root: fx.Node, flow: Dataflow, model: nn.Module) -> bool:
-    """Whether a convolution and something else of the same value are among the terms of a sum."""
+    """Whether a sum contains a convolution and another term of the same input."""
     terms, todo = [], list(root.args)
     while todo:
         node = todo.pop()
@@ -100,21 +100,21 @@ def merge_sums(
     check_values: bool = True,
     flags: Flags | None = None,
 ) -> list[tuple[str, ...]]:
-    """Merge what can be merged in the forward of one module, in place.
+    """Merge the sums in the forward of one module, in place.
 
-    The module gets a forward that is written from its graph. It holds whatever values its flags
-    take: one graph for each, or the module is left.
+    The module gets a forward that is generated from its graph, with one graph for each value of its
+    flags. If that is impossible, the module does not change.
 
     Args:
-        model: the network, of which `flow` was made.
+        model: the network of `flow`.
         name: of the module in it.
-        values: kernels in float64 that were rounded in `model`, by name; the merged ones are added.
-        report: what is left, and why, is added to `unmerged`.
+        values: kernels in float64 that are rounded in `model`, by name. Merged ones are added.
+        report: its `unmerged` gets the reason if nothing is merged.
         check_values: as `values` in `repvgg.fusion.foldable.obstacle`.
-        flags: those with which `flow` was made.
+        flags: those of the trace that made `flow`.
 
     Returns:
-        for each sum the names of the modules that became one, the remaining one first.
+        for each sum the names of the merged modules, first the one that remains.
     """
     owner = model.get_submodule(name)
     if not _takes_one_input(owner) or name in flow.inspected or name in flow.untraced:
@@ -130,7 +130,7 @@ def merge_sums(
         return []
     sums = _Sums(model, owner, name, base, flow, values, check_values, inlined_names)
     merged = sums.merge()
-    # The text of a graph does not say `+=` as it was meant.
+    # The code of a graph turns `x += y` into `x = x + y`.
     if not merged or any(_is_augmented(node) for node in base.nodes):
         return []
 
@@ -148,7 +148,7 @@ def merge_sums(
 
 
 def _takes_one_input(module: nn.Module) -> bool:
-    """Whether a module runs its class's forward, of one argument, and nothing else."""
+    """Whether a call of a module runs the forward of its class, of one argument, and no hooks."""
     plain_call = type(module).__call__ is nn.Module.__call__ or isinstance(module, fx.GraphModule)
     if has_hooks(module) or not plain_call or "forward" in vars(module):
         return False
@@ -157,7 +157,7 @@ def _takes_one_input(module: nn.Module) -> bool:
 
 
 def _obstacle(own: OwnForward) -> str | None:
-    """Why a graph does not show all that a forward does, or may do later."""
+    """Why a graph does not show everything that a forward may do, or None."""
     if own.switches_context:
         return "its forward switches gradients, inference mode or autocast"
     if is_decorated(own.owner):
@@ -172,6 +172,8 @@ def _obstacle(own: OwnForward) -> str | None:
 
 
 class _Sums:
+    """The sums in one graph of a module's forward."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -192,7 +194,7 @@ class _Sums:
         self.check_values = check_values
         self.inlined = inlined
         self.totals: dict[str, Affine] = {}
-        self.absorbed: dict[nn.Module, nn.Module] = {}  # and what stands in their place
+        self.replaced: dict[nn.Module, nn.Module] = {}
         self.order: dict[fx.Node, int] = {}
         self.names = {module: path for path, module in model.named_modules()}
         self.calls: dict[nn.Module, int] = {}
@@ -202,16 +204,17 @@ class _Sums:
                 self.calls[module] = self.calls.get(module, 0) + 1
 
     def merge(self) -> list[tuple[str, ...]]:
+        """Merge the sums of the graph. `write` changes the modules."""
         merged = []
         additions = [node for node in self.graph.nodes if _is_addition(node)]
         for node in additions:
             if not self._is_inner(node):
-                self.order = {step: i for i, step in enumerate(self.graph.nodes)}
+                self.order = {node: i for i, node in enumerate(self.graph.nodes)}
                 merged += self._merge_sum(node)
         return merged
 
     def _is_inner(self, node: fx.Node) -> bool:
-        """Whether a sum is itself one term of a sum."""
+        """Whether a sum is a term of another sum."""
         users = uses(node)
         return len(users) == 1 and _is_addition(users[0])
 
@@ -226,7 +229,7 @@ class _Sums:
             if len(group) < 2 or self._is_disturbed(root, nodes, group):
                 continue
             accumulates = any(foldable.may_overwrite(node, None) for node in nodes)
-            if accumulates and len(group) < len(branches):  # it would keep the first one's dtype
+            if accumulates and len(group) < len(branches):  # the dtype is that of the first term
                 continue
             if not self._is_guarded(group):
                 continue
@@ -238,14 +241,14 @@ class _Sums:
             return []
         with self.graph.inserting_before(root):
             total = rest[0]
-            for term in [*rest[1:], *(b.term for b in branches)]:
+            for term in [*rest[1:], *(b.added for b in branches)]:
                 total = self.graph.call_function(add, (total, term))
         root.replace_all_uses_with(total)
         self._erase(root)
         return merged
 
     def _terms(self, root: fx.Node) -> tuple[set[fx.Node], list[fx.Node]]:
-        """The additions of a sum, and what they add."""
+        """The additions of a sum, and their terms."""
         nodes, terms, todo = {root}, [], list(root.args)
         while todo:
             node = todo.pop(0)
@@ -258,7 +261,7 @@ class _Sums:
         return nodes, terms
 
     def _branch(self, term: fx.Node) -> Term:
-        """Read one term; what is no branch is the identity of itself."""
+        """Read one term. A value that is no branch is the identity of itself."""
         itself = Term(term, term, term)
         node = term
         if self._is_check(node) and len(node.users) == 1:
@@ -267,20 +270,20 @@ class _Sums:
             return itself
         module = self.owner.get_submodule(str(node.target))
         path = self.names[module]
-        source, step = node.all_input_nodes[0], 1
+        source, stride = node.all_input_nodes[0], 1
         if isinstance(module, _ConvNd) and set(module.kernel_size) == {1}:
             dims = len(module.kernel_size)
-            source, step = read_subsampling(source, dims) or (source, 1)
+            source, stride = read_subsampling(source, dims) or (source, 1)
         calls = self.flow.calls.get(path, [])
         within = bool(calls) and all(self._is_own(call, path) for call in calls)
         known = read_geometry(module) is not None
         known = known and foldable.obstacle(module, values=self.check_values) is None
         if not within or not known or self.calls[module] != 1 or path in self.flow.reached:
             return itself
-        return Term(term, source, node, module, path, step)
+        return Term(term, source, node, module, path, stride)
 
     def _is_own(self, call: fx.Node, path: str) -> bool:
-        """Whether a call stands in the forward itself, or in children that are seen through."""
+        """Whether a call stands in the forward, or in an inlined child."""
         callers = list(self.flow.callers[call])
         if self.name not in callers:
             return False
@@ -288,21 +291,21 @@ class _Sums:
         return between <= self.inlined
 
     def _is_check(self, node: fx.Node) -> bool:
-        """Whether a step only refuses inputs of the wrong rank."""
+        """Whether a node only checks the rank of its input."""
         return (
             node.op == "call_module"
             and type(self.owner.get_submodule(str(node.target))) is foldable.Rows
         )
 
     def _compatible(self, group: list[Term]) -> list[Term]:
-        """Those that fit into the largest convolution of a group, which comes first."""
+        """The largest convolution of a group, and the branches that fit into it."""
         convolutions = [b for b in group if isinstance(b.module, _ConvNd)]
         main = max(convolutions, key=_num_taps)
         fitting = [b for b in group if b is not main and self._kernel(b, main) is not None]
         return [main, *fitting]
 
     def _kernel(self, branch: Term, main: Term) -> Affine | None:
-        """A branch as a convolution of the main one's shape, in float64; None where it is none."""
+        """The kernel of a branch in the geometry of the main one, in float64, or None."""
         conv = main.module
         assert isinstance(conv, _ConvNd)
         target, own = read_geometry(conv), read_geometry(branch.module, conv)
@@ -318,7 +321,7 @@ class _Sums:
         return Affine(nn.functional.pad(small.kernel, taps), small.bias)
 
     def _is_disturbed(self, root: fx.Node, nodes: set[fx.Node], group: list[Term]) -> bool:
-        """Whether a value may be overwritten between its first use and the sum."""
+        """Whether a node may overwrite a value between its first use and the sum."""
         first = min(self.order[b.call] for b in group if b.module is not None)
         for node, position in self.order.items():
             module = None
@@ -334,13 +337,13 @@ class _Sums:
         return False
 
     def _is_fresh(self, node: object, nodes: set[fx.Node]) -> bool:
-        """Whether nobody else can see the value of a step that a sum adds to."""
+        """Whether only the sum uses the value of a node that it overwrites."""
         assert isinstance(node, fx.Node)
         return node in nodes or self._branch(node).module is not None
 
     def _is_guarded(self, group: list[Term]) -> bool:
-        """Whether inputs are refused of which a BatchNorm would normalize another axis."""
-        if any(b.module is not None and self._is_check(b.term) for b in group):
+        """Whether the merged branches check the rank of inputs as their BatchNorms do."""
+        if any(b.module is not None and self._is_check(b.added) for b in group):
             return True
         for branch in group:
             if branch.module is not None and is_normalization(branch.module):
@@ -350,13 +353,14 @@ class _Sums:
         return True
 
     def _write(self, root: fx.Node, source: fx.Node, group: list[Term]) -> fx.Node:
+        """Add a node that calls the merged convolution of a group."""
         main = group[0]
         old = main.module
         assert isinstance(old, _ConvNd)
         kernels = [self._kernel(branch, main) for branch in group]
         total = merge(*(kernel for kernel in kernels if kernel is not None))
         stride = tuple(s * main.subsampling for s in old.stride)
-        # On the meta device: its numbers are replaced, and no random state is consumed.
+        # On the meta device: the weights are replaced, and the random state does not change.
         conv = _plain(type(old))(
             old.in_channels,
             old.out_channels,
@@ -374,9 +378,9 @@ class _Sums:
         conv.bias = nn.Parameter(total.bias.to(old.weight), trains)
         self.totals[main.name] = total
         target = str(main.call.target)
-        self.absorbed |= {b.module: nn.Identity() for b in group if b.module is not None}
-        self.absorbed[old] = conv.eval()
-        checks = [b.term for b in group if b.module is not None and self._is_check(b.term)]
+        self.replaced |= {b.module: nn.Identity() for b in group if b.module is not None}
+        self.replaced[old] = conv.eval()
+        checks = [b.added for b in group if b.module is not None and self._is_check(b.added)]
         with self.graph.inserting_before(root):
             node = self.graph.call_module(target, (source,))
             for check in checks[:1]:
@@ -384,14 +388,14 @@ class _Sums:
         return node
 
     def write(self) -> None:
-        """Put the merged convolutions, and identities for what they took in, in their places."""
-        for old, new in self.absorbed.items():
+        """Put the merged convolutions in place, and identities for the other branches."""
+        for old, new in self.replaced.items():
             put(self.model, old, new.eval())
             self.values.pop(self.names[old], None)
         self.values.update(self.totals)
 
     def _erase(self, root: fx.Node) -> None:
-        """Remove a sum and the steps that nothing else uses."""
+        """Remove a sum and the nodes that nothing else uses."""
         todo = [root]
         while todo:
             node = todo.pop()
@@ -417,12 +421,12 @@ def _num_taps(branch: Term) -> int:
 
 
 def _plain(cls: type[_ConvNd]) -> Callable[..., _ConvNd]:
-    """Torch's own class of a convolution."""
+    """The class of torch that a convolution belongs to."""
     return next(base for base in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if issubclass(cls, base))
 
 
 def _is_augmented(node: fx.Node) -> bool:
-    """Whether a step is x += y, or another of its kind."""
+    """Whether a node is x += y or another augmented assignment."""
     if node.op != "call_function" or target_home(node) != "_operator":
         return False
     return foldable.may_overwrite(node, None)

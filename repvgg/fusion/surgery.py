@@ -1,4 +1,4 @@
-"""Changes of a network in place: other modules under the old names, another forward."""
+"""Changes a network in place: replaces modules under the same names, and the forward of one."""
 
 import hashlib
 import importlib
@@ -11,11 +11,11 @@ from torch import fx, nn
 
 from repvgg.fusion.flags import Values, expression
 
-Case = tuple[Values, fx.Graph]  # values of attributes, and the graph they give
+Case = tuple[Values, fx.Graph]  # values of flags, and the graph for them
 
 
 def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Replace a module under every name that it has."""
+    """Replace a module under each of its names."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is old:
@@ -23,13 +23,14 @@ def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def set_forward(owner: nn.Module, cases: Sequence[Case], fixed: dict[str, object]) -> None:
-    """Make a module run graphs; all else of it, its class's methods too, stays.
+    """Let a module run graphs. All its attributes and other methods stay.
 
     Its class becomes a subclass of the same name.
 
     Args:
-        cases: which graph to run for which values of its attributes, the usual one first.
-        fixed: attributes that must keep their values, as the graphs hold for those alone.
+        cases: values of flags and the graph to run, first the present values.
+        fixed: attributes that are constants in the graphs, so that the forward raises if they
+            change.
     """
     if isinstance(owner, fx.GraphModule):
         owner.graph = cases[0][1]
@@ -38,7 +39,7 @@ def set_forward(owner: nn.Module, cases: Sequence[Case], fixed: dict[str, object
     parts = []
     for place, (_, graph) in enumerate(cases):
         for node in graph.nodes:
-            node.type = None  # an annotation may be text that means something elsewhere
+            node.type = None  # a string annotation may mean something else in this code
         code = graph.python_code("self")
         names |= {
             key: value.__name__ if isinstance(value, ModuleType) else value
@@ -53,6 +54,7 @@ def set_forward(owner: nn.Module, cases: Sequence[Case], fixed: dict[str, object
 
 
 def _dispatch(cases: Sequence[Case], fixed: dict[str, object], owner: str) -> str:
+    """The source of a forward that checks the fixed attributes and chooses a graph."""
     x = next(str(node.target) for node in cases[0][1].nodes if node.op == "placeholder")
     lines = [f"def forward(self, {x}):"]
     for place, (path, value) in enumerate(fixed.items()):
@@ -64,11 +66,11 @@ def _dispatch(cases: Sequence[Case], fixed: dict[str, object], owner: str) -> st
         ]
     flags = dict.fromkeys(attribute for values, _ in cases for attribute, _ in values)
     for place, (values, _) in enumerate(cases):
-        asked = " and ".join(f"{expression(path)} == {value!r}" for path, value in values)
-        lines += [f"    if {asked or 'True'}:", f"        return self._forward_{place}({x})"]
+        test = " and ".join(f"{expression(path)} == {value!r}" for path, value in values)
+        lines += [f"    if {test or 'True'}:", f"        return self._forward_{place}({x})"]
     if flags:
         message = (
-            f"{owner}: {', '.join(flags)} has a value with which its branches were not merged; "
+            f"{owner}: its branches were not merged for this value of {', '.join(flags)}; "
             "set it before fuse_conv_bn"
         )
         lines.append(f"    raise ValueError({message!r})")
@@ -77,19 +79,19 @@ def _dispatch(cases: Sequence[Case], fixed: dict[str, object], owner: str) -> st
 
 def _changed(owner: str, path: str) -> str:
     return (
-        f"{owner}.{path} was changed after its branches were merged, which hold for the value that "
-        "it had: set it before fuse_conv_bn"
+        f"{owner}.{path} was changed after its branches were merged, but the merge holds only for "
+        "the old value: set it before fuse_conv_bn"
     )
 
 
 def _specialized(base: type[nn.Module], source: str, names: dict[str, object]) -> type[nn.Module]:
-    """A subclass with another forward, whose instances can be pickled and scripted."""
+    """A subclass with another forward. Its instances can be pickled and scripted."""
     namespace = {
         key: importlib.import_module(value) if isinstance(value, str) else value
         for key, value in names.items()
     }
     namespace["__name__"] = base.__module__
-    # Where torch.jit.script and tracebacks find the text.
+    # torch.jit.script and tracebacks look for the source here.
     place = f"<merged {base.__name__} {hashlib.sha1(source.encode()).hexdigest()[:12]}>"
     linecache.cache[place] = (len(source), None, source.splitlines(keepends=True), place)
     exec(compile(source, place, "exec"), namespace)

@@ -1,8 +1,8 @@
 """The graph of a network's forward, along every path that it may take.
 
 A test with few outcomes (is it a tensor, is its size even) is answered both ways, one after the
-other. Any other test of a value ends the tracing of the module that makes it, even if the module's
-own code catches the error.
+other. Any other test of a value ends the tracing of the module that makes it. Catching the error
+does not help the module.
 """
 
 import contextlib
@@ -256,11 +256,12 @@ class _Call:
         return self.run(*args, **kwargs)
 
 
-class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]  # torch leaves it without types
+# Strict mypy rejects TorchDispatchMode, which torch does not annotate.
+class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
     """Records which tensors a forward computes with; proxies compute nothing."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]  # see above
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         self.storages: set[int] = set()
 
     def __torch_dispatch__(

@@ -41,7 +41,7 @@ def conv_bn(*args, dims: int = 2, **options) -> nn.Sequential:
 
 
 def merged(network: nn.Module, x: torch.Tensor) -> tuple[nn.Module, FusionReport]:
-    """The fused network, which was held against the given one."""
+    """Fuse a network and compare the outputs."""
     network = settle(network).double()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     expected = network(x.clone())
@@ -56,7 +56,7 @@ def convolutions(network: nn.Module) -> int:
 
 
 class HandWritten(nn.Module):
-    """As RepVGG's, without switch_to_deploy."""
+    """A block like that of RepVGG, without switch_to_deploy."""
 
     def __init__(self, channels, groups=1):
         super().__init__()
@@ -175,7 +175,7 @@ def test_padding_modes_stay_exact(mode, size):
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-def test_an_even_kernel_with_padding_same_has_its_centre_in_front(size):
+def test_an_even_kernel_with_padding_same_has_its_center_first(size):
     branches = [nn.Conv2d(4, 4, size, padding="same"), nn.Conv2d(4, 4, 1)]
 
     found, _ = merged(nn.Sequential(Sum(*branches, identity=True)), images(2, 4, 9, 8))
@@ -293,7 +293,7 @@ class Scaled(Overwritten):
         Scaled,
     ],
 )
-def test_sums_that_only_look_parallel_are_left_alone(block):
+def test_sums_that_are_not_parallel_are_not_merged(block):
     _, report = merged(nn.Sequential(block()), images(2, 4, 9, 8))
 
     assert report.merged == []
@@ -314,7 +314,7 @@ def test_a_sum_that_accumulates_in_place_is_merged():
 
 
 class Shared(nn.Module):
-    """A block whose 1x1 convolution its parent calls as well."""
+    """A block whose parent calls its 1x1 convolution too."""
 
     def __init__(self):
         super().__init__()
@@ -324,7 +324,7 @@ class Shared(nn.Module):
         return self.block(x) + self.block.conv1(x).relu()
 
 
-def test_a_branch_that_somebody_else_calls_stays():
+def test_a_branch_that_another_module_calls_stays():
     _, report = merged(Shared(), images(2, 4, 9, 8))
 
     assert report.merged == [("block.conv3", "block.bn0")]
@@ -352,7 +352,7 @@ def test_a_branch_that_a_method_uses_stays():
 
 
 @pytest.mark.parametrize("name", ["repvgg_a0", "repvgg_b1g4", "repvgg_d2se", "repvggplus_l2pse"])
-def test_our_own_blocks_are_merged_like_anybody_s(name):
+def test_our_blocks_are_merged_like_those_of_others(name):
     network = repvgg.create_model(name, depths=(1, 2, 2, 1), widths=(8, 16, 16, 24), num_classes=5)
 
     _found, report = merged(network, images(2, 3, 64, 64))
@@ -361,7 +361,7 @@ def test_our_own_blocks_are_merged_like_anybody_s(name):
     assert report.kept == {}
 
 
-def test_a_merged_network_keeps_what_its_modules_had():
+def test_a_merged_network_keeps_the_attributes_of_its_modules():
     block = HandWritten(4)
     block.label = "stage 1"
     block.unused = nn.Linear(2, 2)
@@ -506,14 +506,14 @@ class Autocast(Overwritten):
         (lambda: nn.Sequential(Autocast()), False),
     ],
 )
-def test_forwards_that_do_more_than_their_graph_says_stay(network, merges):
+def test_forwards_that_do_more_than_their_graph_shows_stay(network, merges):
     _, report = merged(network(), images(2, 4, 9, 8))
 
     assert bool(report.merged) == merges
 
 
 class Described(HandWritten):
-    """A parent asks it for its class, a method, a property and a child."""
+    """A block with a method, a property and a child that its parent reads."""
 
     expansion = 2
 
@@ -536,7 +536,7 @@ class Asks(nn.Module):
 
 
 @pytest.mark.parametrize("transfer", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))])
-def test_a_merged_module_is_still_what_it_was(transfer):
+def test_a_merged_module_keeps_its_class_and_methods(transfer):
     network = settle(Asks()).double()
 
     found, report = fuse_conv_bn(network)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 
 
 class Small(nn.Module):
-    """A network that a test may leave something in."""
+    """A network in which a test may store a tensor or an object."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def test_a_tensor_of_an_earlier_forward_is_detached(network, holder):
     assert network.left is not found.left
 
 
-def test_a_kept_tensor_has_its_value_and_no_history(network):
+def test_a_stored_tensor_keeps_its_value_without_history(network):
     network.left = network(IMAGES)
     found = copied(network).left
     assert found.grad_fn is None
@@ -143,7 +143,7 @@ def test_a_scripted_part_is_copied(network):
     assert torch.equal(found(IMAGES), whole(IMAGES))
 
 
-def test_compiled_networks_are_taken_out(network):
+def test_the_wrapper_of_a_compiled_network_is_removed(network):
     compiled = torch.compile(network, backend="eager")
     assert unwrapped(compiled) is network
     assert type(copied(compiled)) is Small
@@ -153,7 +153,7 @@ def test_data_parallel_stays(network):
     assert type(copied(nn.DataParallel(network))) is nn.DataParallel
 
 
-def test_distributed_networks_are_taken_out(network, tmp_path):
+def test_the_wrapper_of_a_distributed_network_is_removed(network, tmp_path):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
     )
@@ -184,7 +184,7 @@ def test_a_lazy_module_is_named():
         copied(nn.Sequential(nn.ReLU(), nn.LazyConv2d(4, 3)))
 
 
-def test_what_no_copy_can_be_made_of_is_named():
+def test_a_network_that_cannot_be_copied_is_named():
     class Stubborn(Small):
         def __deepcopy__(self, memo):
             raise KeyError("no")
@@ -218,7 +218,7 @@ COMPUTED = {
 
 
 def change_sources(conv):
-    """As an optimizer's step does: what weights are computed from, not the weights."""
+    """Change the parameters that weights are computed from, as an optimizer does."""
     with torch.no_grad():
         for name, parameter in conv.named_parameters():
             if name != "bias":
@@ -227,7 +227,7 @@ def change_sources(conv):
 
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("kind", COMPUTED)
-def test_computed_weights_become_plain(network, kind, requires_grad):
+def test_computed_weights_become_plain_parameters(network, kind, requires_grad):
     COMPUTED[kind](network.conv)
     network.train()(IMAGES)
     network.eval()
@@ -245,7 +245,7 @@ def test_computed_weights_become_plain(network, kind, requires_grad):
 
 
 @pytest.mark.parametrize("kind", COMPUTED)
-def test_the_original_goes_on_computing_its_weights(network, kind):
+def test_the_original_still_computes_its_weights(network, kind):
     COMPUTED[kind](network.conv)
     expected = network(IMAGES)
     plain_weights(copied(network))

@@ -1,4 +1,4 @@
-"""What cannot be followed is fused inside its parts, where the code that uses them allows it."""
+"""Untraceable networks are fused inside the parts that their code only calls."""
 
 import copy
 import functools
@@ -194,8 +194,8 @@ class CallsOwn(Pair):
         return self.bn(self.conv(x)) if float(x.sum()) < 1e9 else self.conv(x)
 
 
-class AsksForType(Pair):
-    """torch.fx's proxies are no tensors, so it would follow the other branch."""
+class ChecksType(Pair):
+    """Proxies of torch.fx are no tensors, so torch.fx would take the other branch."""
 
     def forward(self, x):
         y = self.conv(x)
@@ -251,7 +251,7 @@ class AugmentedElsewhere(Pair):
         Hidden,
         ReadsWeight,
         CallsOwn,
-        AsksForType,
+        ChecksType,
         Flag,
         OptionalMask,
         Swallows,
@@ -259,7 +259,7 @@ class AugmentedElsewhere(Pair):
         AugmentedElsewhere,
     ],
 )
-def test_what_its_code_may_reach_is_left_alone(network):
+def test_layers_that_the_code_may_use_otherwise_are_kept(network):
     network = settle(network()).double()
     x = images(2, 4, 8, 8)
 
@@ -270,7 +270,7 @@ def test_what_its_code_may_reach_is_left_alone(network):
     assert reached, report
 
 
-def test_a_closure_over_the_given_network_stays_right():
+def test_a_closure_over_the_original_network_still_works():
     network = settle(Closure()).double()
 
     found, _ = fuse_conv_bn(network)  # whose function still calls the convolution of `network`
@@ -278,7 +278,7 @@ def test_a_closure_over_the_given_network_stays_right():
     assert relative_error(network(images(2, 4, 8, 8)), found(images(2, 4, 8, 8))) < 1e-12
 
 
-def test_an_argument_that_decides_what_is_computed_is_tried_both_ways():
+def test_both_paths_of_an_optional_argument_are_traced():
     network = settle(Flag()).double()
     found, _ = fuse_conv_bn(network)
 
@@ -298,7 +298,7 @@ class Remembers(Pair):
         return self.bn(self.last)
 
 
-def test_following_a_network_leaves_no_trace_in_it():
+def test_tracing_does_not_change_the_network():
     network = settle(Remembers())
 
     found, _ = fuse_conv_bn(network)
@@ -307,7 +307,7 @@ def test_following_a_network_leaves_no_trace_in_it():
     assert (network.count, found.count) == (0, 0)
 
 
-def test_following_draws_no_random_numbers():
+def test_tracing_draws_no_random_numbers():
     network = settle(nn.Sequential(Pair(), nn.Dropout(0.5)))
     before = torch.random.get_rng_state()
 
@@ -317,7 +317,7 @@ def test_following_draws_no_random_numbers():
 
 
 class Caches(Pair):
-    """Keeps a value of its first call, and is followed several times for its optional argument."""
+    """Stores a value of its first call, and is traced twice for its optional argument."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -333,7 +333,7 @@ class Caches(Pair):
         return self.bn(self.conv(x)) * self.scale
 
 
-def test_what_a_forward_keeps_does_not_enter_the_next_graph():
+def test_a_stored_value_does_not_enter_the_next_graph():
     network = settle(Caches())
 
     flow = dataflow.trace(network, foldable.is_leaf)
@@ -357,7 +357,7 @@ class Auxiliary(nn.Module):
         return (x, self.head(x)) if self.training else x
 
 
-def test_parts_that_do_not_run_are_fused_for_themselves():
+def test_parts_that_do_not_run_are_fused_separately():
     network = settle(Auxiliary()).double()
 
     found, report = fuse_conv_bn(network)
@@ -390,7 +390,7 @@ def test_a_network_without_forward_is_fused_in_its_parts(container):
 @pytest.mark.parametrize(
     "network", [nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Identity(), nn.ReLU()]
 )
-def test_a_single_layer_comes_back_as_it_is(network):
+def test_a_single_layer_is_returned_unchanged(network):
     network = settle(network).double()
 
     found, _ = fuse_conv_bn(network)
@@ -399,7 +399,7 @@ def test_a_single_layer_comes_back_as_it_is(network):
 
 
 class ListOfLayers(Pair):
-    """Holds its layers where no registry knows of them, too."""
+    """Also stores its layers in a plain list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -411,7 +411,7 @@ class ListOfLayers(Pair):
         return x
 
 
-class AsksForClass(Pair):
+class ChecksClass(Pair):
     def forward(self, x):
         for layer in self.children():
             x = layer(x)
@@ -420,7 +420,7 @@ class AsksForClass(Pair):
         return x
 
 
-class AsksForBias(Pair):
+class ChecksBias(Pair):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
@@ -430,7 +430,7 @@ class AsksForBias(Pair):
         return y if self.conv.bias is None else y.relu()
 
 
-class AsksForChannels(Pair):
+class ChecksChannels(Pair):
     def forward(self, x):
         return self.bn(self.conv(x)).reshape(-1, self.bn.num_features, 8, 8)
 
@@ -467,7 +467,7 @@ class TypeOf(Pair):
         return self.bn(y) * y if type(x) is torch.Tensor else self.bn(y)
 
 
-class LooksUpSize(Pair):
+class HashesSize(Pair):
     def forward(self, x):
         y = self.conv(x)
         return self.bn(y) * y if x.shape[-1] in {8, 16} else self.bn(y)
@@ -510,7 +510,7 @@ class MayBeNone(Pair):
         return y if skip is None else self.bn(y) + skip
 
 
-class GivesNone(Pair):
+class ReturnsNone(Pair):
     def __init__(self) -> None:
         super().__init__()
         self.gate = Gate()
@@ -584,20 +584,20 @@ def hooked() -> nn.Module:
     "network",
     [
         ListOfLayers,
-        AsksForClass,
-        AsksForBias,
-        AsksForChannels,
+        ChecksClass,
+        ChecksBias,
+        ChecksChannels,
         SumsWeights,
         ReadsState,
         TiedWeight,
         IsTensor,
         TypeOf,
-        LooksUpSize,
+        HashesSize,
         ReadsText,
         IdentityOfTuple,
         OwnCall,
         PassesNone,
-        GivesNone,
+        ReturnsNone,
         Decorated,
         Delegates,
         HoldsObject,
@@ -605,7 +605,7 @@ def hooked() -> nn.Module:
         hooked,
     ],
 )
-def test_what_a_forward_can_tell_apart_is_left_alone(network):
+def test_layers_that_a_forward_inspects_are_kept(network):
     network = settle(network()).double()
     x = images(2, 4, 8, 8)
 
@@ -621,7 +621,7 @@ class Unregistered(Pair):
 
 
 class LeftBehind(Pair):
-    """Holds a value of an earlier forward, which cannot be copied as it is."""
+    """Stores a value of an earlier forward, which copy.deepcopy cannot copy."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -21,7 +21,7 @@ def test_every_variant_computes_the_same_after_the_switch(name):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_the_whole_a0_folds_within_the_promised_error(dtype, tolerance):
+def test_a0_folds_within_the_documented_error(dtype, tolerance):
     torch.manual_seed(0)
     model = settle(repvgg.create_model("repvgg_a0")).double()
     images = torch.randn(2, 3, 64, 64)
@@ -32,7 +32,7 @@ def test_the_whole_a0_folds_within_the_promised_error(dtype, tolerance):
     assert relative_error(expected, deployed(images.to(dtype)).double()) < tolerance
 
 
-def test_the_model_given_is_not_changed():
+def test_the_original_model_does_not_change():
     model = settle(repvgg.create_model("repvgg_a0", **SMALL))
     before = {key: value.clone() for key, value in model.state_dict().items()}
 
@@ -65,14 +65,14 @@ def test_a_deployed_network_has_convolutions_relus_and_a_linear_layer_alone():
     assert set(kinds) <= {nn.Conv2d, nn.ReLU, nn.Linear, nn.Identity, nn.Dropout, nn.ModuleDict}
 
 
-def test_switching_a_switched_network_gives_it_back():
+def test_switching_a_switched_network_changes_nothing():
     once = repvgg.switch_to_deploy(settle(repvgg.create_model("repvgg_a0", **SMALL)))
     images = torch.randn(2, 3, 32, 32)
 
     assert torch.equal(repvgg.switch_to_deploy(once)(images), once(images))
 
 
-def test_a_network_without_blocks_is_refused():
+def test_a_network_without_blocks_is_an_error():
     with pytest.raises(ValueError, match="Linear has no block to switch"):
         repvgg.switch_to_deploy(nn.Linear(2, 2))
 
@@ -85,12 +85,12 @@ def test_a_block_that_cannot_be_folded_is_named():
         repvgg.switch_to_deploy(model)
 
 
-def trained(steps: int = 5, **noise) -> nn.Module:
-    """A small network after a few steps of training with noise."""
+def trained(iterations: int = 5, **stochastic) -> nn.Module:
+    """A small network after a few iterations of training with stochastic layers."""
     torch.manual_seed(0)
-    model = repvgg.create_model("repvgg_a0", **SMALL, **noise).double().train()
+    model = repvgg.create_model("repvgg_a0", **SMALL, **stochastic).double().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(steps):
+    for _ in range(iterations):
         loss = nn.functional.cross_entropy(
             model(torch.randn(8, 3, 32, 32).double()), torch.arange(8) % 5
         )
@@ -100,12 +100,12 @@ def trained(steps: int = 5, **noise) -> nn.Module:
     return model
 
 
-NOISES = [{"dropout": 0.3}, {"branch_drop": 0.3}, {"drop_path": 0.3}]
+STOCHASTIC = [{"dropout": 0.3}, {"branch_drop": 0.3}, {"drop_path": 0.3}]
 
 
-@pytest.mark.parametrize("noise", NOISES, ids=str)
-def test_a_network_trained_with_noise_deploys_exactly(noise):
-    model = trained(**noise)
+@pytest.mark.parametrize("stochastic", STOCHASTIC, ids=str)
+def test_a_network_trained_with_stochastic_layers_deploys_exactly(stochastic):
+    model = trained(**stochastic)
     images = torch.randn(16, 3, 32, 32).double()
     reestimate_bn(model, [images])
 
@@ -114,19 +114,19 @@ def test_a_network_trained_with_noise_deploys_exactly(noise):
     assert relative_error(model.eval()(images), deployed(images)) < 1e-12
 
 
-def test_reestimated_statistics_are_those_of_the_network_without_noise():
-    noisy, quiet = trained(branch_drop=0.3), trained(branch_drop=0.3)
+def test_reestimated_statistics_are_those_without_stochastic_layers():
+    model, plain = trained(branch_drop=0.3), trained(branch_drop=0.3)
     images = torch.randn(16, 3, 32, 32).double()
-    for module in quiet.modules():
+    for module in plain.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0  # the statistics of the last batch
         if isinstance(module, repvgg.RepVGGBlock):
             module.branch_drop = nn.Identity()
-    quiet(images)
+    plain(images)
 
-    reestimate_bn(noisy, [images])
+    reestimate_bn(model, [images])
 
-    found, expected = noisy.state_dict(), quiet.state_dict()
+    found, expected = model.state_dict(), plain.state_dict()
     for key in (key for key in found if "running" in key):
         assert relative_error(expected[key], found[key]) < 1e-12, key
 

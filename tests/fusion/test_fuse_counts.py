@@ -1,4 +1,4 @@
-"""What the number of things, their text, or the world outside decides: left alone, or right."""
+"""Forwards that depend on counts, on texts or on global state are fused exactly or kept."""
 
 from typing import ClassVar
 
@@ -50,7 +50,7 @@ class Window(Pair):
         return total
 
 
-class NoRounds(Pair):
+class NoIterations(Pair):
     def forward(self, x, extra):
         y = out = self.conv(x)
         for _ in extra:
@@ -58,7 +58,7 @@ class NoRounds(Pair):
         return out
 
 
-class CountsRounds(Pair):
+class CountsIterations(Pair):
     def forward(self, x):
         y, n = self.conv(x), 0
         for _ in range(x.shape[1]):
@@ -110,7 +110,7 @@ class TextOfSizes(Pair):
         return y if f"{x.shape[2]}x{x.shape[3]}" == "8x8" else self.bn(y)
 
 
-class AsksAgain(Pair):
+class ChecksTwice(Pair):
     def forward(self, x):
         x, y = x.clone(), self.conv(x)
         if x[0, 0, 0, 0] > -9:
@@ -145,7 +145,7 @@ class FlatTokens(Pair):
         return self.bn(self.conv(x).flatten(2))
 
 
-class AsksForGradients(Pair):
+class ChecksGradients(Pair):
     def forward(self, x):
         y = self.conv(x)
         return self.bn(y) if torch.is_grad_enabled() else y
@@ -168,8 +168,8 @@ LINEAR = (lambda: nn.Linear(6, 4), lambda: nn.BatchNorm1d(4))
         (Levels, ([X, X, X],), {}),
         (Heads, ([X, X, X],), {}),
         (Window, (frames(3),), {}),
-        (NoRounds, (X, []), {}),
-        (CountsRounds, (X,), {}),
+        (NoIterations, (X, []), {}),
+        (CountsIterations, (X,), {}),
         (LongList, ([X, X, X],), {}),
         (Unbinds, (frames(3),), {}),
         (ListOfSizes, (X,), {}),
@@ -177,14 +177,14 @@ LINEAR = (lambda: nn.Linear(6, 4), lambda: nn.BatchNorm1d(4))
         (Rest, (X,), {}),
         (TextOfDevice, (X,), {}),
         (TextOfSizes, (X,), {}),
-        (AsksAgain, (X,), {}),
+        (ChecksTwice, (X,), {}),
         (ThreeFlags, (X,), {"c": True}),
         (ThreeOptions, (X, X, X), {}),
         (lambda: Tokens(*(make() for make in LINEAR)), (tokens(5, 3, 6),), {}),
         (lambda: FlatTokens(*(make() for make in LINEAR)), (tokens(5, 4, 6),), {}),
     ],
 )
-def test_what_cannot_be_counted_is_left_or_right(network, args, kwargs):
+def test_forwards_with_unknown_counts_are_fused_exactly_or_kept(network, args, kwargs):
     model = settle(network()).double()
 
     found, report = fuse_conv_bn(model)
@@ -194,8 +194,8 @@ def test_what_cannot_be_counted_is_left_or_right(network, args, kwargs):
     assert report.fused == []
 
 
-def test_a_question_on_gradients_is_answered_both_ways():
-    model = settle(AsksForGradients()).double()
+def test_both_paths_of_is_grad_enabled_are_traced():
+    model = settle(ChecksGradients()).double()
 
     found, report = fuse_conv_bn(model)
 
@@ -221,7 +221,7 @@ class Caches(Pair):
         return self.bn(self.conv(x)) * CACHE["ones"]
 
 
-def test_nothing_of_tracing_stays_in_caches():
+def test_tracing_leaves_nothing_in_caches():
     model = settle(Caches()).double()
 
     found, report = fuse_conv_bn(model)
@@ -269,7 +269,7 @@ class CallsForward(nn.Module):
         return self.two(x) + self.two.forward(x)
 
 
-def test_a_child_that_is_also_called_by_its_forward_stays():
+def test_a_child_whose_forward_is_called_directly_stays():
     model = settle(CallsForward()).double()
 
     found, report = fuse_conv_bn(model)
@@ -279,16 +279,16 @@ def test_a_child_that_is_also_called_by_its_forward_stays():
 
 
 @pytest.mark.parametrize("model", [None, nn.Conv2d, [nn.Conv2d(1, 1, 1)], torch.zeros(1)])
-def test_what_is_no_network_is_an_error(model):
+def test_another_object_than_a_network_is_an_error(model):
     with pytest.raises(ValueError, match=r"which is no network: pass an instance of nn\.Module"):
         fuse_conv_bn(model)
 
 
 @pytest.mark.parametrize(
     ("images", "message"),
-    [("x", "images is a str"), ([X], "images is a list"), (X * torch.nan, "holds NaN or infinite")],
+    [("x", "images is a str"), ([X], "images is a list"), (X * torch.nan, "contains NaN or inf")],
 )
-def test_what_are_no_images_is_an_error(images, message):
+def test_other_objects_than_images_are_an_error(images, message):
     model = settle(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
 
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Forwards as people write them: what is folded, what stays right, and what raises."""
+"""Forwards of published networks: what is folded, what stays exact, and what raises."""
 
 import contextlib
 import copy
@@ -127,7 +127,7 @@ FLAGS = [
 
 
 @pytest.mark.parametrize(("forward", "attributes", "change"), FLAGS)
-def test_a_flag_set_after_folding_does_what_it_did(forward, attributes, change):
+def test_a_flag_set_after_folding_has_the_same_effect(forward, attributes, change):
     model = network(forward, **copy.deepcopy(attributes))
     found, report = fused(model)
 
@@ -210,7 +210,7 @@ def activates(self, x):
     ("forward", "name", "values"),
     [(repeats, "times", (1, 3)), (activates, "act", (torch.relu, torch.sigmoid))],
 )
-def test_what_a_merged_forward_holds_may_not_change(forward, name, values):
+def test_a_changed_constant_of_a_merged_forward_is_an_error(forward, name, values):
     found, report = fused(network(forward, **{name: values[0]}))
     assert report.merged
 
@@ -233,7 +233,7 @@ def reads_global(self, x):
     return y if SWITCH else y.relu()
 
 
-def asks_torch(self, x):
+def queries_torch(self, x):
     y = self.conv(x) + self.point(x)
     return y.flatten(2) if torch.compiler.is_exporting() else y
 
@@ -243,10 +243,10 @@ def asks_torch(self, x):
     [
         (adds_by_flag, {"both": True}, "depends on both"),
         (reads_global, {}, "reads SWITCH of its Python module"),
-        (asks_torch, {}, "calls is_exporting()"),
+        (queries_torch, {}, "calls is_exporting()"),
     ],
 )
-def test_a_sum_that_something_decides_is_left_with_the_reason(forward, attributes, reason):
+def test_a_sum_that_depends_on_state_is_kept_with_the_reason(forward, attributes, reason):
     _, report = fused(network(forward, **attributes))
 
     assert report.merged == []
@@ -442,7 +442,7 @@ def skips_in_loop(self, x):
 
 
 @pytest.mark.parametrize("forward", [skips_small, skips_lists, skips_in_loop])
-def test_a_way_around_the_batchnorm_keeps_it(forward):
+def test_a_path_around_the_batchnorm_keeps_it(forward):
     _, report = fused(network(forward))
 
     assert report.fused == []
@@ -455,11 +455,11 @@ def cannot_be_followed(self, x):
     return self.bn(self.conv(x))
 
 
-def test_an_argument_that_was_not_followed_raises():
+def test_an_argument_that_was_not_traced_is_an_error():
     found, report = fused(network(cannot_be_followed))
 
     assert report.fused == [("conv", "bn")]
-    with pytest.raises(ValueError, match="was folded for a tensor as x and was given a dict"):
+    with pytest.raises(ValueError, match="was folded for a tensor as x, which is a dict"):
         found({"images": X})
     assert relative_error(found(X), copy.deepcopy(found)(X)) == 0
 
@@ -469,7 +469,7 @@ def takes_more(self, x, *args, **kwargs):
     return y if kwargs.get("raw") else self.bn(y)
 
 
-def test_further_arguments_raise_where_they_were_not_followed():
+def test_further_arguments_that_were_not_traced_are_an_error():
     found, report = fused(network(takes_more))
 
     assert report.fused == [("conv", "bn")]
@@ -479,7 +479,7 @@ def test_further_arguments_raise_where_they_were_not_followed():
 
 
 def sets_a_default(forward):
-    """A decorator as in transformers: it works on keyword arguments before the forward runs."""
+    """A decorator as in transformers, which changes keyword arguments before the forward."""
 
     @functools.wraps(forward)
     def wrapper(self, *args, **kwargs):
@@ -544,7 +544,7 @@ def test_sizes_as_arguments_do_not_stop_folding(case):
     assert report.fused == [("conv", "bn")]
 
 
-# Steps in between
+# Nodes in between
 
 
 BETWEEN = {
@@ -563,7 +563,7 @@ BETWEEN = {
 
 
 @pytest.mark.parametrize("case", BETWEEN)
-def test_steps_that_scale_do_not_keep_a_batchnorm(case):
+def test_nodes_that_scale_do_not_prevent_a_fold(case):
     def forward(self, x):
         return self.bn(BETWEEN[case](self.conv(x)))
 
@@ -583,7 +583,7 @@ def test_steps_that_scale_do_not_keep_a_batchnorm(case):
         lambda y: y.transpose(0, 1).transpose(0, 1) * 1j.real + y.abs(),
     ],
 )
-def test_steps_that_do_more_keep_it(function):
+def test_nodes_that_do_more_prevent_a_fold(function):
     def forward(self, x):
         return self.bn(function(self.conv(x)).to(x.dtype))
 
@@ -730,7 +730,7 @@ def test_a_feature_extractor_is_folded_in_eval_mode():
 @pytest.mark.filterwarnings(
     "ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning"
 )
-def test_a_program_is_not_told_to_call_eval(make, message):
+def test_the_error_for_a_program_does_not_mention_eval(make, message):
     program = make(small(), X.float())
 
     with pytest.raises(ValueError, match=f"{message}.*call fuse_conv_bn on the network first"):
@@ -741,7 +741,7 @@ def test_a_program_is_not_told_to_call_eval(make, message):
 
 
 class QuantizationFriendly(nn.Module):
-    """As QARepVGG's, by hand: a BatchNorm behind a sum."""
+    """A block like that of QARepVGG: a BatchNorm after a sum."""
 
     def __init__(self):
         super().__init__()
@@ -753,7 +753,7 @@ class QuantizationFriendly(nn.Module):
 
 
 class Depthwise(nn.Module):
-    """As RepViT's, by hand."""
+    """A block like that of RepViT."""
 
     def __init__(self):
         super().__init__()
@@ -786,8 +786,8 @@ def test_kernels_are_rounded_once():
         assert torch.equal(wide.float(), narrow)
 
 
-class GateOfAuthors(nn.Module):
-    """Squeeze-and-excite as the authors of RepVGG write it."""
+class SEOfAuthors(nn.Module):
+    """Squeeze-and-excite as in the code of the RepVGG authors."""
 
     def __init__(self, channels, hidden):
         super().__init__()
@@ -801,7 +801,7 @@ class GateOfAuthors(nn.Module):
 
 
 class BlockOfAuthors(nn.Module):
-    def __init__(self, gate_after):
+    def __init__(self, se_after):
         super().__init__()
         self.deploy = False
         self.rbr_identity = nn.BatchNorm2d(8)
@@ -812,8 +812,8 @@ class BlockOfAuthors(nn.Module):
         self.rbr_1x1.add_module("conv", nn.Conv2d(8, 8, 1, bias=False))
         self.rbr_1x1.add_module("bn", nn.BatchNorm2d(8))
         self.nonlinearity = nn.ReLU()
-        self.se = nn.Identity() if gate_after else GateOfAuthors(8, 2)
-        self.post_se = GateOfAuthors(8, 2) if gate_after else nn.Identity()
+        self.se = nn.Identity() if se_after else SEOfAuthors(8, 2)
+        self.post_se = SEOfAuthors(8, 2) if se_after else nn.Identity()
 
     def forward(self, inputs):
         if hasattr(self, "rbr_reparam"):
@@ -823,9 +823,9 @@ class BlockOfAuthors(nn.Module):
         return self.post_se(self.nonlinearity(self.se(out)))
 
 
-@pytest.mark.parametrize("gate_after", [False, True])
-def test_blocks_of_the_authors_with_gates_are_merged(gate_after):
-    block = BlockOfAuthors(gate_after)
+@pytest.mark.parametrize("se_after", [False, True])
+def test_se_blocks_of_the_authors_are_merged(se_after):
+    block = BlockOfAuthors(se_after)
     model = settle(nn.Sequential(nn.Conv2d(3, 8, 1), block)).double()
 
     found, report = fused(model)
@@ -834,7 +834,7 @@ def test_blocks_of_the_authors_with_gates_are_merged(gate_after):
     assert type(found[1].se) is type(block.se)
 
 
-# What comes back
+# The result
 
 
 def test_the_memory_format_stays():
@@ -855,7 +855,7 @@ def test_the_memory_format_of_volumes_stays():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_bias_trains_if_what_it_came_from_did(bias):
+def test_a_new_bias_trains_if_that_of_the_batchnorm_did(bias):
     model = settle(nn.Sequential(nn.Conv2d(3, 8, 3, bias=bias), nn.BatchNorm2d(8)))
     model[0].weight.requires_grad_(False)
 
@@ -901,7 +901,7 @@ class Exports(Base):
 @pytest.mark.filterwarnings(
     "ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning"
 )
-def test_a_folded_network_goes_where_the_unfolded_one_goes(form, way):
+def test_a_folded_network_supports_every_export_of_the_original(form, way):
     model, x = FORMS[form]()
     found, report = fuse_conv_bn(model)
     assert report.fused or report.merged
@@ -923,7 +923,7 @@ def test_a_folded_network_goes_where_the_unfolded_one_goes(form, way):
     assert torch.allclose(other(x), found(x), atol=1e-6)
 
 
-def test_annotations_that_are_text_do_not_matter():
+def test_string_annotations_do_not_matter():
     def forward(self, x: "torch.Tensor") -> "torch.Tensor":
         return self.conv(x) + self.point(x)
 
@@ -948,7 +948,7 @@ def test_nothing_stays_patched_after_an_error():
     assert "view" not in vars(torch.Tensor)
 
 
-# The library checks itself
+# The check on images
 
 
 def test_images_check_the_folded_network():
@@ -976,5 +976,7 @@ def test_a_wrong_fold_is_named_on_images(monkeypatch):
 
     monkeypatch.setattr(foldable, "fold_following", wrong)
 
-    with pytest.raises(ValueError, match="the folded network gives something else on these images"):
+    with pytest.raises(
+        ValueError, match="the output of the folded network differs on these images"
+    ):
         fuse_conv_bn(small(), X.float())

@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm, of every kind; scripts/study_fusion.py has them all."""
+"""Networks of torchvision and timm; scripts/study_fusion.py has all of them."""
 
 import pytest
 import timm
@@ -15,9 +15,9 @@ def count(network: nn.Module) -> int:
     return sum(is_normalization(module) for module in network.modules())
 
 
-# With random weights; BatchNorms that are left.
+# With random weights: the number of BatchNorms that are kept.
 TORCHVISION = {
-    "densenet121": 62,  # behind a concatenation
+    "densenet121": 62,  # after a concatenation
     "googlenet": 0,
     "maxvit_t": 0,
     "mobilenet_v3_small": 0,
@@ -25,7 +25,7 @@ TORCHVISION = {
 }
 TIMM = {
     "convnext_atto": 0,
-    "dpn68": 27,  # behind a concatenation
+    "dpn68": 27,  # after a concatenation
     "efficientnet_b0": 0,
     "ghostnet_100": 0,
     "hrnet_w18_small": 0,
@@ -94,7 +94,7 @@ def test_optical_flow_which_cannot_be_traced():
 
     assert report.kept == {}
     assert "" in report.untraced
-    # In float32, as it casts to that by itself.
+    # In float32, because the network casts to it.
     assert relative_error(network(*frames)[-1], fused(*frames)[-1]) < 1e-4
     check(network.context_encoder, 0, torch.rand(1, 3, 64, 64))
 

@@ -1,4 +1,4 @@
-"""Random small graphs: whatever is fused, the function stays."""
+"""Fusing random small graphs does not change their outputs."""
 
 import torch
 from hypothesis import given, settings
@@ -13,7 +13,7 @@ STEPS = ("conv", "conv", "bn", "bn", "add", "add", "relu", "relu_", "iadd", "cat
 
 
 class RandomGraph(nn.Module):
-    """Runs a list of steps; each takes values by index, and modules may be used again."""
+    """Runs a list of operations on values by index; modules may be used several times."""
 
     def __init__(self, steps: list[tuple[str, int, int, int]]) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def test_random_graphs_compute_the_same_after_fusing(steps):
 
 
 class Fixed(nn.Module):
-    """The same as straight code, in which every module is used once: much can be fused."""
+    """The same as straight code that uses every module once, so that much can be fused."""
 
     def __init__(self, kinds: list[str]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Cases on which fusing goes wrong: what is fused, what is kept and why; no wrong answer."""
+"""Cases in which a fold is easily wrong: what is fused, and what is kept and why."""
 
 import copy
 import functools
@@ -17,7 +17,7 @@ from tests.support.networks import relative_error, settle
 def check(
     network: nn.Module, *inputs: torch.Tensor, fused: int, kept: dict[str, str] | None = None
 ):
-    """The fused network equals the given one in float64, and so many pairs were fused."""
+    """Check the outputs in float64, the number of fused pairs and the kept BatchNorms."""
     network = settle(network).double()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     expected = network(*(x.clone() for x in inputs))
@@ -38,7 +38,7 @@ def images(*shape: int) -> torch.Tensor:
 
 
 class Pair(nn.Module):
-    """A convolution and a BatchNorm, used as the subclass says."""
+    """A convolution and a BatchNorm, which subclasses use differently."""
 
     def __init__(self, conv: nn.Module | None = None, bn: nn.Module | None = None) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class ReluBetween(Pair):
         return self.bn(self.conv(x).relu())
 
 
-class GateBetween(Pair):
+class SEBetween(Pair):
     def forward(self, x):
         y = self.conv(x)
         return self.bn(y * y.mean((2, 3), keepdim=True).sigmoid())
@@ -129,7 +129,7 @@ class ConvTiedToFunctional(Pair):
         (OutputAlsoUsed, "its output is also used by mul"),
         (OutputReturned, "its output is also used by cat"),
         (ReluBetween, "it is fed by relu"),
-        (GateBetween, "it is fed by mul"),
+        (SEBetween, "it is fed by mul"),
         (OverwrittenBetween, "its output is also used by mul_"),
         (WeightIsReadElsewhere, "its weight is read"),
         (BatchNormIsReadElsewhere, "its weight is read"),
@@ -137,7 +137,7 @@ class ConvTiedToFunctional(Pair):
         (ConvTiedToFunctional, "its weight is read"),
     ],
 )
-def test_what_may_not_be_fused_is_kept_with_the_reason(network, reason):
+def test_a_batchnorm_that_cannot_be_fused_is_kept_with_the_reason(network, reason):
     check(network(), images(2, 4, 8, 8), fused=0, kept={"bn": reason})
 
 
@@ -189,7 +189,7 @@ def test_several_calls_are_fused_where_all_of_them_allow_it(network, fused):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.5])
-def test_bias_affine_and_eps_are_read_of_each_layer(bias, affine, eps):
+def test_bias_affine_and_eps_of_each_layer_count(bias, affine, eps):
     network = Pair(nn.Conv2d(4, 6, 3, bias=bias), nn.BatchNorm2d(6, affine=affine, eps=eps))
 
     check(network, images(2, 4, 8, 8), fused=1)
@@ -234,7 +234,7 @@ def test_a_linear_layer_is_fused():
     check(Pair(nn.Linear(6, 4), nn.BatchNorm1d(4)), images(5, 6), fused=1)
 
 
-def test_a_linear_layer_on_sequences_is_refused_when_it_runs():
+def test_sequences_after_a_fused_linear_layer_are_an_error():
     network = settle(Pair(nn.Linear(6, 4), nn.BatchNorm1d(4)))
     found, _ = fuse_conv_bn(network)
     sequences = torch.randn(
@@ -246,7 +246,7 @@ def test_a_linear_layer_on_sequences_is_refused_when_it_runs():
         found(sequences)
 
 
-def test_a_convolution_without_batch_axis_is_refused_when_it_runs():
+def test_an_input_without_batch_axis_is_an_error_after_folding():
     network = settle(Pair(nn.Conv1d(6, 4, 3, padding=1), nn.BatchNorm1d(4)))
     found, _ = fuse_conv_bn(network)
     network(torch.randn(6, 4))
@@ -282,11 +282,11 @@ class Preceding(Pair):
         nn.Conv2d(4, 6, 1, padding="same"),
     ],
 )
-def test_a_batchnorm_in_front_is_fused_where_no_zeros_are_padded(conv):
+def test_a_batchnorm_before_a_convolution_without_zero_padding_is_fused(conv):
     check(Preceding(conv), images(2, 4, 8, 8), fused=1)
 
 
-def test_a_batchnorm_in_front_of_a_linear_layer_is_fused():
+def test_a_batchnorm_before_a_linear_layer_is_fused():
     check(Preceding(nn.Linear(4, 6), nn.BatchNorm1d(4)), images(5, 4), fused=1)
 
 
@@ -298,7 +298,7 @@ def test_a_batchnorm_in_front_of_a_linear_layer_is_fused():
         nn.ConvTranspose2d(4, 6, 3),
     ],
 )
-def test_a_batchnorm_in_front_stays_where_the_border_is_made_up(conv):
+def test_a_batchnorm_before_a_padded_convolution_stays(conv):
     check(Preceding(conv), images(2, 4, 8, 8), fused=0, kept={"bn": "fed by the input x"})
 
 
@@ -310,7 +310,7 @@ class InputOverwrittenBetween(Pair):
         return self.conv(y)
 
 
-def test_a_batchnorm_in_front_stays_where_its_input_is_overwritten():
+def test_a_batchnorm_before_an_in_place_node_stays():
     network = InputOverwrittenBetween(nn.Conv2d(4, 6, 1))
 
     check(network, images(2, 4, 8, 8), fused=0, kept={"bn": "fed by mul"})
@@ -344,7 +344,7 @@ class ClampedNorm(nn.BatchNorm2d):
 
 
 class ActivatedNorm(nn.BatchNorm2d):
-    """As timm's BatchNormAct2d."""
+    """A normalization like timm's BatchNormAct2d."""
 
     def __init__(self, channels):
         super().__init__(channels)
@@ -370,12 +370,12 @@ class ShiftedNorm(nn.BatchNorm2d):
         return super().forward(x + 1)
 
 
-def test_a_subclass_without_code_of_its_own_is_fused():
+def test_a_subclass_that_overrides_nothing_is_fused():
     check(Pair(Renamed(4, 4, 3)), images(2, 4, 8, 8), fused=1)
 
 
 @pytest.mark.parametrize("conv", [Doubling, Standardized])
-def test_a_convolution_with_code_of_its_own_stays(conv):
+def test_a_convolution_that_overrides_code_stays(conv):
     check(Pair(conv(4, 4, 3)), images(2, 4, 8, 8), fused=0, kept={"bn": "it is fed by"})
 
 
@@ -388,7 +388,7 @@ def test_a_convolution_whose_forward_was_replaced_stays():
     assert report.fused == []
 
 
-def test_a_normalization_that_carries_its_activation_keeps_it():
+def test_a_normalization_with_an_activation_keeps_it():
     found, _ = check(Pair(bn=ActivatedNorm(4)), images(2, 4, 8, 8), fused=1)
 
     assert [name for name, _ in found.bn.named_children()] == ["act"]
@@ -396,7 +396,7 @@ def test_a_normalization_that_carries_its_activation_keeps_it():
 
 @pytest.mark.parametrize("bn", [ClampedNorm, ShiftedNorm])
 def test_a_normalization_that_does_something_else_stays(bn):
-    check(Pair(bn=bn(4)), images(2, 4, 8, 8), fused=0, kept={"bn": "has a forward of its own"})
+    check(Pair(bn=bn(4)), images(2, 4, 8, 8), fused=0, kept={"bn": "has its own forward"})
 
 
 def test_a_frozen_batchnorm_is_fused():
@@ -413,7 +413,7 @@ def test_a_synchronized_batchnorm_is_fused():
     check(Pair(bn=nn.SyncBatchNorm(4)), images(2, 4, 8, 8), fused=1)
 
 
-def test_a_network_in_training_mode_is_refused():
+def test_a_network_in_training_mode_is_an_error():
     with pytest.raises(ValueError, match=r"Pair is in training mode.*eval\(\)"):
         fuse_conv_bn(Pair())
 
@@ -496,7 +496,7 @@ def test_computed_weights_are_folded_with_their_present_value(network):
     network = network().double()
     weights = [p for p in network.conv.parameters() if p.ndim == 4]
     with torch.no_grad():
-        weights[-1].mul_(1.5)  # as a step of an optimizer, which the attribute does not know of
+        weights[-1].mul_(1.5)  # as an optimizer does; the attribute is not updated
 
     found, report = fuse_conv_bn(network)
 
@@ -518,7 +518,7 @@ def test_the_precision_stays(dtype):
     assert {parameter.dtype for parameter in found.parameters()} == {dtype}
 
 
-def test_whether_parameters_take_gradients_stays():
+def test_requires_grad_of_parameters_stays():
     network = settle(Pair()).requires_grad_(False)
 
     found, _ = fuse_conv_bn(network)

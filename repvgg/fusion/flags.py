@@ -218,7 +218,9 @@ def _is_plain_tuple(value: object) -> bool:
 
 def _holds_settings(value: object) -> bool:
     """Whether a value is an object of the user that may hold settings."""
-    if value is None or isinstance(value, nn.Module | Tensor | type | types.ModuleType):
+    if value is None or value is MISSING:
+        return False
+    if isinstance(value, nn.Module | Tensor | type | types.ModuleType):
         return False
     known = (str, bytes, int, float, list, tuple, set, frozenset, property, staticmethod)
     has_attributes = stored(value, "__dict__") is not MISSING

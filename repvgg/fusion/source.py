@@ -274,8 +274,8 @@ def is_of_torch(module: nn.Module) -> bool:
 
 def has_own_code(module: nn.Module, base: type[nn.Module]) -> bool:
     """Whether a subclass of a layer of torch overrides its code or tensors."""
-    own = vars(module)
+    own, cls = vars(module), type(module)
     return any(
-        key in own or stored(type(module), key) is not stored(base, key)
+        key in own or (cls is not base and stored(cls, key) is not stored(base, key))
         for key in (*_CODE, *_TENSORS)
     ) and not parametrize.is_parametrized(module)

@@ -21,7 +21,7 @@ from repvgg.checks import check_integer, check_number
 from repvgg.contract import DataContract, Description, Normalize, to_float
 from repvgg.data.batches import Stored
 from repvgg.data.module import ImageData
-from repvgg.deploy.certificate import accuracy
+from repvgg.deploy.verification import accuracy
 from repvgg.export.formats import save_safetensors
 
 DEFAULTS: dict[str, Any] = {

@@ -22,7 +22,7 @@ from repvgg import checkpoint, cli, verify
 from repvgg.checks import check_integer, check_number, refusal
 from repvgg.contract import Description, to_float
 from repvgg.data.module import ImageData
-from repvgg.deploy.certificate import accuracy
+from repvgg.deploy.verification import accuracy
 from repvgg.export import int8
 from repvgg.export.calibration import RANGES, Histogram, minmax
 from repvgg.export.formats import build_onnx

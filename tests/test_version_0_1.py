@@ -40,7 +40,7 @@ def test_a_run_that_stopped_within_an_epoch_is_resumed(tmp_path):
         torch.testing.assert_close(given["state_dict"][key], value, rtol=1e-3, atol=1e-3)
 
 
-def test_a_deployed_folder_is_verified_and_made_anew(tmp_path):
+def test_a_deployed_folder_is_verified_and_deployed_again(tmp_path):
     shutil.copytree(HELD / "deployed", tmp_path / "deployed")
 
     verified = run("deploy.py", "verify=deployed", cwd=tmp_path)

@@ -1,4 +1,6 @@
-"""Deployments: a folded network, its files, and the certificate that every one was verified.
+"""Deployments: a folded network, its files, and a certificate that every file was verified.
 
-`run` is the story of one, `certificate` what is written and checked again.
+`run` is the story of a deployment. `settings` reads its configuration, `verification` compares,
+`files` exports, `measure` times, `report` holds the results. `certificate` writes them beside the
+files and verifies the folder again.
 """

@@ -1,38 +1,28 @@
-"""How big and how fast: parameters, operations, and latency measured in interleaved rounds."""
+"""How big and how fast a network is: parameters, operations, and latency in interleaved rounds."""
 
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import repvgg
+from repvgg.deploy.report import Latency, Quartiles, Size, Timing
 from repvgg.deploy.verification import DEPLOYED, Forms
 from repvgg.export.artifact import Artifact
 from repvgg.verify import Predictor
 
-MAX_NOISE = 0.1  # of the control against its twin, beyond which no ratio is told
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Milliseconds of one call: the median and quartiles over all rounds."""
-
-    median: float
-    lower: float
-    upper: float
-    rounds: int
+MAX_NOISE = 0.1  # of the A/A control; beyond it no ratio is reported
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of scalars a network learned; BatchNorm statistics do not count."""
+    """Number of learned scalars; BatchNorm statistics do not count."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -41,23 +31,23 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
     """Multiply-accumulates of one forward of `images`, by torch's counter (two FLOPs each)."""
     with FlopCounterMode(display=False) as counter:
         model(images)
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 @torch.inference_mode()
 def measure_latency(
-    predictors: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor, *, seconds: float = 3.0
-) -> dict[str, Latency]:
-    """Time several predictors on the same images in one run, a call of each in every round.
+    predictors: Mapping[str, Callable[[Tensor], object]], images: Tensor, *, seconds: float = 3.0
+) -> dict[str, Quartiles]:
+    """Time several predictors on the same images, with one call of each in every round.
 
-    Interleaving makes their ratios hold when the machine's speed drifts, and a call that is not
-    timed before each one that is keeps one predictor from paying for the threads and caches of
-    another. Time the same predictor under two names to see how much of a ratio is noise.
+    Interleaved calls keep the ratios right when the machine's speed drifts. An untimed call before
+    each timed one keeps a predictor from paying for the threads and caches of another. For an A/A
+    control, pass the same predictor under two names.
 
     Args:
         predictors: by name; called with `images`.
         images: (N, C, H, W), on the CPU.
-        seconds: how long to measure, after three rounds to warm up; at least ten rounds are made.
+        seconds: how long to measure, after three rounds of warm-up; at least ten rounds.
     """
     images = images.contiguous()
     times: dict[str, list[float]] = {name: [] for name in predictors}
@@ -76,49 +66,46 @@ def measure_latency(
     result = {}
     for name, values in times.items():
         lower, median, upper = statistics.quantiles(values[warmup:], n=4)
-        result[name] = Latency(median, lower, upper, len(values) - warmup)
+        result[name] = Quartiles(median, lower, upper, len(values) - warmup)
     return result
 
 
-def sizes(forms: Forms, images: Tensor) -> dict[str, Any]:
+def sizes(forms: Forms, images: Tensor) -> dict[str, Size]:
     """Parameters and multiply-accumulates for one image, before and after."""
     return {
-        name: {
-            "parameters": count_parameters(network),
-            "macs": count_macs(network, images[:1]),
-        }
+        name: Size(count_parameters(network), count_macs(network, images[:1]))
         for name, network in (("trained form", forms.trained), ("deployed", forms.folded))
     }
 
 
-def latency(predictors: dict[str, Predictor], images: Tensor) -> dict[str, Any]:
-    """Milliseconds per image, all predictors interleaved, one of them twice as a control."""
+def latency(predictors: Mapping[str, Predictor], images: Tensor) -> Latency:
+    """Milliseconds of a call, all predictors interleaved, the folded network twice as a control."""
     control = f"{DEPLOYED}, again"
-
-    def ready(predict: Predictor) -> Predictor:
-        """What a file takes is made beforehand."""
-        if not isinstance(predict, Artifact):
-            return predict
-        encoded = predict.description.encode(images)
-        return lambda _: predict.run(encoded)
-
-    timed = {name: ready(predict) for name, predict in predictors.items()}
+    timed = {name: _encoded(predictor, images) for name, predictor in predictors.items()}
     measured = measure_latency({**timed, control: timed[DEPLOYED]}, images, seconds=3.0)
     base = measured[DEPLOYED].median
-    return {
-        "batch": len(images),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "noisy": abs(measured[control].median / base - 1) > MAX_NOISE,
-        "milliseconds": {
-            name: {**asdict(value), "ratio": base / value.median}
-            for name, value in measured.items()
+    return Latency(
+        batch=len(images),
+        threads=torch.get_num_threads(),
+        load=os.getloadavg()[0],
+        noisy=abs(measured[control].median / base - 1) > MAX_NOISE,
+        milliseconds={
+            name: Timing(**asdict(quartiles), ratio=base / quartiles.median)
+            for name, quartiles in measured.items()
         },
-    }
+    )
+
+
+def _encoded(predictor: Predictor, images: Tensor) -> Predictor:
+    """A file's predictor whose input is encoded beforehand, so that encoding is not timed."""
+    if not isinstance(predictor, Artifact):
+        return predictor
+    encoded = predictor.description.encode(images)
+    return lambda _: predictor.run(encoded)
 
 
 def environment() -> dict[str, str]:
-    """Versions and machine."""
+    """Versions of packages, and the machine."""
     found = {"repvgg": repvgg.__version__, "python": platform.python_version()}
     packages = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "safetensors")
     for package in (*packages, "openvino"):
@@ -126,5 +113,5 @@ def environment() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue  # an extra
-    found["system"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors"
+    found["system"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
     return found

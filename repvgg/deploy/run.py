@@ -2,166 +2,109 @@
 
 import os
 import shlex
-import shutil
-import tempfile
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from repvgg import checkpoint, cli, verify
+from repvgg import checkpoint, cli
 from repvgg.contract import Description, to_float
-from repvgg.deploy import certificate
-from repvgg.deploy.files import INT8, describe_files, export, judge_int8, quantize
+from repvgg.deploy import certificate, verification
+from repvgg.deploy.certificate import Recorded
+from repvgg.deploy.files import INT8, describe_files, export, export_int8, in_bf16
+from repvgg.deploy.folder import new_folder
 from repvgg.deploy.measure import environment, latency, sizes
+from repvgg.deploy.report import Report
 from repvgg.deploy.sets import load_sets
-from repvgg.deploy.settings import check_replaceable
-from repvgg.deploy.verification import (
-    DEPLOYED,
-    OWN,
-    TRAINED,
-    Findings,
-    Forms,
-    accuracies,
-    as_dict,
-    compare_blocks,
-    exceeds,
-    judge_forms,
-    require,
-    score,
-)
+from repvgg.deploy.settings import DeploySettings
+from repvgg.deploy.verification import DEPLOYED, OWN, TRAINED, Forms, require
 from repvgg.models.forms import deployed_form
+from repvgg.verify import TOLERANCE, Predictor
+
+BF16_BOUND = TOLERANCE[torch.bfloat16]
 
 
-def run(path: Path, out: Path, config: dict[str, Any]) -> None:
-    """Deploy a checkpoint beside its place; the folder gets its name when every verdict passed."""
-    near = next(folder for folder in out.absolute().parents if folder.exists())
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=near))
-    try:
-        text = deploy(path, work, config)
-        publish(work, out, overwrite=config["overwrite"])
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    print(text)
-    print(f"written to {shlex.quote(os.path.relpath(out))}")
+def run(settings: DeploySettings) -> None:
+    """Deploy a checkpoint; the folder gets its name only if every check passes."""
+    with new_folder(settings.out, overwrite=settings.overwrite) as folder:
+        report = deploy(settings, folder)
+    print(report.to_markdown())
+    print(f"written to {shlex.quote(os.path.relpath(settings.out))}")
 
 
 def verify_again(folder: Path) -> None:
-    """Check every byte of a deployed folder, and every artifact on the recorded probe."""
+    """Verify a deployed folder again: every byte, and every file on the recorded images."""
     try:
-        found = certificate.check(folder)
+        verdicts = certificate.check(folder)
     except ImportError as error:
         raise ValueError(str(error)) from error
-    for name, verdict in found.items():
+    for name, verdict in verdicts.items():
         if not verdict.passed:
-            raise ValueError(f"{folder}: {name}: {exceeds(verdict)}")
-        print(f"{name}: {verdict.error:.1e}, at most {verdict.tolerance:.0e} is allowed")
-    print(f"{folder}: every file is as it was deployed, and gives what it gave")
+            raise ValueError(f"{folder}: {name}: {verification.exceeds(verdict)}")
+        print(f"{name}: error {verdict.error:.1e}, allowed {verdict.tolerance:.0e}")
+    print(f"{folder}: no file was changed, and all results are the same")
 
 
-def deploy(path: Path, folder: Path, config: dict[str, Any]) -> str:
-    """Fold, export into `folder`, verify, and write the certificate.
-
-    Returns:
-        the report, for people.
+def deploy(settings: DeploySettings, folder: Path) -> Report:
+    """Fold a checkpoint, export it into a folder, verify every file, and write the certificate.
 
     Raises:
-        ValueError: the checkpoint is bad, or a verdict failed; it says which.
+        ValueError: the checkpoint or the data is wrong, or a check failed; the message names it.
     """
-    restored = checkpoint.load(path)
-    labelled = bool((restored.probe.labels != checkpoint.UNKNOWN).all())
-    if config["int8"] and config.get("data") is None and not labelled:
-        raise ValueError(
-            f"int8=true: '{path}' holds no images to measure ranges on; type for example "
-            "data=imagefolder data.root=FOLDER"
-        )
-    description = Description(restored.config, restored.data, config["input"], config["output"])
-    sets = load_sets(config, restored)
-    images, labels = to_float(restored.probe.images), restored.probe.labels
-    probe = verify.compare(
-        lambda _: restored.probe.logits,
-        restored.predictor,
-        images,
-        tolerance=verify.PROBE_TOLERANCE,
-    )
-    require("probe: the restored network and the recorded logits", probe)
+    restored = checkpoint.load(settings.ckpt)
+    description = Description(restored.config, restored.data, settings.input, settings.output)
+    sets = load_sets(settings, restored)
+    images = to_float(restored.probe.images)
+    probe = verification.evaluate_probe(restored, images)
+    require("probe batch: the restored network and the recorded logits", probe)
 
     network, fusion = deployed_form(restored.model)
     forms = Forms.of(restored, network, description)
-    blocks = compare_blocks(forms, images, fusion.moved)
-    found = Findings(
-        judge_forms(forms, images, blocks), {TRAINED: forms.trained, DEPLOYED: forms.folded}
-    )
-    export(network, forms, description, images, folder, config, found)
-    for name, verdict in found.verdicts.items():
+    blocks = verification.compare_blocks(forms, images, fusion.moved)
+    of_forms = verification.evaluate_forms(forms, images, blocks)
+    bound = of_forms[OWN].tolerance
+
+    files = export(network, description, settings.formats, folder)
+    bf16 = in_bf16(forms.folded, folder) if settings.bf16 else {}
+    verdicts = {
+        **of_forms,
+        **verification.evaluate(forms.reference, files, images, tolerance=bound),
+        **verification.evaluate(forms.reference, bf16, images, tolerance=BF16_BOUND),
+    }
+    for name, verdict in verdicts.items():
         require(name, verdict)
 
-    report: dict[str, Any] = {"verdict": "passed", "checkpoint": str(path)}
-    by_int8 = torch.empty(0)
-    if config["int8"]:
-        report["int8"], rounded = quantize(network, restored, description, sets, config)
-        report["int8"]["verdicts"] = judge_int8(
-            rounded, network, forms, sets.validation or (images, labels), folder, config, found
-        )
-        by_int8 = found.predictors[f"{INT8}, onnxruntime"](images)
-    report |= {
-        "origin": restored.origin,
-        "model": restored.config,
-        "data": asdict(restored.data),
-        "input": description.input,
-        "output": description.output,
-        "images": len(images),
-        "probe": as_dict(probe),
-        "verdicts": {name: as_dict(verdict) for name, verdict in found.verdicts.items()},
-        "float32_bound": found.verdicts[OWN].tolerance,
-        "blocks": blocks,
-        "batchnorms_left": fusion.kept,
-        "accuracy_on_probe": {},
-    }
-    if labelled:
-        report["accuracy_on_probe"] = {
-            "recorded": certificate.accuracy(restored.probe.logits, labels),
-            **accuracies(score(found.predictors, images), labels),
-        }
-    if sets.validation is not None:
-        shown, truth = sets.validation
-        scores = score(found.predictors, shown)
-        report["accuracy_on_validation"] = accuracies(scores, truth)
-        report["agreement_on_validation"] = {
-            name: verify.agreement(scores[TRAINED], given) for name, given in scores.items()
-        }
-    report |= {
-        "files": describe_files(folder, found.files),
-        "size": sizes(forms, images),
-        "environment": environment(),
-        "command": cli.command_line(),
-    }
-    if config["benchmark"]:
-        report["latency"] = latency(found.predictors, images[:1])
-    expected = forms.reference(images.double()).detach()
-    recorded = certificate.Recorded(restored.probe.images, labels, expected, by_int8)
+    int8 = None
+    if settings.int8:
+        int8 = export_int8(network, forms, description, restored, sets, settings, folder)
+    engines = int8.engines if int8 else {}
+    torch_forms = {TRAINED: forms.trained, DEPLOYED: forms.folded}
+    predictors: dict[str, Predictor] = {**torch_forms, **files, **bf16, **engines}
+    accuracies = verification.measure_accuracies(predictors, restored, sets)
+    report = Report(
+        checkpoint=str(settings.ckpt),
+        int8=int8.report if int8 else None,
+        origin=restored.origin,
+        model=restored.config,
+        data=restored.data,
+        input=description.input,
+        output=description.output,
+        images=len(images),
+        probe=probe,
+        verdicts=verdicts,
+        float32_bound=bound,
+        blocks=blocks,
+        batchnorms_left=fusion.kept,
+        accuracy_on_probe=accuracies.on_probe,
+        accuracy_on_validation=accuracies.on_validation,
+        agreement_on_validation=accuracies.agreement_on_validation,
+        files=describe_files(folder, files | ({INT8: int8.artifact} if int8 else {})),
+        size=sizes(forms, images),
+        environment=environment(),
+        command=cli.command_line(),
+        latency=latency(predictors, images[:1]) if settings.benchmark else None,
+    )
+    reference = forms.reference(images.double()).detach()
+    outputs = int8.artifact(images) if int8 else torch.empty(0)
+    recorded = Recorded(restored.probe.images, restored.probe.labels, reference, outputs)
     certificate.write(folder, report, recorded)
-    return certificate.as_markdown(report)
-
-
-def publish(work: Path, out: Path, *, overwrite: bool) -> None:
-    """Give the finished folder its name; what had that name goes only then."""
-    umask = os.umask(0)
-    os.umask(umask)
-    work.chmod(0o777 & ~umask)  # mkdtemp makes it private
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} was made by somebody else meanwhile: type out=OTHER_FOLDER")
-    if out.exists():
-        check_replaceable(out)
-        old = work.with_name(work.name + "-old")
-        out.rename(old)
-        try:
-            work.rename(out)
-        except BaseException:
-            old.rename(out)
-            raise
-        shutil.rmtree(old)
-    else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work.rename(out)
+    return report

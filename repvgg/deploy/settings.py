@@ -1,91 +1,184 @@
-"""What a deployment is given, checked before anything heavy is imported or read."""
+"""The settings of a deployment, checked before anything heavy is imported or read."""
 
+import dataclasses
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from repvgg import cli
-from repvgg.checks import check_integer, check_number
+from repvgg.checks import check_integer, check_number, did_you_mean
+from repvgg.deploy.folder import check_replaceable
 
-# As in repvgg.export, known here without importing torch.
+# As in repvgg.export, repeated here because importing that imports torch.
 CHOICES = ("safetensors", "onnx", "pt2", "openvino", "aoti")
-EXTRAS = {"openvino"}  # formats that need a package of their name
+EXTRAS = {"openvino"}  # formats that need a package of the same name
+TRAINING = ("model", "optim", "trainer")  # sections that a data set's file sets for train.py
+
+Config = Mapping[str, object]  # a configuration as Hydra composed it, of plain values
 
 
-def check_arguments(config: dict[str, Any]) -> tuple[Path, Path]:
-    """Refuse what can be refused before anything is loaded; the checkpoint and the folder."""
-    if config["ckpt"] is None:
-        found = sorted(Path("runs").rglob("best.ckpt"), key=os.path.getmtime)
-        newest = found[-1] if found else "runs/.../checkpoints/best.ckpt"
-        raise ValueError(f"ckpt is missing: run {cli.command('deploy')} ckpt={newest}")
-    path = Path(str(config["ckpt"]))
-    for key in ("benchmark", "overwrite", "int8", "bf16"):
-        if not isinstance(config[key], bool):
-            raise ValueError(f"{key}={config[key]}: must be true or false")
-    formats = config["formats"]
-    if (
-        not isinstance(formats, list)
-        or not formats
-        or any(f not in CHOICES for f in formats)
-        or len({*formats}) < len(formats)
-    ):
-        raise ValueError(
-            f"formats={formats}: must be a list of {', '.join(CHOICES)}, each once; "
-            f"type for example formats=[{CHOICES[0]}]"
+@dataclass(frozen=True)
+class DeploySettings:
+    """The keys of configs/deploy.yaml, which documents them.
+
+    Attributes:
+        ckpt: an existing file.
+        out: the folder to create, absolute.
+        data: a function that returns an `ImageData`, under `_target_`, and its arguments.
+    """
+
+    ckpt: Path
+    out: Path
+    overwrite: bool
+    formats: tuple[str, ...]
+    input: str
+    output: str
+    bf16: bool
+    int8: bool
+    int8_images: int
+    int8_float_layers: int
+    int8_drop: float
+    benchmark: bool
+    data: Config | None = None
+
+    @classmethod
+    def read(cls, config: Config) -> "DeploySettings":
+        """Read a composed configuration.
+
+        Raises:
+            ValueError: a key is unknown or missing, a value is wrong, a file or package is missing,
+                or the folder exists.
+        """
+        _check_keys(config)
+        ckpt = config["ckpt"]
+        if ckpt is None:
+            found = sorted(Path("runs").rglob("best.ckpt"), key=os.path.getmtime)
+            newest = found[-1] if found else "runs/.../checkpoints/best.ckpt"
+            raise ValueError(f"ckpt is missing: run {cli.command('deploy')} ckpt={newest}")
+        switches = {
+            key: _boolean(config, key) for key in ("benchmark", "overwrite", "int8", "bf16")
+        }
+        formats = _formats(config["formats"])
+        images = check_integer("int8_images", config["int8_images"], minimum=1, example=256)
+        layers = check_integer(
+            "int8_float_layers", config["int8_float_layers"], minimum=0, example=2
         )
-    check_integer("int8_images", config["int8_images"], minimum=1, example=256)
-    check_integer("int8_float_layers", config["int8_float_layers"], minimum=0, example=2)
-    check_number("int8_drop", config["int8_drop"], below=1, example=0.005)
-    if not path.is_file():
-        kind = "a folder" if path.is_dir() else "no file"
-        raise ValueError(
-            f"ckpt={path}: there is {kind} of that name; give a best.ckpt that train.py wrote"
+        drop = check_number("int8_drop", config["int8_drop"], below=1, example=0.005)
+        data = _data(config.get("data"))
+        path = Path(str(ckpt))
+        if not path.is_file():
+            kind = "a folder" if path.is_dir() else "no file"
+            raise ValueError(f"ckpt={path}: there is {kind} of that name; pass a checkpoint")
+        out = _out(config["out"], path)
+        if out.exists() and not switches["overwrite"]:
+            raise ValueError(
+                f"{out} exists: pass overwrite=true to replace it, or out=OTHER_FOLDER"
+            )
+        check_replaceable(out)
+        for extra in sorted(EXTRAS & set(formats)):
+            if find_spec(extra) is None:
+                raise ValueError(f"formats: {extra} is missing: run pip install {extra}")
+        return cls(
+            ckpt=path,
+            out=out.resolve(),
+            formats=formats,
+            input=str(config["input"]),
+            output=str(config["output"]),
+            int8_images=images,
+            int8_float_layers=layers,
+            int8_drop=drop,
+            data=data,
+            **switches,
         )
-    if config["out"] is not None:
-        out = Path(str(config["out"]))
-    elif path.parent.name == "checkpoints":
-        out = path.parent.parent / "deploy"
-    else:
-        out = path.parent / f"{path.stem}-deploy"
-    if out.exists() and not config["overwrite"]:
-        raise ValueError(f"{out} exists: type overwrite=true to replace it, or out=OTHER_FOLDER")
-    check_replaceable(out)
-    for extra in sorted(EXTRAS & set(formats)):
-        if find_spec(extra) is None:
-            raise ValueError(f'{extra} is missing: type pip install -e ".[{extra}]"')
-    return path, out.resolve()
 
 
-def check_replaceable(out: Path) -> None:
-    """Refuse to replace anything but what deploy.py wrote, and that alone."""
-    if not out.exists():
-        return
-    from repvgg.deploy.certificate import SUMS, read_sums
+KEYS = ["verify", *(field.name for field in dataclasses.fields(DeploySettings))]
 
-    try:
-        ours = {*read_sums(out), SUMS}
-    except (ValueError, OSError):
-        raise ValueError(
-            f"{out} is not a deployment, so it is not replaced: type out=OTHER_FOLDER"
-        ) from None
-    others = sorted(path.name for path in out.iterdir() if path.name not in ours)
-    if others:
-        raise ValueError(
-            f"{out} holds what deploy.py did not write, so it is not replaced: "
-            f"{', '.join(others[:5])}; type out=OTHER_FOLDER"
-        )
+
+@dataclass(frozen=True)
+class VerifySettings:
+    """The one key of a command that verifies a deployed folder again."""
+
+    folder: Path
+
+    @classmethod
+    def read(cls, config: Config) -> "VerifySettings":
+        """Read a composed configuration that sets `verify`.
+
+        Raises:
+            ValueError: a key is unknown or missing, or the configuration names a checkpoint too.
+        """
+        _check_keys(config)
+        if config["ckpt"] is not None or config["out"] is not None:
+            raise ValueError(f"verify: it stands alone; run {cli.command('deploy')} verify=FOLDER")
+        return cls(Path(str(config["verify"])))
 
 
 def one_run(arguments: cli.Arguments) -> cli.Plan:
-    """Refuse a sweep: every deployment is certified by itself."""
+    """Reject a sweep, and a key of training.
+
+    Raises:
+        ValueError: the command line holds one of them.
+    """
     if cli.SWEEP & set(arguments.options):
         raise ValueError(f"-m: one checkpoint at a time; run {cli.command('deploy')} ckpt=PATH")
+    for override in arguments.overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key.partition(".")[0] in TRAINING:
+            raise _unknown(key)
     return cli.Plan(arguments)
 
 
-def check_verify(config: dict[str, Any]) -> Path:
-    """The folder to verify again, which is all that such a command may name."""
-    if config["ckpt"] is not None or config["out"] is not None:
-        raise ValueError(f"verify: it stands alone; run {cli.command('deploy')} verify=FOLDER")
-    return Path(str(config["verify"]))
+def _check_keys(config: Config) -> None:
+    """Raise ValueError for a key that nothing reads, also one that was passed with `+`."""
+    for key in config:
+        if key not in KEYS and not (key in TRAINING and config.get("data")):
+            raise _unknown(key)
+    for key in KEYS:
+        if key not in config and key != "data":  # Hydra leaves a group out that is null
+            raise ValueError(f"{key} is missing: the configuration must set it")
+
+
+def _unknown(key: str) -> ValueError:
+    hint = did_you_mean(key, KEYS)
+    return ValueError(f"{key}: there is no such key; {hint}allowed are {', '.join(KEYS)}")
+
+
+def _boolean(config: Config, key: str) -> bool:
+    value = config[key]
+    if not isinstance(value, bool):
+        raise ValueError(f"{key}={value}: must be true or false")
+    return value
+
+
+def _formats(given: object) -> tuple[str, ...]:
+    if (
+        not isinstance(given, list)
+        or not given
+        or any(name not in CHOICES for name in given)
+        or len({*given}) < len(given)
+    ):
+        raise ValueError(
+            f"formats={given}: must be a list of {', '.join(CHOICES)}, each once; "
+            f"pass for example formats=[{CHOICES[0]}]"
+        )
+    return tuple(given)
+
+
+def _data(given: object) -> Config | None:
+    if given is None:
+        return None
+    if not isinstance(given, dict) or "_target_" not in given:
+        raise ValueError(f"data={given}: names no data set; pass for example data=digits")
+    return given
+
+
+def _out(given: object, ckpt: Path) -> Path:
+    """The folder that was passed; by default deploy/ in the run's folder."""
+    if given is not None:
+        return Path(str(given))
+    if ckpt.parent.name == "checkpoints":
+        return ckpt.parent.parent / "deploy"
+    return ckpt.parent / f"{ckpt.stem}-deploy"

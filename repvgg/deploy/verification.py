@@ -1,47 +1,34 @@
 """Verdicts: every form and every file against the trained network in float64."""
 
 import copy
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from repvgg import verify
 from repvgg.checkpoint import Checkpoint
-from repvgg.contract import Description
-from repvgg.deploy import certificate
+from repvgg.contract import Description, to_float
+from repvgg.deploy.sets import Sets, is_labelled
 from repvgg.export.artifact import Artifact, build_program
 from repvgg.models.forms import deployed_form
 from repvgg.verify import Predictor, Verdict
 
 DEPLOYED, TRAINED = "deployed, torch", "trained form, torch"
 OWN = "trained form, float32"  # the error that the trained network itself has
-NETWORK = "1."  # its place behind the normalization
+NETWORK = "1."  # prefix of the network's modules, which follow the normalization
 
 
-@dataclass
-class Findings:
-    """What was found of every form and every file.
-
-    Attributes:
-        verdicts: on each of them, in float64, float32 and, if asked, bf16.
-        predictors: all that runs, as the report calls it.
-        files: of those that were verified, their layers and the precision.
-    """
-
-    verdicts: dict[str, Verdict]
-    predictors: dict[str, Predictor]
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
-class Forms(NamedTuple):
-    """A network before and after folding, each a predictor with the output that was asked for.
+@dataclass(frozen=True)
+class Forms:
+    """A network before and after folding, as predictors with the output of the files.
 
     Attributes:
-        reference: as it was trained, in float64.
-        trained: as it was trained.
-        folded, folded64: deployed; folded in float64, whatever they compute in.
+        reference: the trained network in float64.
+        trained: the trained network.
+        folded: the folded network.
+        folded64: the folded network in float64. Both were folded in float64.
     """
 
     reference: nn.Sequential
@@ -51,6 +38,11 @@ class Forms(NamedTuple):
 
     @classmethod
     def of(cls, restored: Checkpoint, network: nn.Module, description: Description) -> "Forms":
+        """Build all forms.
+
+        Args:
+            network: the folded network.
+        """
         plain = replace(description, input="float32")
         double = copy.deepcopy(restored.model).double()
         return cls(
@@ -61,10 +53,35 @@ class Forms(NamedTuple):
         )
 
 
-def judge_forms(
-    forms: "Forms", images: Tensor, blocks: dict[str, dict[str, float]]
+@dataclass(frozen=True)
+class Accuracies:
+    """Accuracy by predictor, and the share of images with the top-1 of the trained network."""
+
+    on_probe: dict[str, float]
+    on_validation: dict[str, float] | None = None
+    agreement_on_validation: dict[str, float] | None = None
+
+
+def evaluate_probe(restored: Checkpoint, images: Tensor) -> Verdict:
+    """Compare the restored network with the logits recorded in training."""
+    return verify.compare(
+        lambda _: restored.probe.logits,
+        restored.predictor,
+        images,
+        tolerance=verify.PROBE_TOLERANCE,
+    )
+
+
+def evaluate_forms(
+    forms: Forms, images: Tensor, blocks: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Verdict]:
-    """Verdicts on the network before and after folding, and on its worst block."""
+    """Verdicts on the network before and after folding, and on its worst block.
+
+    The verdict `OWN` holds the error allowed in float32.
+
+    Args:
+        blocks: what `compare_blocks` returned.
+    """
     own = verify.compare(forms.reference, forms.trained, images)
     bound = verify.float32_bound(own.error)
     verdicts = {
@@ -79,20 +96,18 @@ def judge_forms(
             for block, error in trained.items():
                 allowed[block.removeprefix(NETWORK)] = verify.float32_bound(error)
         worst = max(errors, key=lambda block: errors[block] / allowed[block])
-        verdicts[f"worst block, {name} ({worst})"] = verify.Verdict(errors[worst], allowed[worst])
+        verdicts[f"worst block, {name} ({worst})"] = Verdict(errors[worst], allowed[worst])
     return verdicts
 
 
-def score(predictors: dict[str, Predictor], images: Tensor) -> dict[str, Tensor]:
-    return {name: batched(predict, images) for name, predict in predictors.items()}
+def compare_blocks(
+    forms: Forms, images: Tensor, moved: Collection[str]
+) -> dict[str, dict[str, float]]:
+    """The error of every block, by precision. Without blocks, of every module, in float64 alone.
 
-
-def accuracies(scores: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
-    return {name: certificate.accuracy(given, labels) for name, given in scores.items()}
-
-
-def compare_blocks(forms: Forms, images: Tensor, moved: set[str]) -> dict[str, dict[str, float]]:
-    """The error of every block, or of every module where there are no blocks, by precision."""
+    Args:
+        moved: modules that are left out: another module does their part after folding.
+    """
     moved = {NETWORK + name for name in moved}
     found = {
         name: {
@@ -113,13 +128,67 @@ def compare_blocks(forms: Forms, images: Tensor, moved: set[str]) -> dict[str, d
     }
 
 
-def require_layers(name: str, artifact: Artifact, layers: dict[str, int]) -> None:
-    """Raise ValueError unless a file holds the layers that it should, if it tells."""
-    if artifact.layers and artifact.layers != layers:
-        raise ValueError(
-            f"verification failed, nothing was written: {name} holds {artifact.layers}, "
-            f"the deployed network {layers}"
-        )
+def evaluate(
+    reference: Predictor, predictors: Mapping[str, Predictor], images: Tensor, *, tolerance: float
+) -> dict[str, Verdict]:
+    """Compare each predictor with the reference."""
+    return {
+        name: verify.compare(reference, predictor, images, tolerance=tolerance)
+        for name, predictor in predictors.items()
+    }
+
+
+def compare_accuracy(
+    expected: Tensor, scores: Tensor, labels: Tensor, *, tolerance: float
+) -> Verdict:
+    """A verdict on a network in low precision: its error is the accuracy it loses.
+
+    It may always lose one image.
+
+    Args:
+        expected, scores: (N, K), of the reference and of the candidate.
+        labels: (N,).
+        tolerance: share of the images.
+    """
+    lost = accuracy(expected, labels) - accuracy(scores, labels)
+    if not scores.isfinite().all():
+        lost = float("inf")
+    same = verify.agreement(expected, scores)
+    return Verdict(max(0.0, lost), max(tolerance, 1.0 / len(labels)), same)
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    """Share of rows whose largest entry is the label's."""
+    return (scores.argmax(1) == labels).double().mean().item()
+
+
+def measure_accuracies(
+    predictors: Mapping[str, Predictor], restored: Checkpoint, sets: Sets
+) -> Accuracies:
+    """Accuracy on the probe batch if it has labels, and on the validation set if there is one."""
+    on_probe: dict[str, float] = {}
+    if is_labelled(restored.probe):
+        scores = _score(predictors, to_float(restored.probe.images))
+        on_probe = _accuracies({"recorded": restored.probe.logits, **scores}, restored.probe.labels)
+    if sets.validation is None:
+        return Accuracies(on_probe)
+    scores = _score(predictors, sets.validation.images)
+    agreement = {name: verify.agreement(scores[TRAINED], given) for name, given in scores.items()}
+    return Accuracies(on_probe, _accuracies(scores, sets.validation.labels), agreement)
+
+
+def _accuracies(scores: Mapping[str, Tensor], labels: Tensor) -> dict[str, float]:
+    return {name: accuracy(given, labels) for name, given in scores.items()}
+
+
+def _score(predictors: Mapping[str, Predictor], images: Tensor) -> dict[str, Tensor]:
+    return {name: predict_all(predictor, images) for name, predictor in predictors.items()}
+
+
+def predict_all(predictor: Predictor, images: Tensor, batch_size: int = 64) -> Tensor:
+    """Predict a set of images of any size."""
+    with torch.no_grad():
+        return torch.cat([predictor(batch) for batch in torch.split(images, batch_size)])
 
 
 def require(name: str, verdict: Verdict) -> None:
@@ -128,15 +197,18 @@ def require(name: str, verdict: Verdict) -> None:
         raise ValueError(f"verification failed, nothing was written: {name}: {exceeds(verdict)}")
 
 
+def require_layers(name: str, artifact: Artifact, expected: Mapping[str, int]) -> None:
+    """Raise ValueError unless a file holds the expected layers, if its format shows them."""
+    if artifact.layers and artifact.layers != expected:
+        raise ValueError(
+            f"verification failed, nothing was written: {name} holds "
+            f"{_in_words(artifact.layers)}, the folded network {_in_words(expected)}"
+        )
+
+
 def exceeds(verdict: Verdict) -> str:
     return f"error {verdict.error:.1e} exceeds {verdict.tolerance:.0e}"
 
 
-def batched(predict: Predictor, images: Tensor, size: int = 64) -> Tensor:
-    """Predict a set of images of any size."""
-    with torch.no_grad():
-        return torch.cat([predict(batch) for batch in images.split(size)])
-
-
-def as_dict(verdict: Verdict) -> dict[str, Any]:
-    return {**asdict(verdict), "passed": verdict.passed}
+def _in_words(layers: Mapping[str, int]) -> str:
+    return f"{layers['convolutions']} convolutions and {layers['batchnorms']} BatchNorms"

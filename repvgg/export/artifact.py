@@ -1,7 +1,7 @@
-"""What a deployed network is as a file: a program, what it says of itself, and how it is run again.
+"""An exported file: what is exported, the description in it, and how it is run again.
 
-A program is preprocessing, the deployed network, softmax if it is wanted. Preprocessing is never
-folded into the stem: the border is padded with zeros after it.
+A program is the preprocessing, the folded network and, if wanted, a softmax. The preprocessing is
+never folded into the stem: the border is padded with zeros after it.
 """
 
 import json
@@ -16,14 +16,14 @@ from repvgg.contract import METADATA_KEY, Description, Normalize, to_float
 
 
 class FromBytes(nn.Module):
-    """Stored images to what networks take: (N, H, W, C) uint8 -> (N, C, H, W) float in [0, 1]."""
+    """Convert stored images: (N, H, W, C) uint8 -> (N, C, H, W) float in [0, 1]."""
 
     def forward(self, images: Tensor) -> Tensor:
         return to_float(images.permute(0, 3, 1, 2).contiguous())
 
 
 def build_program(model: nn.Module, description: Description) -> nn.Sequential:
-    """Put a deployed network between the preprocessing and the output that its file will have."""
+    """Put a folded network between its preprocessing and the output of its file."""
     program = nn.Sequential()
     if description.input == "uint8":
         program.append(FromBytes())
@@ -36,12 +36,12 @@ def build_program(model: nn.Module, description: Description) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file that was opened: a predictor.
+    """An opened file: a predictor.
 
     Attributes:
-        description: what the file says of itself.
-        run: what it takes -> what it gives.
-        layers: convolutions and BatchNorms that the file holds; empty where it does not tell.
+        description: the file's metadata.
+        run: encoded images, see `Description.encode` -> outputs (N, K).
+        layers: number of convolutions and BatchNorms; empty if the format does not show them.
     """
 
     description: Description
@@ -49,13 +49,20 @@ class Artifact:
     layers: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Predict: images (N, C, H, W), float32 in [0, 1], in any memory layout -> (N, K)."""
+        """Predict: images (N, C, H, W), float32 in [0, 1], of any memory layout -> (N, K)."""
         return self.run(self.description.encode(images))
 
 
 def described(path: Path, text: str | None) -> Description:
+    """Parse the metadata of a file.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
     if not text:
-        raise ValueError(f"'{path}' has no entry '{METADATA_KEY}' in its metadata: it is not ours")
+        raise ValueError(
+            f"'{path}' has no entry '{METADATA_KEY}' in its metadata: this package did not write it"
+        )
     try:
         return Description.from_json(text)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -71,7 +78,7 @@ def without_grad(program: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tens
 
 
 def count_layers(network: nn.Module) -> dict[str, int]:
-    """Convolutions and BatchNorms of a network, as `Artifact.layers` tells those of a file."""
+    """Number of convolutions and BatchNorms of a network, as in `Artifact.layers`."""
     modules = list(network.modules())
     return layer_counts(
         sum(isinstance(module, nn.Conv2d) for module in modules),

@@ -1,7 +1,7 @@
-"""The range of a tensor that is rounded to 8 bits, chosen from the values that it took.
+"""Quantization ranges: which interval of a tensor's values int8 covers.
 
-A range is a trade: a wide one rounds coarsely, a narrow one cuts values off. Which is better
-depends on the network (Nagel et al., 2021, arXiv:2106.08295, section 3.1), so there are several.
+A wide range rounds coarsely, a narrow one clips values. Which is better depends on the network
+(Nagel et al., 2021, arXiv:2106.08295, section 3.1), so there are several.
 """
 
 import functools
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 Range = tuple[float, float]
-STEPS = 255  # between the 256 values of 8 bits
+STEPS = 255  # between the 256 values of int8
 
 
 class Histogram(NamedTuple):
-    """The values that a tensor took: counts of equal bins from the smallest to the largest."""
+    """The values of a tensor: counts of equal bins from the smallest value to the largest."""
 
     counts: Tensor
     low: float
@@ -28,12 +28,12 @@ class Histogram(NamedTuple):
 
 
 def minmax(histogram: Histogram) -> Range:
-    """All that was seen."""
+    """All values."""
     return histogram.low, histogram.high
 
 
 def percentile(histogram: Histogram, *, share: float) -> Range:
-    """All but the outermost: of the values, the zeros of a ReLU too, 1 - share is cut off."""
+    """All but the outermost: the share 1 - `share` of the values is clipped, at each end."""
     cumulated = histogram.counts.cumsum(0) / histogram.counts.sum()
     first, last = torch.searchsorted(cumulated, torch.tensor([1 - share, share])).tolist()
     edges = histogram.edges
@@ -41,9 +41,9 @@ def percentile(histogram: Histogram, *, share: float) -> Range:
 
 
 def least_squares(histogram: Histogram) -> Range:
-    """The part of the range, shrunk at both ends alike, whose rounding and cutting off lose least.
+    """The range, shrunk at both ends by one factor, with the least squared error.
 
-    "MSE" in Nagel et al., 2021, section 3.1.
+    The error is that of rounding and clipping ("MSE" in Nagel et al., 2021, section 3.1).
     """
     edges, counts = histogram.edges, histogram.counts
     x = (edges[1:] + edges[:-1]) / 2

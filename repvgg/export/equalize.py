@@ -1,11 +1,10 @@
-"""The channels of a deployed network, balanced so that 8 bits lose less of each.
+"""Cross-layer equalization: balance the channels of a folded network so that int8 loses less.
 
-Nagel et al., 2019, arXiv:1906.04721, section 4.1. What the network computes does not change.
+Nagel et al., 2019, arXiv:1906.04721, section 4.1. The network computes the same.
 """
 
 import copy
 import itertools
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ EQUALIZING_ROUNDS = 50
 
 
 def can_equalize(model: nn.Module) -> bool:
-    """Whether `equalize` takes the network: a RepVGG without squeeze-and-excite gates."""
+    """Whether `equalize` supports the network: a RepVGG without squeeze-and-excite."""
     return isinstance(model, RepVGG) and all(
         isinstance(block.se_before_relu, nn.Identity)
         and isinstance(block.se_after_relu, nn.Identity)
@@ -30,28 +29,30 @@ def can_equalize(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def equalize(model: RepVGG) -> RepVGG:
-    """Copy a deployed network and balance the channels between each two of its layers.
+    """Copy a folded network and balance the channels between each two consecutive layers.
 
-    ReLU(s y) = s ReLU(y) for s > 0, and pooling is linear, so output channel i of a layer can be
+    ReLU(s y) = s ReLU(y) for s > 0, and pooling is linear. So output channel i of a layer can be
     divided by s_i if the next layer's input channel i is multiplied by it. With
     s = sqrt(r1 / r2), r1 and r2 the largest weights of the channel on either side, both sides use
     their ranges equally (Nagel et al., 2019, arXiv:1906.04721, section 4.1). No data is needed.
-    s is rounded to a power of two: the network computes the same numbers, bit for bit.
+    s is rounded to a power of two, so the outputs are the same bit for bit.
 
     Raises:
-        ValueError: `can_equalize` says no, or the network was not switched to its deployed form.
+        ValueError: `can_equalize` is false, or the network was not folded.
     """
     if not can_equalize(model):
         raise ValueError(
-            f"{type(model).__name__}: only a chain of convolutions and ReLUs can be equalized, "
-            "without squeeze-and-excite gates"
+            f"model is a {type(model).__name__} that cannot be equalized: it must be a RepVGG "
+            "without squeeze-and-excite"
         )
     model = copy.deepcopy(model)
-    blocks = [module for module in model.modules() if isinstance(module, RepVGGBlock)]
     if not is_deployed(model):
-        raise ValueError("equalizing needs the deployed form: call repvgg.switch_to_deploy(model)")
-    chain: list[Any] = [block.reparam for block in blocks]
-    if isinstance(model.linear, nn.Linear):  # else it has no classifier, and its features stay
+        raise ValueError("model has branches: pass repvgg.switch_to_deploy(model)")
+    blocks = [module for module in model.modules() if isinstance(module, RepVGGBlock)]
+    chain: list[nn.Conv2d | nn.Linear] = [
+        block.reparam for block in blocks if block.reparam is not None
+    ]
+    if isinstance(model.linear, nn.Linear):  # else there is no classifier, and the features stay
         chain.append(model.linear)
     for _ in range(EQUALIZING_ROUNDS):
         scales = [_equalize(*pair) for pair in itertools.pairwise(chain)]
@@ -60,7 +61,7 @@ def equalize(model: RepVGG) -> RepVGG:
     return model
 
 
-def _equalize(first: nn.Conv2d, second: nn.Conv2d | nn.Linear) -> Tensor:
+def _equalize(first: nn.Conv2d | nn.Linear, second: nn.Conv2d | nn.Linear) -> Tensor:
     groups = second.groups if isinstance(second, nn.Conv2d) else 1
     given = first.weight.double().abs().flatten(1).amax(1)  # (C,)
     out, width = second.weight.shape[:2]

@@ -1,7 +1,6 @@
-"""Deployed networks as files: one table, format name -> how to save it and how to load it back.
+"""Folded networks as files: a table of formats, each with a function to save and one to load.
 
-What is loaded is an `Artifact`: a predictor that runs the file that is on disk, by the engine the
-format is made for.
+Loading returns an `Artifact`: a predictor that runs the file in the engine of its format.
 """
 
 import importlib
@@ -11,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +27,12 @@ from repvgg.export.artifact import (
 from repvgg.models.forms import deployed_form, is_deployed
 from repvgg.models.registry import build_model
 
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime
+
 ONNX_OPSET = 18  # the lowest that torch's exporter writes
-METADATA_FILE = "repvgg.json"  # of a .pt2 archive
+METADATA_FILE = "repvgg.json"  # inside a .pt2 archive
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,8 @@ class Format:
     """A file format.
 
     Attributes:
-        filename: inside the folder of a deployment. Where there are several, that to be loaded.
-        save: writes a deployed network to a path, and files beside it if the format needs them.
+        filename: inside a deployed folder. If the format has several files, the one to load.
+        save: writes a folded network to a path, and files beside it if the format needs them.
         load: opens such a file.
     """
 
@@ -48,24 +51,24 @@ class Format:
 
 
 def save_safetensors(model: nn.Module, path: Path, description: Description) -> None:
-    """Write the weights of the deployed network, and its description as metadata.
+    """Write the weights of a folded network, and its description as metadata.
 
     Raises:
-        ValueError: the network was not switched to its deployed form.
+        ValueError: the network has branches.
     """
     from safetensors.torch import save
 
     _require_deployed(model)
     weights = {key: value.contiguous() for key, value in model.state_dict().items()}
-    # safetensors' own save_file makes files that nobody else may read.
+    # safetensors' save_file creates files that only their owner may read.
     path.write_bytes(save(weights, metadata={METADATA_KEY: description.to_json()}))
 
 
 def load_safetensors(path: Path) -> Artifact:
-    """Rebuild the network from the file's own metadata, switch it, and fill in the weights.
+    """Rebuild the folded network from the file's metadata, and load its weights.
 
     Raises:
-        ValueError: the file has no description of ours, or its weights do not fit it.
+        ValueError: the file has no description, or its weights do not fit the description.
     """
     from safetensors import safe_open
 
@@ -84,10 +87,10 @@ def load_safetensors(path: Path) -> Artifact:
 
 
 def export_program(model: nn.Module, description: Description) -> torch.export.ExportedProgram:
-    """Trace the program of a deployed network; batch, height and width (from 2) are dynamic.
+    """Trace the program of a folded network; batch, height and width (from 2) are dynamic.
 
     Raises:
-        ValueError: the network was not switched to its deployed form.
+        ValueError: the network has branches.
     """
     _require_deployed(model)
     dynamic = torch.export.Dim.DYNAMIC
@@ -98,7 +101,7 @@ def export_program(model: nn.Module, description: Description) -> torch.export.E
             (description.example(),),
             dynamic_shapes=({0: dynamic, height: dynamic, height + 1: dynamic},),
         )
-    for node in program.graph.nodes:  # where its source stands on this machine
+    for node in program.graph.nodes:  # paths of source files on this machine
         node.meta.pop("stack_trace", None)
     return program
 
@@ -106,7 +109,7 @@ def export_program(model: nn.Module, description: Description) -> torch.export.E
 def save_pt2(model: nn.Module, path: Path, description: Description) -> None:
     """Write a torch.export archive, which runs in Python without this package."""
     program = export_program(model, description)
-    archive = io.BytesIO()  # torch's writer ends the process when a disk is full
+    archive = io.BytesIO()  # torch's own writer ends the process when a disk is full
     torch.export.save(program, archive, extra_files={METADATA_FILE: description.to_json()})
     path.write_bytes(archive.getbuffer())
 
@@ -115,7 +118,7 @@ def load_pt2(path: Path) -> Artifact:
     """Open a torch.export archive.
 
     Raises:
-        ValueError: the file has no description of ours.
+        ValueError: the file has no description.
     """
     files = {METADATA_FILE: ""}
     program = torch.export.load(path, extra_files=files)
@@ -126,18 +129,14 @@ def load_pt2(path: Path) -> Artifact:
     return Artifact(described(path, files[METADATA_FILE]), without_grad(program.module()), layers)
 
 
-def build_onnx(model: nn.Module, description: Description) -> Any:
-    """Convert a deployed network to an ONNX model: images -> logits or probabilities.
+def build_onnx(model: nn.Module, description: Description) -> "onnx.ModelProto":
+    """Convert a folded network to an ONNX model: images -> logits or probabilities.
 
-    All but the channels is dynamic. Names of source files, which the exporter puts on every node,
-    are removed.
-
-    Returns:
-        an `onnx.ModelProto` with the description as metadata.
+    Batch, height and width are dynamic. The description becomes the metadata. Names of source
+    files, which the exporter adds to every node, are removed.
 
     Raises:
-        ValueError: the network was not switched to its deployed form. The exporter would write
-            all branches without a word.
+        ValueError: the network has branches. The exporter would write them all without a warning.
     """
     import onnx
 
@@ -166,7 +165,7 @@ def build_onnx(model: nn.Module, description: Description) -> Any:
 
 
 def save_onnx(model: nn.Module, path: Path, description: Description) -> None:
-    """Write one ONNX file; protobuf allows 2 GB, and the largest of the family has 0.5."""
+    """Write one ONNX file; protobuf allows 2 GB, and the largest variant has 0.5."""
     import onnx
 
     onnx.save_model(build_onnx(model, description), path)
@@ -176,11 +175,11 @@ def load_onnx(path: Path, *, spin: bool = False) -> Artifact:
     """Open an ONNX file in onnxruntime, on the CPU.
 
     Args:
-        spin: its threads wait for the next call at full speed, which is onnxruntime's default and
-            makes small networks up to twice as fast, and slows whatever else the process does.
+        spin: its threads spin while they wait for the next call. That is onnxruntime's default.
+            It makes small networks up to twice as fast and slows everything else in the process.
 
     Raises:
-        ValueError: the file has no description of ours.
+        ValueError: the file has no description.
     """
     import onnx
 
@@ -196,7 +195,7 @@ def load_onnx(path: Path, *, spin: bool = False) -> Artifact:
     return Artifact(described(path, text), run, layers)
 
 
-def open_session(model: Path | bytes, *, spin: bool = False) -> Any:
+def open_session(model: Path | bytes, *, spin: bool = False) -> "onnxruntime.InferenceSession":
     """Open an onnxruntime session with as many threads as torch; `spin` as in `load_onnx`."""
     import onnxruntime
 
@@ -208,11 +207,11 @@ def open_session(model: Path | bytes, *, spin: bool = False) -> Any:
 
 
 def save_openvino(model: nn.Module, path: Path, description: Description) -> None:
-    """Write OpenVINO's IR: the graph under the given name, its weights (float32) in .bin beside it.
+    """Write OpenVINO's IR: the graph to `path`, and its float32 weights to a .bin beside it.
 
     Raises:
-        ImportError: the extra `openvino` is not installed.
-        ValueError: the network was not switched to its deployed form.
+        ImportError: openvino is not installed.
+        ValueError: the network has branches.
     """
     openvino = require("openvino")
     graph = openvino.Core().read_model(build_onnx(model, description).SerializeToString())
@@ -221,15 +220,15 @@ def save_openvino(model: nn.Module, path: Path, description: Description) -> Non
 
 
 def load_openvino(path: Path, *, precision: str = "f32") -> Artifact:
-    """Open an IR, or an ONNX file of ours, in OpenVINO, on the CPU.
+    """Open an IR or an ONNX file in OpenVINO, on the CPU.
 
     Args:
-        precision: to compute in. OpenVINO's own choice is "bf16" where the processor has it, which
-            is fast and is not what was certified.
+        precision: to compute in. OpenVINO's default is "bf16" if the CPU has it. That is faster,
+            but it is not what was verified.
 
     Raises:
-        ImportError: the extra `openvino` is not installed.
-        ValueError: the file has no description of ours.
+        ImportError: openvino is not installed.
+        ValueError: the file has no description.
     """
     openvino = require("openvino")
     graph = openvino.Core().read_model(path)
@@ -262,11 +261,11 @@ def load_openvino(path: Path, *, precision: str = "f32") -> Artifact:
 
 
 def save_aoti(model: nn.Module, path: Path, description: Description) -> None:
-    """Compile the network to machine code with inductor: for processors like this one.
+    """Compile a folded network to machine code with inductor, for CPUs like this one.
 
     Raises:
         ImportError: there is no C++ compiler.
-        ValueError: the network was not switched to its deployed form.
+        ValueError: the network has branches.
     """
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -277,7 +276,7 @@ def save_aoti(model: nn.Module, path: Path, description: Description) -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise ImportError(
-            "formats: 'aoti' needs a C++ compiler: type apt-get install g++, or leave it out"
+            "the format aoti needs a C++ compiler: run apt-get install g++, or leave it out"
         ) from error
     with _any_size():
         aoti_compile_and_package(
@@ -291,10 +290,10 @@ def save_aoti(model: nn.Module, path: Path, description: Description) -> None:
 
 
 def load_aoti(path: Path) -> Artifact:
-    """Open compiled code. It is not checked before it runs: open what you made yourself.
+    """Open compiled code. It is not checked before it runs: open only files that you trust.
 
     Raises:
-        ValueError: the file has no description of ours.
+        ValueError: the file has no description.
     """
     from torch._inductor import aoti_load_package
 
@@ -308,51 +307,50 @@ def require(package: str) -> ModuleType:
     """Import an optional package.
 
     Raises:
-        ImportError: it is not installed; says what to type.
+        ImportError: it is not installed; the message holds the command that installs it.
     """
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f'{package} is missing: type pip install -e ".[{package}]"') from error
+        raise ImportError(f"{package} is missing: run pip install {package}") from error
 
 
 def open_artifact(path: Path) -> Artifact:
-    """Open a file of any format, known by its name.
+    """Open an exported file; the end of its name is that of its format.
 
     Raises:
-        ValueError: there is no such file, no format has files of that name, it is damaged or not
-            ours.
+        ValueError: there is no such file, its format is unknown, it is damaged, or it has no
+            description.
     """
     if not path.is_file():
-        raise ValueError(f"'{path}' is no file; give a model.onnx that deploy.py wrote")
+        raise ValueError(f"'{path}' is no file; pass an exported file, such as model.onnx")
     for known in sorted(FORMATS.values(), key=lambda known: -len(known.filename)):
         if path.name.endswith(known.filename.partition(".")[2]):
             try:
                 return known.load(path)
             except (ImportError, ValueError):
                 raise
-            except Exception as error:  # every engine has its own
-                said = (str(error).splitlines() or [type(error).__name__])[0]
-                raise ValueError(f"'{path}' cannot be opened: {said}") from error
+            except Exception as error:  # every engine has its own types
+                first = (str(error).splitlines() or [type(error).__name__])[0]
+                raise ValueError(f"'{path}' cannot be opened: {first}") from error
     endings = ", ".join(known.filename.partition(".")[2] for known in FORMATS.values())
     raise ValueError(f"'{path}' is of no known format; known are the endings {endings}")
 
 
 def _any_size() -> AbstractContextManager[None]:
-    """Keep torch from taking it for a law that the features of the example are one pixel wide.
+    """Keep torch from specializing on the example, whose features may be one pixel wide.
 
-    It would refuse images of another size, and its compiled code would give wrong numbers for them
-    without a word (torch 2.15).
+    Otherwise the program rejects images of another size, and compiled code computes wrong numbers
+    for them without an error (torch 2.15).
     """
     config: Any = importlib.import_module("torch.fx.experimental._config")
-    return config.patch(backed_size_oblivious=True)
+    patch: AbstractContextManager[None] = config.patch(backed_size_oblivious=True)
+    return patch
 
 
 def _require_deployed(network: nn.Module) -> None:
     if not is_deployed(network):
-        raise ValueError(
-            "the network still has branches: export what repvgg.switch_to_deploy(model) returns"
-        )
+        raise ValueError("model has branches: pass repvgg.switch_to_deploy(model)")
 
 
 FORMATS: dict[str, Format] = {

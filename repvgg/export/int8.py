@@ -1,9 +1,9 @@
-"""8 bits after training: an ONNX file whose convolutions and linear layers compute in int8.
+"""Post-training quantization: an ONNX file whose convolutions and linear layers run in int8.
 
-Weights are rounded symmetrically by output channel, activations by tensor in uint8, as pairs of
-QuantizeLinear and DequantizeLinear ("QDQ"), which onnxruntime and OpenVINO turn into integer
-kernels (Nagel et al., 2021, arXiv:2106.08295, sections 2 and 3). onnxruntime rewrites the graph;
-ranges are measured here, and each kind is tried on images that nothing was measured on.
+Weights are quantized symmetrically, per output channel; activations per tensor, in uint8. The
+graph holds pairs of QuantizeLinear and DequantizeLinear ("QDQ"), which onnxruntime and OpenVINO
+turn into integer kernels (Nagel et al., 2021, arXiv:2106.08295, sections 2 and 3). onnxruntime
+rewrites the graph. The ranges are measured here, and chosen on held-out images.
 """
 
 import copy
@@ -14,9 +14,10 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -27,16 +28,22 @@ from repvgg.export.formats import build_onnx, open_session
 from repvgg.models.network import RepVGG
 from repvgg.verify import agreement
 
+if TYPE_CHECKING:
+    import onnx
+
+Array = npt.NDArray[np.generic]
+
 BINS = 2048
 BATCH = 16  # images at a time: all activations of a batch are in memory
-# An activation function disappears into the layer in front of it, whose range it sets.
+# An activation function is fused into the layer before it, and sets that layer's range.
 LAYERS = ("Conv", "Gemm", "MatMul")
 ACTIVATIONS = ("Relu", "Clip")
 BETWEEN = ("Add", "Concat", "MaxPool", "AveragePool")
 
 
-class Trial(NamedTuple):
-    """One way to quantize, and what it gave on the held-out images.
+@dataclass(frozen=True)
+class Trial:
+    """One way to quantize, and its results on the held-out images.
 
     Attributes:
         ranges: a key of `RANGES`.
@@ -59,16 +66,16 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class Quantized:
-    """What `quantize` found.
+    """What `quantize` returns.
 
     Attributes:
-        model: the `onnx.ModelProto`, with the description as metadata.
-        chosen: how it was made.
-        trials: all that was tried.
-        sensitivity: the `error` with one layer alone in int8, by the layer's name.
+        model: the quantized graph, with the description as metadata.
+        chosen: the trial that became `model`.
+        trials: everything that was tried.
+        sensitivity: by layer, the `error` if that layer alone is int8.
     """
 
-    model: Any
+    model: "onnx.ModelProto"
     chosen: Trial
     trials: list[Trial]
     sensitivity: dict[str, float]
@@ -83,27 +90,27 @@ def quantize(
     float_layers: int = 0,
     tolerance: float = 0.005,
 ) -> Quantized:
-    """Choose ranges for a deployed network and round it to 8 bits.
+    """Choose ranges for a folded network and quantize it to int8.
 
-    Every kind of range is tried, with and without equalized channels where they can be. If the best
-    disagrees with the float network on more than `tolerance` of the held-out images, the layers
-    that suffer most stay in float32, one more at a time.
+    Every kind of range is tried, with and without equalized channels if the network allows it. The
+    best trial may change the top-1 of a share `tolerance` of the held-out images. If it changes
+    more, the most sensitive layers stay in float32, one more at a time.
 
     Args:
-        model: the deployed network, float32.
+        model: the folded network, float32.
         images: (N, C, H, W), float32 in [0, 1]: ranges are measured on these.
-        held_out: likewise: the choice is made on these.
+        held_out: (N, C, H, W), float32 in [0, 1]: ranges are chosen on these.
         float_layers: how many layers may stay in float32.
 
     Raises:
-        ValueError: the images do not fit the network, or the network was not switched.
+        ValueError: the images do not fit the network, or the network has branches.
     """
-    for kind, batch in (("calibration", images), ("held-out", held_out)):
-        wanted = description.data.in_channels
-        if batch.ndim != 4 or len(batch) == 0 or batch.shape[1] != wanted:
+    for argument, batch in (("images", images), ("held_out", held_out)):
+        channels = description.data.in_channels
+        if batch.ndim != 4 or len(batch) == 0 or batch.shape[1] != channels:
             raise ValueError(
-                f"int8: the {kind} images are {tuple(batch.shape)}, the network takes at least one "
-                f"(N, {wanted}, H, W): give data of its kind"
+                f"{argument} has shape {tuple(batch.shape)}: must be (N, {channels}, H, W) with at "
+                "least one image"
             )
     sources = {False: build_onnx(model, description)}
     expected = run(sources[False], description, held_out)
@@ -111,7 +118,9 @@ def quantize(
         sources[True] = build_onnx(equalize(model), description)
     histograms = {key: measure(proto, description, images) for key, proto in sources.items()}
 
-    def attempt(ranges: str, equalized: bool, kept: tuple[str, ...]) -> tuple[Trial, Any]:
+    def attempt(
+        ranges: str, equalized: bool, kept: tuple[str, ...]
+    ) -> tuple[Trial, "onnx.ModelProto"]:
         found = {name: RANGES[ranges](h) for name, h in histograms[equalized].items()}
         proto = rewrite(sources[equalized], found, description, keep=kept)
         scores = run(proto, description, held_out)
@@ -135,8 +144,8 @@ def quantize(
     return Quantized(best[1], best[0], [trial for trial, _ in tried], sensitivity)
 
 
-def layers(proto: Any) -> dict[str, str]:
-    """Layers with weights of an ONNX graph: the name in the network -> the name of the node."""
+def layers(proto: "onnx.ModelProto") -> dict[str, str]:
+    """Layers with weights of an ONNX graph: name in the network -> name of the node."""
     weights = {initializer.name for initializer in proto.graph.initializer}
     found = {}
     for node in proto.graph.node:
@@ -148,16 +157,21 @@ def layers(proto: Any) -> dict[str, str]:
 
 
 @torch.no_grad()
-def measure(proto: Any, description: Description, images: Tensor) -> dict[str, Histogram]:
-    """Run a float ONNX graph on images and count the values of every tensor that will be rounded.
+def measure(
+    proto: "onnx.ModelProto", description: Description, images: Tensor
+) -> dict[str, Histogram]:
+    """Run a float ONNX graph on images and count the values of every tensor to quantize.
 
     Returns:
         histograms of BINS bins, by the tensor's name.
+
+    Raises:
+        ValueError: a value is NaN or inf.
     """
     import onnx
 
     proto = copy.deepcopy(proto)
-    names = _rounded(proto)
+    names = _tensors_to_quantize(proto)
     outputs = {output.name for output in proto.graph.output}
     proto.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
@@ -166,8 +180,8 @@ def measure(proto: Any, description: Description, images: Tensor) -> dict[str, H
     )
     session = open_session(proto.SerializeToString())
 
-    def batches() -> Iterator[list[np.ndarray]]:
-        for batch in images.split(BATCH):
+    def batches() -> Iterator[list[Array]]:
+        for batch in torch.split(images, BATCH):
             yield session.run(names, {"images": description.encode(batch).numpy()})
 
     low, high = [math.inf] * len(names), [-math.inf] * len(names)
@@ -175,7 +189,7 @@ def measure(proto: Any, description: Description, images: Tensor) -> dict[str, H
         low = [min(old, float(value.min())) for old, value in zip(low, values, strict=True)]
         high = [max(old, float(value.max())) for old, value in zip(high, values, strict=True)]
     if not all(map(math.isfinite, low + high)):
-        raise ValueError("int8: the network gives NaN or infinite values on the calibration images")
+        raise ValueError("model computes NaN or inf on images")
     counts = [torch.zeros(BINS, dtype=torch.float64) for _ in names]
     for values in batches():
         for i, value in enumerate(values):
@@ -184,8 +198,8 @@ def measure(proto: Any, description: Description, images: Tensor) -> dict[str, H
     return {name: Histogram(counts[i], low[i], high[i]) for i, name in enumerate(names)}
 
 
-def _rounded(proto: Any) -> list[str]:
-    """Float tensors between the layers, but for those in front of an activation, which vanish."""
+def _tensors_to_quantize(proto: "onnx.ModelProto") -> list[str]:
+    """Float tensors between the layers, without the inputs of activations, which are fused."""
     import onnx
 
     graph = onnx.shape_inference.infer_shapes(proto).graph
@@ -205,48 +219,36 @@ def _rounded(proto: Any) -> list[str]:
         for name in (*node.input, *node.output)
         if name in floats
     }
-    vanish = {
+    fused = {
         name
         for name in found
         if (types := consumers.get(name)) and all(kind in ACTIVATIONS for kind in types)
     }
-    return sorted(found - vanish)
+    return sorted(found - fused)
 
 
 def rewrite(
-    proto: Any,
+    proto: "onnx.ModelProto",
     ranges: Mapping[str, Range],
     description: Description,
     *,
     keep: Collection[str] = (),
     per_channel: bool = True,
-) -> Any:
-    """Round an ONNX graph to 8 bits, given the range of every tensor.
+) -> "onnx.ModelProto":
+    """Quantize an ONNX graph to int8 with given ranges; returns a new graph.
 
     Args:
-        ranges: from the smallest to the largest value of each tensor; 0 is added to them.
+        ranges: smallest and largest value, by tensor; each range is widened to include 0.
         keep: layers that stay in float32, by their names in the network.
-        per_channel: round weights by output channel; else by tensor, which is coarser.
-
-    Returns:
-        a new `onnx.ModelProto`.
+        per_channel: quantize weights per output channel; else per tensor, which is coarser.
     """
     import onnx
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType
+    from onnxruntime.quantization import QuantFormat, QuantType
     from onnxruntime.quantization.quantize import quantize_static
-
-    class OneImage(CalibrationDataReader):
-        """quantize_static asks for images; the ranges it reads off them are overridden."""
-
-        def __init__(self) -> None:
-            self.left = [description.example(1).numpy()]
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return {"images": self.left.pop()} if self.left else None
 
     nodes = layers(proto)
     excluded = [nodes[name] for name in keep]
-    # An activation function behind a layer in float32 has nothing to vanish into.
+    # The activation function after a float32 layer is not fused, so it stays in float32 too.
     outputs = {
         output for node in proto.graph.node if node.name in excluded for output in node.output
     }
@@ -254,15 +256,15 @@ def rewrite(
         node.name
         for node in proto.graph.node
         if (node.op_type in ACTIVATIONS and node.input[0] in outputs)
-        # What computes shapes adds and concatenates too.
+        # Nodes that compute shapes also add and concatenate.
         or (node.op_type in BETWEEN and not set(node.output) & ranges.keys())
     ]
-    with tempfile.TemporaryDirectory() as folder, _without_advice():
+    with tempfile.TemporaryDirectory() as folder, _advice_hidden():
         path = Path(folder) / "int8.onnx"
         quantize_static(
             copy.deepcopy(proto),
             str(path),
-            OneImage(),
+            OneImage(description),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=[*LAYERS, *ACTIVATIONS, *BETWEEN],
             per_channel=per_channel,
@@ -283,32 +285,42 @@ def rewrite(
     return rounded
 
 
-@contextmanager
-def _without_advice() -> Iterator[None]:
-    """Without onnxruntime's advice, through the root logger, to optimize the graph first."""
+class OneImage:
+    """The images that quantize_static requires; `rewrite` overrides the ranges it finds on them."""
 
-    def is_news(record: logging.LogRecord) -> bool:
+    def __init__(self, description: Description) -> None:
+        self.left = [description.example(1).numpy()]
+
+    def get_next(self) -> dict[str, Array] | None:
+        return {"images": self.left.pop()} if self.left else None
+
+
+@contextmanager
+def _advice_hidden() -> Iterator[None]:
+    """Hide onnxruntime's advice to optimize the graph first; it uses the root logger."""
+
+    def is_other(record: logging.LogRecord) -> bool:
         return "pre-processing before quantization" not in record.getMessage()
 
     root = logging.getLogger()
-    root.addFilter(is_news)
+    root.addFilter(is_other)
     try:
         yield
     finally:
-        root.removeFilter(is_news)
+        root.removeFilter(is_other)
 
 
-def run(proto: Any, description: Description, images: Tensor) -> Tensor:
-    """Run an ONNX graph in onnxruntime on images (N, C, H, W) in [0, 1]; what it gives, (N, K)."""
+def run(proto: "onnx.ModelProto", description: Description, images: Tensor) -> Tensor:
+    """Run an ONNX graph in onnxruntime: images (N, C, H, W) in [0, 1] -> outputs (N, K)."""
     session = open_session(proto.SerializeToString())
     scores = [
         session.run(None, {"images": description.encode(batch).numpy()})[0]
-        for batch in images.split(BATCH)
+        for batch in torch.split(images, BATCH)
     ]
     return torch.from_numpy(np.concatenate(scores))
 
 
 def _change(expected: Tensor, given: Tensor) -> float:
-    """Root mean square of the change, relative to that of what is expected."""
+    """Root mean square of the change, relative to that of the expected outputs."""
     difference = (given.double() - expected.double()).square().mean()
     return (difference / expected.double().square().mean()).sqrt().item()

@@ -5,14 +5,16 @@ import pytest
 import torch
 
 import repvgg
-from repvgg.contract import DataContract, Description, to_float
+from repvgg.contract import Description, to_float
 from repvgg.deploy import certificate
-from repvgg.deploy.certificate import Recorded, judge_rounded
+from repvgg.deploy.certificate import Recorded
+from repvgg.deploy.folder import write_sums
+from repvgg.deploy.report import DeployedFile
+from repvgg.deploy.verification import compare_accuracy
 from repvgg.export.artifact import build_program
 from repvgg.export.formats import FORMATS
 from tests.support.networks import settle
-
-CONTRACT = DataContract(["a", "b", "c"], 3, [32, 32], [0.4, 0.5, 0.6], [0.2, 0.3, 0.2], "bilinear")
+from tests.support.reports import CONTRACT, report
 
 
 @pytest.fixture
@@ -29,42 +31,25 @@ def folder(tmp_path):
         scores = reference(to_float(images).double())
     for name in ("safetensors", "onnx"):
         FORMATS[name].save(deployed, tmp_path / FORMATS[name].filename, description)
-    report = {
-        "model": config,
-        "verdict": "passed",
-        "images": 4,
-        "probe": {"error": 0.0, "tolerance": 1e-4, "agreement": 1.0},
-        "verdicts": {},
-        "batchnorms_left": {},
-        "accuracy_on_probe": {"recorded": 0.5},
-        "size": {},
-        "files": {
-            FORMATS[name].filename: {
-                "verified": "float32",
-                "bytes": 1,
-                "layers": {},
-                "sha256": "0" * 64,
-            }
-            for name in ("safetensors", "onnx")
-        },
-        "environment": {},
-        "command": "",
+    files = {
+        FORMATS[name].filename: DeployedFile(1, "0" * 64, {}, "float32")
+        for name in ("safetensors", "onnx")
     }
-    certificate.write(tmp_path, report, Recorded(images, scores.argmax(1), scores, torch.empty(0)))
+    recorded = Recorded(images, scores.argmax(1), scores, torch.empty(0))
+    certificate.write(tmp_path, report(files=files), recorded)
     return tmp_path
 
 
 def seal(folder, change=lambda report: None) -> None:
-    """Change the report, and make sums that fit."""
+    """Change the report, and write matching sums."""
     report = json.loads((folder / "report.json").read_text())
     change(report)
     (folder / "report.json").write_text(json.dumps(report))
-    names = [line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()]
-    sums = [f"{certificate.digest(folder / name)}  {name}\n" for name in names]
-    (folder / "SHA256SUMS").write_text("".join(sums))
+    (folder / "SHA256SUMS").unlink()
+    write_sums(folder)
 
 
-def test_a_folder_as_it_was_deployed_passes(folder):
+def test_an_unchanged_folder_passes(folder):
     verdicts = certificate.check(folder)
 
     assert set(verdicts) == {"model.safetensors", "model.onnx"}
@@ -89,7 +74,7 @@ def test_the_sums_are_those_of_sha256sum(folder):
     ],
 )
 @pytest.mark.parametrize("place", [0, -2])
-def test_a_changed_byte_in_any_file_is_noticed(name, place, folder):
+def test_a_changed_byte_in_any_file_is_an_error(name, place, folder):
     content = bytearray((folder / name).read_bytes())
     content[place] ^= 1
     (folder / name).write_bytes(content)
@@ -99,7 +84,7 @@ def test_a_changed_byte_in_any_file_is_noticed(name, place, folder):
 
 
 @pytest.mark.parametrize("kind", ["missing", "new"])
-def test_a_file_more_or_less_is_noticed(kind, folder):
+def test_a_missing_or_new_file_is_an_error(kind, folder):
     if kind == "missing":
         (folder / "model.onnx").unlink()
     else:
@@ -109,7 +94,7 @@ def test_a_file_more_or_less_is_noticed(kind, folder):
         certificate.check(folder)
 
 
-def test_an_artifact_that_gives_something_else_fails_though_the_sums_were_made_anew(folder):
+def test_an_artifact_with_other_weights_fails_though_its_sum_fits(folder):
     from safetensors.torch import load_file, save_file
 
     weights = load_file(folder / "model.safetensors")
@@ -132,13 +117,13 @@ def test_an_artifact_that_gives_something_else_fails_though_the_sums_were_made_a
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda report: report["files"].clear(), "does not tell of what is there"),
-        (lambda report: report["files"].pop("model.onnx"), "does not tell of what is there"),
+        (lambda report: report["files"].clear(), "does not list the files"),
+        (lambda report: report["files"].pop("model.onnx"), "does not list the files"),
         (lambda report: report.pop("files"), "its report is damaged"),
         (lambda report: report["files"].update({"model.onnx": 3}), "its report is damaged"),
     ],
 )
-def test_a_report_that_proves_nothing_does_not_pass(change, message, folder):
+def test_a_damaged_or_incomplete_report_is_an_error(change, message, folder):
     seal(folder, change)
 
     with pytest.raises(ValueError, match=message):
@@ -146,7 +131,7 @@ def test_a_report_that_proves_nothing_does_not_pass(change, message, folder):
 
 
 @pytest.mark.parametrize("line", ["0  ../model.onnx\n", "0  model.onnx\n"])
-def test_sums_of_other_places_or_of_a_file_twice_are_refused(line, folder):
+def test_sums_of_other_folders_or_of_a_file_twice_are_rejected(line, folder):
     with (folder / "SHA256SUMS").open("a") as file:
         file.write(line)
 
@@ -154,7 +139,7 @@ def test_sums_of_other_places_or_of_a_file_twice_are_refused(line, folder):
         certificate.check(folder)
 
 
-def test_a_link_in_place_of_a_file_is_refused(folder, tmp_path_factory):
+def test_a_link_in_place_of_a_file_is_rejected(folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "model.onnx"
     (folder / "model.onnx").rename(elsewhere)
     (folder / "model.onnx").symlink_to(elsewhere)
@@ -163,7 +148,7 @@ def test_a_link_in_place_of_a_file_is_refused(folder, tmp_path_factory):
         certificate.check(folder)
 
 
-def test_a_folder_that_was_not_deployed_is_refused(tmp_path):
+def test_a_folder_that_was_not_deployed_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="a folder without SHA256SUMS"):
         certificate.check(tmp_path)
 
@@ -184,21 +169,21 @@ def scores(*classes: int) -> torch.Tensor:
         ((0, 1, 0, 1), 0.5, False),
     ],
 )
-def test_a_rounded_network_is_judged_by_the_accuracy_it_loses(given, lost, passed):
+def test_int8_is_evaluated_by_the_accuracy_it_loses(given, lost, passed):
     truth = torch.tensor([0, 1, 2, 0])
 
-    verdict = judge_rounded(scores(0, 1, 2, 0), scores(*given), truth, tolerance=0.01)
+    verdict = compare_accuracy(scores(0, 1, 2, 0), scores(*given), truth, tolerance=0.01)
 
     assert (verdict.error, verdict.passed) == (lost, passed)
 
 
-def test_a_rounded_network_that_gains_loses_nothing():
-    verdict = judge_rounded(scores(1, 1), scores(0, 0), torch.tensor([0, 0]), tolerance=0.0)
+def test_int8_that_gains_accuracy_loses_nothing():
+    verdict = compare_accuracy(scores(1, 1), scores(0, 0), torch.tensor([0, 0]), tolerance=0.0)
 
     assert (verdict.error, verdict.agreement) == (0.0, 0.0)
 
 
-def test_a_rounded_network_that_gives_no_numbers_fails():
+def test_int8_that_computes_nan_fails():
     broken = torch.full((2, 3), float("nan"))
 
-    assert not judge_rounded(scores(1, 1), broken, torch.tensor([0, 0]), tolerance=0.5).passed
+    assert not compare_accuracy(scores(1, 1), broken, torch.tensor([0, 0]), tolerance=0.5).passed

@@ -23,8 +23,9 @@ from repvgg import export
 from repvgg.commands import deploy
 from repvgg.contract import DataContract
 from repvgg.data.sets import digits
-from repvgg.deploy import certificate, predict
+from repvgg.deploy import predict
 from repvgg.deploy import settings as settings_of_deploy
+from repvgg.deploy.folder import write_sums
 from repvgg.export.formats import FORMATS, Format
 from tests.support import foreign
 from tests.support.commands import ROOT, SHORT, run, tree
@@ -90,7 +91,7 @@ def test_an_existing_deployment_is_kept_unless_it_may_be_replaced(folder, tmp_pa
 
     assert first.returncode == 0, first.stderr
     assert refused.returncode == 1
-    assert "type overwrite=true" in refused.stderr
+    assert "pass overwrite=true" in refused.stderr
     assert unchanged
     assert replaced.returncode == 0, replaced.stderr
     assert {path for path in tree(tmp_path) if "model" in path} == {"out/model.safetensors"}
@@ -113,14 +114,14 @@ def test_a_deployment_goes_where_it_is_told(folder, tmp_path):
 
 
 def settings(**overrides) -> dict:
-    """What deploy.py is given, when nothing else is typed."""
+    """The configuration of deploy.py with overrides."""
     with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         composed = OmegaConf.to_container(hydra.compose("deploy"), resolve=True)
     return {**composed, "formats": ["safetensors"], "benchmark": False, **overrides}
 
 
 def spoiled(name: str) -> Format:
-    """A format that writes another bias than it was given."""
+    """A format that writes another bias than that of the network."""
     whole = FORMATS[name]
 
     def save(network, path, description):
@@ -145,7 +146,7 @@ def with_a_layer_too_many(name: str) -> Format:
     ("damage", "message"),
     [
         (spoiled, r"verification failed.*model\.safetensors: error"),
-        (with_a_layer_too_many, "holds {'convolutions': 8, 'batchnorms': 0}, the deployed network"),
+        (with_a_layer_too_many, "holds 8 convolutions and 0 BatchNorms, the folded network"),
     ],
 )
 def test_a_failed_verdict_leaves_nothing_behind(damage, message, folder, tmp_path, monkeypatch):
@@ -197,16 +198,16 @@ def certified(folder, tmp_path_factory) -> Path:
     return out
 
 
-def test_every_format_is_certified_and_8_bits_keep_the_accuracy(certified):
+def test_every_format_is_certified_and_int8_keeps_the_accuracy(certified):
     report = json.loads((certified / "report.json").read_text())
 
     files = {"model.safetensors", "model.onnx", "model.pt2", "model.xml"}
     rounded = {f"model-int8.onnx, {engine}" for engine in ("onnxruntime", "OpenVINO")}
-    judged = report["int8"]["verdicts"]
+    compared = report["int8"]["verdicts"]
     assert set(report["files"]) == files | {"model.bin", "model-int8.onnx"}
     assert all(report["verdicts"][name]["error"] <= 1e-5 for name in files)
-    assert set(judged) == rounded
-    assert all(verdict["error"] <= 0.005 for verdict in judged.values())
+    assert set(compared) == rounded
+    assert all(verdict["error"] <= 0.005 for verdict in compared.values())
     assert set(report["accuracy_on_validation"]) >= files | rounded
     assert min(report["agreement_on_validation"].values()) > 0.97
     assert report["int8"]["source"] == "the training set"
@@ -220,19 +221,19 @@ def test_every_predictor_is_timed_beside_a_control(certified):
     assert measured["deployed, torch"]["ratio"] == 1
 
 
-@pytest.mark.skipif(not HAS_BF16, reason="this processor has no bf16: see the test of its refusal")
-def test_16_bits_are_certified_in_both_engines(certified):
+@pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16; the next test covers that")
+def test_bf16_is_certified_in_both_engines(certified):
     verdicts = json.loads((certified / "report.json").read_text())["verdicts"]
 
     assert verdicts["deployed, torch, bf16"]["passed"]
     assert verdicts["model.xml, bf16"]["passed"]
 
 
-def test_16_bits_are_refused_where_the_processor_has_none(folder, tmp_path, monkeypatch):
+def test_bf16_is_rejected_where_the_cpu_has_none(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     path = str(folder / "checkpoints" / "best.ckpt")
 
-    with pytest.raises(ValueError, match="bf16=true: this processor has no bf16"):
+    with pytest.raises(ValueError, match="bf16=true: this CPU has no bf16"):
         deploy.deploy(settings(ckpt=path, out=str(tmp_path / "out"), bf16=True), tmp_path)
 
 
@@ -263,7 +264,7 @@ def test_only_what_was_deployed_is_replaced(folder, tmp_path):
     (tmp_path / "out" / "thesis.tex").touch()
     before = tree(tmp_path)
 
-    with pytest.raises(ValueError, match=r"did not write, so it is not replaced: thesis\.tex"):
+    with pytest.raises(ValueError, match=r"to a deployment, so it is not replaced: thesis\.tex"):
         deploy.deploy(config | {"overwrite": True}, tmp_path)
 
     assert tree(tmp_path) == before
@@ -278,7 +279,7 @@ def test_a_folder_with_a_report_of_something_else_is_not_replaced(folder, tmp_pa
 
 
 @pytest.mark.parametrize(("key", "value"), [("input", "bytes"), ("output", "labels")])
-def test_an_unknown_input_or_output_is_refused(key, value, folder, tmp_path):
+def test_an_unknown_input_or_output_is_rejected(key, value, folder, tmp_path):
     path = str(folder / "checkpoints" / "best.ckpt")
 
     with pytest.raises(ValueError, match=f"{key}='{value}': must be one of"):
@@ -287,11 +288,11 @@ def test_an_unknown_input_or_output_is_refused(key, value, folder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_extra_is_told_before_anything_is_done(folder, tmp_path, monkeypatch):
+def test_a_missing_package_is_reported_before_anything_is_done(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(settings_of_deploy, "find_spec", lambda name: None)
     path = str(folder / "checkpoints" / "best.ckpt")
 
-    with pytest.raises(ValueError, match=r'type pip install -e "\.\[openvino\]"'):
+    with pytest.raises(ValueError, match="openvino is missing: run pip install openvino"):
         deploy.deploy(
             settings(ckpt=path, out=str(tmp_path / "out"), formats=["openvino"]), tmp_path
         )
@@ -303,17 +304,15 @@ def test_everybody_may_read_what_was_deployed(certified):
     assert {path.stat().st_mode & 0o444 for path in certified.iterdir()} == {0o444}
 
 
-def test_a_file_of_8_bits_that_gives_something_else_fails_the_verification(certified, tmp_path):
+def test_an_int8_file_with_other_outputs_fails_the_verification(certified, tmp_path):
     from safetensors.torch import load_file, save
 
     shutil.copytree(certified, tmp_path / "out")
     recorded = load_file(tmp_path / "out" / "probe.safetensors")
     recorded["int8"] = recorded["int8"].roll(1, dims=1)
     (tmp_path / "out" / "probe.safetensors").write_bytes(save(recorded))
-    lines = (tmp_path / "out" / "SHA256SUMS").read_text().splitlines()
-    names = [line.split("  ")[1] for line in lines]
-    sums = [f"{certificate.digest(tmp_path / 'out' / name)}  {name}\n" for name in names]
-    (tmp_path / "out" / "SHA256SUMS").write_text("".join(sums))
+    (tmp_path / "out" / "SHA256SUMS").unlink()
+    write_sums(tmp_path / "out")
 
     with pytest.raises(ValueError, match=r"model-int8\.onnx: error 1\.0e\+00"):
         deploy.deploy(settings(verify=str(tmp_path / "out")), tmp_path)
@@ -371,7 +370,7 @@ def test_pixels_whose_brightness_is_not_known_are_refused(mode, message, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.onnx", "model.pt2", "model.xml"])
-def test_a_damaged_file_is_refused_in_one_line(name, certified, tmp_path):
+def test_a_damaged_file_is_rejected_in_one_line(name, certified, tmp_path):
     (tmp_path / name).write_bytes((certified / name).read_bytes()[:5000])
 
     with pytest.raises(ValueError, match="cannot be opened") as caught:
@@ -425,7 +424,7 @@ def test_a_full_disk_leaves_nothing_behind(folder, tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
-def test_8_bits_of_a_network_that_was_never_trained_are_refused(folder, tmp_path):
+def test_int8_of_a_network_that_was_never_trained_is_rejected(folder, tmp_path):
     content = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
     restored = repvgg.checkpoint.load(folder / "checkpoints" / "best.ckpt")
     torch.manual_seed(0)
@@ -449,7 +448,7 @@ def test_8_bits_of_a_network_that_was_never_trained_are_refused(folder, tmp_path
 @pytest.mark.parametrize(
     ("key", "value"), [("image_size", [16, 16]), ("classes", list("abcdefghij"))]
 )
-def test_data_that_does_not_fit_the_checkpoint_is_refused(key, value, folder, tmp_path):
+def test_data_that_does_not_fit_the_checkpoint_is_rejected(key, value, folder, tmp_path):
     content = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
     content[repvgg.checkpoint.KEY]["data"][key] = value
     torch.save(content, tmp_path / "best.ckpt")
@@ -489,7 +488,7 @@ def test_a_network_trained_with_every_regularizer_deploys_exactly(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["truncated", "foreign", "code"])
-def test_a_file_that_is_no_checkpoint_of_ours_is_refused_in_one_line(kind, folder, tmp_path):
+def test_a_file_that_is_no_checkpoint_is_rejected_in_one_line(kind, folder, tmp_path):
     path = tmp_path / "bad.ckpt"
     if kind == "truncated":
         path.write_bytes((folder / "checkpoints" / "best.ckpt").read_bytes()[:100_000])
@@ -527,7 +526,7 @@ def test_a_network_of_torchvision_is_trained_and_deployed(tmp_path):
     assert sum(node.op_type == "BatchNormalization" for node in graph.node) == 0
 
 
-def test_a_file_of_the_field_is_deployed_as_it_is(tmp_path, monkeypatch):
+def test_a_third_party_checkpoint_is_deployed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     network = settle(repvgg.create_model("repvgg_tiny", num_classes=1000))
@@ -543,5 +542,5 @@ def test_a_file_of_the_field_is_deployed_as_it_is(tmp_path, monkeypatch):
     page = (tmp_path / "weights-deploy" / "report.md").read_text()
     assert "Accuracy is not known" in page
     assert "8 images of noise" in page
-    with pytest.raises(ValueError, match="holds no images to measure ranges on; type for example"):
+    with pytest.raises(ValueError, match="holds no images to measure ranges on; pass for example"):
         deploy.deploy(settings(ckpt="weights.pth", int8=True, overwrite=True), tmp_path)

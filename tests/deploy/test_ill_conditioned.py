@@ -1,4 +1,4 @@
-"""Networks whose branches nearly cancel: their own float32 error is larger than that of a fold."""
+"""Networks whose branches nearly cancel, so that their own float32 error is large."""
 
 from types import SimpleNamespace
 
@@ -7,8 +7,9 @@ import torch
 
 import repvgg
 from repvgg import verify
-from repvgg.deploy import certificate, verification
+from repvgg.deploy import verification
 from tests.support.networks import settle
+from tests.support.reports import report
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -31,46 +32,41 @@ def forms(size: float, damage: float = 0.0):
     return SimpleNamespace(**{key: torch.nn.ModuleDict({"network": n}) for key, n in put.items()})
 
 
-def judge(found):
+def evaluate(found):
     networks = {key: module["network"] for key, module in vars(found).items()}
     blocks = {
         "float64": verify.compare_blocks(networks["reference"], networks["folded64"], IMAGES),
         "float32": verify.compare_blocks(networks["reference"], networks["folded"], IMAGES),
     }
     deploy_forms = SimpleNamespace(**networks)
-    return verification.judge_forms(deploy_forms, IMAGES, blocks)
+    return verification.evaluate_forms(deploy_forms, IMAGES, blocks)
 
 
 def test_an_ill_conditioned_network_is_deployed():
-    verdicts = judge(forms(2.0**12))
+    verdicts = evaluate(forms(2.0**12))
     assert verdicts[verification.OWN].error > 1e-5
     assert all(verdict.passed for verdict in verdicts.values())
     assert verdicts["folded, float64"].tolerance == 1e-10
 
 
-def test_a_wrong_fold_of_it_is_not():
-    verdicts = judge(forms(2.0**12, damage=1.0))
+def test_a_wrong_fold_of_an_ill_conditioned_network_is_rejected():
+    verdicts = evaluate(forms(2.0**12, damage=1.0))
     assert not verdicts["folded, float64"].passed
     assert not verdicts["folded, float32"].passed
 
 
 def test_a_well_conditioned_network_has_the_usual_bound():
-    assert judge(forms(0.0))["folded, float32"].tolerance == 1e-5
+    assert evaluate(forms(0.0))["folded, float32"].tolerance == 1e-5
 
 
 @pytest.mark.parametrize(
     ("own", "bound"),
     [(0.0, 1e-5), (2e-6, 1e-5), (1e-4, 4e-4), (1.0, 1e-2), (float("nan"), 1e-5)],
 )
-def test_the_bound_follows_the_own_error(own, bound):
+def test_the_bound_grows_with_the_own_error(own, bound):
     assert verify.float32_bound(own) == pytest.approx(bound)
 
 
 def test_the_report_says_which_bound_holds():
-    report = {
-        "model": {"name": "a"}, "verdict": "passed", "images": 1, "verdicts": {}, "size": {},
-        "probe": {"error": 0.0, "tolerance": 1e-4, "agreement": 1.0}, "batchnorms_left": {},
-        "accuracy_on_probe": {}, "files": {}, "environment": {}, "command": "",
-    }  # fmt: skip
-    assert "ill-conditioned" not in certificate.as_markdown(report | {"float32_bound": 1e-5})
-    assert "allowed 4.0e-04, 4 times" in certificate.as_markdown(report | {"float32_bound": 4e-4})
+    assert "ill-conditioned" not in report(float32_bound=1e-5).to_markdown()
+    assert "allowed 4.0e-04 instead of 1e-05" in report(float32_bound=4e-4).to_markdown()

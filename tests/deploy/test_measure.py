@@ -4,7 +4,7 @@ from torch import nn
 from repvgg.deploy.measure import count_macs, count_parameters, measure_latency
 
 
-def test_multiply_accumulates_are_those_of_the_textbook():
+def test_multiply_accumulates_follow_the_formula():
     conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
 
     assert count_macs(conv, torch.zeros(1, 3, 16, 16)) == 16 * 16 * 8 * 3 * 9

@@ -1,7 +1,7 @@
-"""The verifier is verified: faults that fusing programs have had are put into a folded network.
+"""Tests of the verifier: known faults of fusion, each put into one block of a folded network.
 
-Each is put into one block of a network whose other blocks are right. The verifier must notice, and
-name that block and no other; and it must say nothing of networks that were folded rightly.
+The verifier must find the fault and name that block alone. It must pass networks that were folded
+correctly.
 """
 
 import copy
@@ -30,7 +30,7 @@ def bns(block: RepVGGBlock) -> list[nn.BatchNorm2d]:
 
 
 def refold(change: Callable[[RepVGGBlock], None]) -> Fault:
-    """Fold the block after something was changed in it."""
+    """Fold a changed copy of the trained block."""
 
     def fault(trained: RepVGGBlock, folded: RepVGGBlock) -> None:
         wrong = copy.deepcopy(trained)
@@ -72,7 +72,7 @@ def scale_variance(block: RepVGGBlock, factor: float) -> None:
 
 
 def square_variance(block: RepVGGBlock) -> None:
-    """The square root is forgotten."""
+    """As if the square root were forgotten."""
     for bn in bns(block):
         bn.running_var.copy_((bn.running_var + bn.eps) ** 2 - bn.eps)
 
@@ -89,7 +89,7 @@ def point_in_the_corner(conv: nn.Conv2d, trained: RepVGGBlock) -> None:
 
 
 def identity_without_groups(conv: nn.Conv2d, trained: RepVGGBlock) -> None:
-    """Every output reads the first input of its group, not the one of its own number."""
+    """Every output reads the first input of its group, not the input with its own index."""
     right = identity_kernel(trained.in_channels, trained.groups, device=conv.weight.device)
     wrong = torch.zeros_like(right)
     wrong[:, 0] = 1
@@ -143,33 +143,33 @@ FAULTS: dict[str, Fault] = {
     "1x1 kernel in the corner": edit(point_in_the_corner),
     "height and width swapped": edit(lambda conv, _: conv.weight.copy_(conv.weight.mT.clone())),
     "kernel flipped": edit(lambda conv, _: conv.weight.copy_(conv.weight.flip(2, 3))),
-    "kernel rounded to 16 bits": edit(half_precision),
+    "kernel rounded to float16": edit(half_precision),
     "one weight of each output off by a hundredth": edit(one_weight),
     "one channel negated": edit(negated_channel),
     "outputs in another order": edit(lambda conv, _: conv.weight.copy_(conv.weight.flip(0))),
     "padding lost": edit(lambda conv, _: setattr(conv, "padding", (0, 0))),
     "stride doubled": edit(lambda conv, _: setattr(conv, "stride", (2, 2))),
     "another dilation": edit(lambda conv, _: setattr(conv, "dilation", (2, 2))),
-    "kernel not a number": edit(lambda conv, _: conv.weight[0, 0, 0, 0].fill_(float("nan"))),
+    "kernel with a NaN": edit(lambda conv, _: conv.weight[0, 0, 0, 0].fill_(float("nan"))),
     "ReLU lost": replaced("relu", nn.Identity),
-    "gate lost": replaced("se_before_relu", nn.Identity),
+    "squeeze-and-excite lost": replaced("se_before_relu", nn.Identity),
 }
-# Too small to be told from float32 at the end of a network: why blocks are measured, in float64.
+# Below the float32 bound at the end of a network. That is why blocks are compared, in float64.
 SUBTLE = {
     "eps forgotten",
-    "kernel rounded to 16 bits",
+    "kernel rounded to float16",
     "one weight of each output off by a hundredth",
 }
 CASES = {
     "plain": {},
     "grouped": {"groups": 2},
-    "gated": {"se_before_relu": 4},
+    "squeeze-and-excite": {"se_before_relu": 4},
 }
 
 
 def pairs() -> list[tuple[str, str, str]]:
-    """Fault, network, place: every fault where it can exist, in one grouped stage and one not."""
-    needs = {"gate lost": "gated", "identity without groups": "grouped"}
+    """Fault, network, block: every fault where it can exist, in a grouped stage and another."""
+    needs = {"squeeze-and-excite lost": "squeeze-and-excite", "identity without groups": "grouped"}
     return [
         (fault, needs.get(fault, "plain"), place)
         for fault in FAULTS
@@ -204,7 +204,7 @@ def test_a_fault_fails_the_whole_network_in_float32_too(fault):
 
     try:
         verdict = compare(reference, folded.float(), IMAGES)
-    except RuntimeError:  # the next layer does not take what this one gives
+    except RuntimeError:  # the next layer cannot take these outputs
         return
 
     assert not verdict.passed
@@ -235,7 +235,7 @@ def test_a_stage_folded_from_other_weights_is_caught():
 
 @pytest.mark.parametrize("name", repvgg.list_models())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_no_alarm_is_raised_on_a_variant_that_was_folded_rightly(name, dtype):
+def test_a_variant_that_was_folded_correctly_passes(name, dtype):
     torch.manual_seed(0)
     reference = settle(repvgg.create_model(name, **SMALL)).double()
     folded = repvgg.switch_to_deploy(copy.deepcopy(reference).to(dtype))

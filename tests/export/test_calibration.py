@@ -11,7 +11,7 @@ def histogram(values: torch.Tensor) -> Histogram:
     return Histogram(values.histc(BINS, low, high).double(), low, high)
 
 
-def test_a_percentile_cuts_off_the_outermost_values():
+def test_a_percentile_clips_the_outermost_values():
     values = torch.linspace(0, 1, 100_001)
 
     low, high = percentile(histogram(values), share=0.99)
@@ -25,7 +25,7 @@ def test_a_percentile_keeps_the_zeros_of_a_relu():
     assert percentile(histogram(values), share=0.999)[0] == 0
 
 
-def test_least_squares_cuts_off_an_outlier_that_minmax_makes_room_for():
+def test_least_squares_clips_an_outlier_that_minmax_includes():
     edges = torch.linspace(0, 20, BINS + 1).double()
     counts = 1e9 * (-((edges[1:] + edges[:-1]) ** 2) / 8).exp()  # half a normal distribution
     counts[-1] = 1
@@ -37,7 +37,7 @@ def test_least_squares_cuts_off_an_outlier_that_minmax_makes_room_for():
     assert (low, high) == (0, pytest.approx(5, abs=1.5))
 
 
-def test_least_squares_keeps_what_is_spread_evenly():
+def test_least_squares_keeps_a_uniform_distribution():
     values = torch.linspace(-1, 1, 10_000)
 
     low, high = least_squares(histogram(values))

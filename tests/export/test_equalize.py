@@ -36,7 +36,7 @@ def test_equalizing_balances_the_channels_between_two_layers():
     assert imbalance(equalize(model)) <= 2  # powers of two
 
 
-def test_equalizing_leaves_the_network_that_was_given():
+def test_equalizing_does_not_change_its_argument():
     model = deployed()
     before = {key: value.clone() for key, value in model.state_dict().items()}
 
@@ -45,14 +45,14 @@ def test_equalizing_leaves_the_network_that_was_given():
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_a_network_with_gates_is_not_equalized():
+def test_a_network_with_squeeze_and_excite_is_not_equalized():
     model = deployed(se_after_relu=4)
 
     assert not can_equalize(model)
-    with pytest.raises(ValueError, match="without squeeze-and-excite gates"):
+    with pytest.raises(ValueError, match="without squeeze-and-excite"):
         equalize(model)
 
 
-def test_equalizing_needs_the_deployed_form():
+def test_equalizing_needs_a_folded_network():
     with pytest.raises(ValueError, match="switch_to_deploy"):
         equalize(repvgg.create_model("repvgg_tiny"))

@@ -17,13 +17,13 @@ from repvgg.export.formats import FORMATS, open_artifact
 from tests.support.networks import relative_error, settle
 
 CONTRACT = DataContract(["a", "b", "c"], 3, [32, 32], [0.4, 0.5, 0.6], [0.2, 0.3, 0.2], "bilinear")
-PORTABLE = [name for name in FORMATS if name != "aoti"]  # which takes ten seconds to compile
+PORTABLE = [name for name in FORMATS if name != "aoti"]  # compiling takes ten seconds
 
 
 def networks(
     *, input: str = "float32", output: str = "logits", **config
 ) -> tuple[nn.Sequential, nn.Module, Description]:
-    """The multi-branch predictor in float64, the deployed network, and the file's description."""
+    """The multi-branch predictor in float64, the folded network, and the file's description."""
     torch.manual_seed(0)
     config = {"name": "repvgg_tiny", "num_classes": 3, **config}
     model = settle(repvgg.create_model(**config))
@@ -68,7 +68,7 @@ def test_a_file_reloaded_from_disk_computes_what_was_trained(name, config, tmp_p
 
 @pytest.mark.parametrize("name", PORTABLE)
 @torch.no_grad()
-def test_a_file_takes_stored_images_and_gives_probabilities_if_it_is_asked_to(name, tmp_path):
+def test_a_file_can_take_uint8_images_and_return_probabilities(name, tmp_path):
     reference, deployed, description = networks(input="uint8", output="probabilities")
     path = tmp_path / FORMATS[name].filename
     images = torch.randint(0, 256, (5, 3, 40, 27)) / 255
@@ -111,12 +111,14 @@ def test_compiling_needs_a_compiler(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("action", ["save", "load"])
-def test_a_missing_extra_is_named_with_what_to_type(action, tmp_path, monkeypatch):
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
+    action, tmp_path, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "openvino", None)
     _, deployed, description = networks()
     path = tmp_path / "model.xml"
     arguments = (deployed, path, description) if action == "save" else (path,)
-    message = r'openvino is missing: type pip install -e "\.\[openvino\]"'
+    message = "openvino is missing: run pip install openvino"
 
     with pytest.raises(ImportError, match=message):
         getattr(FORMATS["openvino"], action)(*arguments)
@@ -125,7 +127,7 @@ def test_a_missing_extra_is_named_with_what_to_type(action, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", PORTABLE)
-def test_a_file_tells_its_layers(name, tmp_path):
+def test_a_file_holds_one_convolution_a_block(name, tmp_path):
     _, deployed, description = networks(groups=2)
     path = tmp_path / FORMATS[name].filename
 
@@ -160,7 +162,7 @@ def test_the_graph_of_a0_is_minimal(a0):
     }
 
 
-def test_an_archive_says_nothing_of_source_files(tmp_path):
+def test_an_archive_names_no_source_files(tmp_path):
     _, deployed, description = networks()
     FORMATS["pt2"].save(deployed, tmp_path / "model.pt2", description)
 
@@ -172,9 +174,9 @@ def test_an_archive_says_nothing_of_source_files(tmp_path):
     assert b".py" not in graph
 
 
-def test_the_graph_says_nothing_of_source_files(a0):
+def test_the_graph_names_no_source_files(a0):
     model = onnx.load(a0[1])
-    model.graph.ClearField("initializer")  # numbers may spell anything
+    model.graph.ClearField("initializer")  # its bytes may spell anything
 
     assert ".py" not in str(model)
 
@@ -189,7 +191,7 @@ def test_the_graph_is_one_file_with_dynamic_images_and_its_description(a0):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_network_that_was_not_switched_is_not_exported(name, tmp_path):
+def test_a_network_with_branches_is_not_exported(name, tmp_path):
     reference, _, description = networks()
 
     with pytest.raises(ValueError, match="switch_to_deploy"):
@@ -199,7 +201,7 @@ def test_a_network_that_was_not_switched_is_not_exported(name, tmp_path):
 
 
 def without_description(name: str, path) -> None:
-    """Write a file of the format that somebody else could have made."""
+    """Write a file of the format as another program could."""
     _, deployed, description = networks()
     if name == "safetensors":
         from safetensors.torch import save_file
@@ -220,7 +222,7 @@ def without_description(name: str, path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Unable to load .*extra_file:UserWarning")
 @pytest.mark.parametrize("name", PORTABLE)
-def test_a_file_without_our_description_is_refused(name, tmp_path):
+def test_a_file_without_our_description_is_rejected(name, tmp_path):
     path = tmp_path / FORMATS[name].filename
     without_description(name, path)
 
@@ -231,7 +233,7 @@ def test_a_file_without_our_description_is_refused(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"), [("model.h5", "no known format"), ("none.onnx", "is no file")]
 )
-def test_a_file_that_no_format_knows_is_refused(name, message, tmp_path):
+def test_a_file_of_an_unknown_format_is_rejected(name, message, tmp_path):
     (tmp_path / "model.h5").touch()
 
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,132 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from repvgg.deploy.report import Report
+from repvgg.verify import Verdict
+from tests.support.commands import ROOT
+from tests.support.reports import report, whole_report
+
+VERSION_0_1 = ROOT / "tests" / "support" / "version_0_1" / "deployed" / "report.json"
+
+
+@pytest.mark.parametrize("written", [report(), whole_report()], ids=["least", "whole"])
+def test_a_report_survives_the_round_trip_through_json(written):
+    assert Report.from_json(written.to_json()) == written
+
+
+def test_a_report_of_version_0_1_is_read_completely():
+    text = VERSION_0_1.read_text()
+
+    again = json.loads(Report.from_json(text).to_json())
+
+    bound = again.pop("float32_bound")  # version 0.1 had this bound for all networks
+    assert (again, bound) == (json.loads(text), 1e-5)
+
+
+def test_the_keys_are_those_of_version_0_1_in_their_order():
+    keys, old = json.loads(whole_report().to_json()), json.loads(VERSION_0_1.read_text())
+
+    optional = {"int8", "accuracy_on_validation", "agreement_on_validation"}
+    assert [key for key in keys if key in old] == list(old)
+    assert keys.keys() - old.keys() == optional | {"float32_bound"}
+
+
+def test_keys_of_a_later_version_are_ignored():
+    content = json.loads(report().to_json())
+    content["energy"] = content["probe"]["energy"] = 3
+
+    assert Report.from_json(json.dumps(content)) == report()
+
+
+def remove(key):
+    return lambda content: content.pop(key)
+
+
+def put(value, *keys):
+    def change(content):
+        for key in keys[:-1]:
+            content = content[key]
+        content[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove("files"), "files is missing"),
+        (put(3, "files", "model.bin"), r"files\.model\.bin=3: must be DeployedFile"),
+        (put("1", "files", "model.bin", "bytes"), r"files\.model\.bin\.bytes=1: must be int"),
+        (put(True, "images"), "images=True: must be int"),
+        (put(3, "files", "model.xml", "verified"), r"files\.model\.xml\.verified=3: must be str"),
+        (put([1], "verdicts"), r"verdicts=\[1\]: must be Mapping"),
+        (put("minmax", "int8", "trials"), r"int8\.trials=minmax: must be Sequence"),
+        (put([], "data", "mean"), r"mean=\[\]"),
+    ],
+)
+def test_a_damaged_report_is_an_error_that_names_the_key(damage, message):
+    content = json.loads(whole_report().to_json())
+    damage(content)
+
+    with pytest.raises(ValueError, match=message):
+        Report.from_json(json.dumps(content))
+
+
+def test_text_that_is_no_json_is_an_error():
+    with pytest.raises(ValueError, match="Expecting"):
+        Report.from_json("{")
+
+
+def test_a_number_without_fraction_is_read_as_a_float():
+    content = json.loads(report().to_json())
+    content["probe"]["error"] = 0
+
+    assert isinstance(Report.from_json(json.dumps(content)).probe.error, float)
+
+
+def test_markdown_holds_every_table_of_the_report():
+    page = whole_report().to_markdown()
+
+    for row in (
+        "# repvgg_tiny: passed",
+        "| folded, float32 | 2.0e-07 | 1e-05 | 100.0% |",
+        "float32 is allowed 4.0e-04 instead of 1e-05. That is 4 times its own float32 error",
+        "1 BatchNorms are left: it is read twice.",
+        "| deployed, torch |  | 75.00% | 100.00% |",
+        "| model-int8.onnx, onnxruntime | 0.00% | 25.00% | 75.00% |",
+        "Layers in float32: stem.",
+        "| minmax | yes | 1 | 75.00% | 1.00% |",
+        "| deployed | 1,000 | 2,000 |",
+        "| model.bin | 8 |  |  | 0000000000000000... |",
+        "| model.xml | 9 | 7 | 0 | 1111111111111111... |",
+        "| deployed, torch | 1.50 | 1.00 to 2.00 | 1.00 |",
+        "`python deploy.py ckpt=best.ckpt`",
+    ):
+        assert row in page
+
+
+def test_markdown_leaves_out_what_was_not_measured():
+    page = report(accuracy_on_probe={}, origin="repvgg_tiny in timm's layout").to_markdown()
+
+    assert "Opened as repvgg_tiny in timm's layout." in page
+    assert "on 4 images of noise" in page
+    assert "Accuracy is not known" in page
+    assert "int8" not in page
+    assert "Latency" not in page
+    assert "ill-conditioned" not in page
+
+
+def test_ratios_are_left_out_when_the_control_differs():
+    noisy = replace(whole_report().latency, noisy=True)
+
+    assert noisy.to_markdown()[-1] == "| deployed, torch | 1.50 | 1.00 to 2.00 |  |"
+
+
+def test_a_verdict_says_in_json_whether_it_passed():
+    verdicts = {"good": Verdict(1e-6, 1e-5), "bad": Verdict(1e-4, 1e-5)}
+
+    content = json.loads(report(verdicts=verdicts).to_json())["verdicts"]
+
+    assert [entry["passed"] for entry in content.values()] == [True, False]

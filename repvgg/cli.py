@@ -104,8 +104,8 @@ def command_line() -> str:
     arguments, words = sys.orig_argv[1:], subcommand()
     if not words:
         return shlex.join(["python", *arguments])
-    given = arguments[arguments.index(words[0]) + 1 :]
-    return f"{command(words[0])} {shlex.join(given)}"
+    rest = arguments[arguments.index(words[0]) + 1 :]
+    return f"{command(words[0])} {shlex.join(rest)}"
 
 
 def run(
@@ -132,7 +132,7 @@ def run(
 
     failures: list[Exception] = []
     sweep = started = False
-    typed, words = sys.argv[1:], subcommand()
+    given, words = sys.argv[1:], subcommand()
     plan = Plan(Arguments([], []))
     process = os.getpid()
 
@@ -165,7 +165,7 @@ def run(
     OmegaConf.register_new_resolver("command", command, replace=True)  # for the help texts
     end_on_signals()
     try:
-        plan = prepare(parse_arguments(typed[len(words) :]))
+        plan = prepare(parse_arguments(given[len(words) :]))
         with hydra_arguments(plan.arguments):
             main()
         if failures and sweep and not show_traceback:
@@ -186,12 +186,12 @@ def run(
 @contextlib.contextmanager
 def hydra_arguments(arguments: Arguments) -> Iterator[None]:
     """Put arguments where Hydra reads them, in sys.argv, and the user's own there afterwards."""
-    typed = sys.argv[1:]
+    given = sys.argv[1:]
     sys.argv[1:] = arguments.line()
     try:
         yield
     finally:
-        sys.argv[1:] = typed
+        sys.argv[1:] = given
 
 
 def parse_arguments(arguments: list[str]) -> Arguments:
@@ -296,15 +296,15 @@ def _parse(argument: str, defaults: Config) -> tuple[str, object]:
     """Parse key=value. The value must be of the default's kind; for None it is a path."""
     from omegaconf import OmegaConf
 
-    key, equals, typed = argument.partition("=")
+    key, equals, given = argument.partition("=")
     if not equals or key not in defaults:
         raise ValueError(
             f"{argument}: there is no such key; {did_you_mean(key, defaults)}"
             f"pass key=value, allowed are {', '.join(defaults)}"
         )
     default = defaults[key]
-    if default is None or isinstance(default, str) or (typed, type(default)) == ("null", Unset):
-        return key, None if typed == "null" else os.path.expanduser(typed)
+    if default is None or isinstance(default, str) or (given, type(default)) == ("null", Unset):
+        return key, None if given == "null" else os.path.expanduser(given)
     value: object
     try:
         value = cast(
@@ -317,7 +317,7 @@ def _parse(argument: str, defaults: Config) -> tuple[str, object]:
     kinds = {bool: "true or false", list: "a list", int: "a number", float: "a number"}
     allowed = int | float if kind in (int, float) else kind
     if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
-        raise refusal(key, typed, f"must be {kinds[kind]}", example)
+        raise refusal(key, given, f"must be {kinds[kind]}", example)
     return key, value
 
 

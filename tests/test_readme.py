@@ -1,3 +1,4 @@
+import importlib
 import re
 import shlex
 import subprocess
@@ -5,6 +6,8 @@ from pathlib import Path
 
 import hydra
 import pytest
+
+from repvgg import __main__
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -42,6 +45,15 @@ def test_every_command_composes(line):
 
     with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         hydra.compose(program.removesuffix(".py"), [a for a in arguments if a[0] != "-"])
+
+
+@pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("repvgg ")])
+def test_every_key_of_a_command_exists(line):
+    name, *arguments = shlex.split(line)[1:]
+
+    known = importlib.import_module(__main__.MODULES[name]).DEFAULTS
+
+    assert {argument.partition("=")[0] for argument in arguments} <= set(known)
 
 
 @pytest.mark.parametrize("text", [text for language, text in BLOCKS if language == "python"])

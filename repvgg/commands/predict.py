@@ -1,8 +1,8 @@
 """Label images with a deployed file.
 
-The file's metadata says everything else: channels, size, interpolation, normalization, classes. An
-image of another size is resized by its shorter side and cropped at the center. Prints a line for
-each image: its name, the label, and the label's probability.
+Everything else comes from the file's metadata: channels, size, interpolation, normalization,
+classes. An image of another size is resized by its shorter side and cropped at the center. Prints a
+line for each image: its name, the label, and the label's probability.
 """
 
 from repvgg import cli

@@ -251,7 +251,7 @@ def _litdata() -> Any:
     try:
         import litdata
     except ImportError as error:
-        raise ValueError("shards need litdata: run pip install litdata") from error
+        raise ValueError('shards need litdata: type pip install -e ".[shards]"') from error
     return litdata
 
 

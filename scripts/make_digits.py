@@ -1,10 +1,9 @@
-"""Rebuild the embedded digits, repvgg/data/digits.safetensors, from the copy scikit-learn has.
+"""Rebuild the embedded digits, repvgg/data/digits.safetensors, from scikit-learn.
 
     pip install scikit-learn && python scripts/make_digits.py [PATH]
 
-The images keep their original values, 0 to 16, and their order. Source and licence travel inside
-the file, as metadata. The result is the same to the byte for every release of scikit-learn that
-carries the same images.
+The images keep their original values, 0 to 16, and their order. The file's metadata holds source
+and licence. The file is identical to the byte for every release of scikit-learn with these images.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Write a folder of images as shards: python scripts/write_shards.py root=FOLDER out=FOLDER
 
-For data that is larger than one disk: upload what this writes to an object store, and train with
-data=imagefolder data.root=s3://... The files go into the shards as they are, byte for byte; read
-and written with litdata (pip install -e ".[shards]").
+For data larger than one disk: upload the shards to an object store and train with data=imagefolder
+data.root=s3://... The shards hold the image files unchanged. Requires litdata: pip install -e
+".[shards]"
 """
 
 import json
@@ -20,13 +20,13 @@ DEFAULTS: dict[str, Any] = {"root": None, "out": None, "shard_size": 1024}
 def main(settings: dict[str, Any]) -> None:
     for key in ("root", "out"):
         if settings[key] is None:
-            raise ValueError(f"{key} is missing: type {key}=FOLDER")
+            raise ValueError(f"{key} is missing: pass {key}=FOLDER")
     root, out = Path(settings["root"]), Path(settings["out"])
     size = check_integer("shard_size", settings["shard_size"], minimum=1, example=1024)
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"out={out}: is not empty; give a new folder")
+        raise ValueError(f"out={out}: is not empty; pass a new folder")
     if not has_part(root, "val"):
-        raise ValueError(f"root={root}: has no val/; shards are validated on images of their own")
+        raise ValueError(f"root={root}: has no val/, which shards need")
     parts = read_parts(root, 0.05)
     for part, (paths, labels) in parts.files.items():
         write_shards(paths, labels, out / part, shard_size=size)

@@ -69,6 +69,19 @@ def test_every_path_that_is_named_exists():
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
+def test_every_study_that_is_named_exists():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    named = {
+        module
+        for page in pages
+        for module in re.findall(r"python -m (scripts[\w.]+)", page.read_text())
+    }
+    paths = {module: ROOT / f"{module.replace('.', '/')}.py" for module in named}
+
+    assert len(named) >= 8
+    assert [module for module, path in paths.items() if not path.exists()] == []
+
+
 def test_every_variant_is_in_reach_of_the_model_key():
     named = re.findall(r"`(repvgg\w*_\w+)`", README)
 

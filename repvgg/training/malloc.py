@@ -14,7 +14,8 @@ def keep_memory() -> bool:
     """Let this process keep what it frees, until it ends.
 
     The system need not clear the same pages in each step: a fifth of the time of a float32 step of
-    RepVGG-A0 at 224 pixels (`scripts/benchmark_training.py`), a tenth in bf16 (12 steps, twice).
+    RepVGG-A0 at 224 pixels (`scripts/studies/benchmark_training.py`), a tenth in bf16 (12 steps,
+    twice).
     What is computed stays the same. Within a few steps the process settles at a larger size than
     its peak would be, as blocks do not all fit into the room that others left: 5 to 17 % for runs
     of RepVGG-A0, up to 2.6 times where a network is a few layers of blocks of 120 MB (glibc 2.36).

@@ -1,10 +1,10 @@
-"""Folds networks of four families: python -m scripts.studies.fold_networks
+"""Fold networks of four families: python -m scripts.studies.fold_networks
 
-Each is built with random weights and BatchNorm statistics far from fresh, folded by
-`repvgg.fuse_conv_bn` in float64, and held against itself on one input; what was folded is folded
-again, which must change nothing. Writes a row for each to out/networks.csv as they end, and
-out/networks.md of what was found. A network has `seconds` for all of that; of timm, those without
-a BatchNorm or with more than `max_params` million parameters are left out.
+Each network gets random weights and BatchNorm statistics, is folded by `repvgg.fuse_conv_bn` in
+float64, and is compared with the unfolded network on one input. A second fold must change nothing.
+Writes out/networks.csv, a row per network as soon as it is done, and out/networks.md with the
+tables. Each network may take `seconds`. Networks without a BatchNorm or with more than 60 million
+parameters are skipped.
 
     python -m scripts.studies.fold_networks families=[papers] only=[acnet,densenet]
 """
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -32,27 +32,26 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from repvgg import cli, fuse_conv_bn, verify
 from repvgg.checks import check_integer, refusal
-from repvgg.fusion.normalizations import is_normalization
-from scripts import study
-from scripts.studies import library_networks, paper_networks
-from scripts.studies.library_networks import UnfitError
+from scripts.studies import library_networks, paper_networks, report, runs
+from scripts.studies.library_networks import Family, Inputs, UnfitError
+from scripts.studies.networks import count_batchnorms, largest_error, randomize_batchnorms
 
 DEFAULTS: dict[str, Any] = {
     "out": "docs/studies/fold_networks",
     "only": [],
     "families": ["timm", "transformers", "ultralytics", "papers"],
     "workers": 2,
-    "max_params": 60,
     "seconds": 180,
 }
-FAMILIES: dict[str, Any] = {
+FAMILIES: dict[str, type[Family]] = {
     "timm": library_networks.Timm,
     "transformers": library_networks.Transformers,
     "ultralytics": library_networks.Ultralytics,
     "papers": paper_networks.Papers,
 }
+MAX_PARAMETERS = 60e6
 TOLERANCE = 1e-9
-NARROW_TOLERANCE = 1e-4  # where a network casts to float32 by itself
+NARROW_TOLERANCE = 1e-4  # for a network that casts to float32 internally
 COLUMNS = (
     *("family", "network", "outcome", "input", "parameters", "batchnorms", "left", "why"),
     *("fused", "merged", "untraced", "why_untraced", "seconds", "error", "narrow"),
@@ -67,9 +66,8 @@ def main(settings: dict[str, Any]) -> None:
         if family not in FAMILIES:
             raise refusal("families", family, f"must be some of {', '.join(FAMILIES)}", "[papers]")
     check_integer("workers", settings["workers"], minimum=1, example=2)
-    for key, example in (("max_params", 60), ("seconds", 180)):
-        if settings[key] <= 0:
-            raise refusal(key, settings[key], "must be above 0", example)
+    if settings["seconds"] <= 0:
+        raise refusal("seconds", settings["seconds"], "must be above 0", 180)
     families = {name: FAMILIES[name]() for name in settings["families"]}
     names = [(key, name) for key, family in families.items() for name in family.names() if name]
     for name in settings["only"]:
@@ -78,40 +76,40 @@ def main(settings: dict[str, Any]) -> None:
     out = Path(settings["out"])
     out.mkdir(parents=True, exist_ok=True)
     path = out / "networks.csv"
-    done = {(row["family"], row["network"]) for row in study.read(path)}
+    done = {(row["family"], row["network"]) for row in runs.read(path)}
     calls = [
-        (key, name, settings["max_params"], settings["seconds"])
+        (key, name, settings["seconds"])
         for key, name in names
         if (key, name) not in done and (not settings["only"] or name in settings["only"])
     ]
-    study.run(measure_apart, calls, path, workers=settings["workers"])
+    runs.run(measure_apart, calls, path, workers=settings["workers"])
     _drop_left_out(path)
-    text = summary(study.read(path))
+    text = summary(runs.read(path))
     (out / "networks.md").write_text(text)
     print(text)
 
 
 def _drop_left_out(path: Path) -> None:
     """Keep the rows of what was measured; the file is replaced whole."""
-    rows = study.read(path)
+    rows = runs.read(path)
     kept = [row for row in rows if row["outcome"] != "left out"]
     if kept == rows:
         return
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         for row in kept:
-            study.append(Path(folder) / path.name, row)
+            runs.append(Path(folder) / path.name, row)
         (Path(folder) / path.name).replace(path) if kept else path.unlink()
 
 
-def measure_apart(family: str, name: str, max_params: float, seconds: float) -> study.Row:
-    """The row of a network, measured in a process that may take its time, or all memory, or die.
+def measure_apart(family: str, name: str, seconds: float) -> runs.Row:
+    """The row of a network, measured in its own process, which may time out or die.
 
-    It is a fork of this one: what is imported here need not be imported for every network.
+    The process is forked, so libraries are imported only once.
     """
     FAMILIES[family]()  # imports
-    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+    context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, family, name, max_params))
+    process = context.Process(target=_send, args=(sender, family, name))
     process.start()
     sender.close()
     row = None
@@ -132,19 +130,17 @@ def measure_apart(family: str, name: str, max_params: float, seconds: float) -> 
     return row
 
 
-def _send(sender: Connection, family: str, name: str, max_params: float) -> None:
+def _send(sender: Connection, family: str, name: str) -> None:
     with open(os.devnull, "w") as nowhere:
-        sys.stdout = sys.stderr = nowhere  # libraries tell of what they build
-        sender.send(measure(family, name, max_params=max_params))
+        sys.stdout = sys.stderr = nowhere  # libraries print what they build
+        sender.send(measure(family, name))
 
 
-def measure(
-    family: str, name: str, *, max_params: float = math.inf, fold: Fold = fuse_conv_bn
-) -> study.Row:
+def measure(family: str, name: str, *, fold: Fold = fuse_conv_bn) -> runs.Row:
     """One row of the table.
 
-    The outcome is `right`, `wrong`, `crash` where the fold or what it gave raises, `unfit` where
-    the network itself does not run on the input, or `left out`: it is too large, or of no
+    The outcome is `right`, `wrong`, `crash` if the fold or the folded network raises, `unfit` if
+    the network itself does not run on the input, or `left out` if it is too large or has no
     BatchNorm.
     """
     row = _row(family, name)
@@ -154,16 +150,16 @@ def measure(
         with torch.device("meta") if source.on_meta else torch.device("cpu"):
             network = source.build(name)
         row["parameters"] = sum(parameter.numel() for parameter in network.parameters())
-        row["batchnorms"] = count(network)
-        if not row["batchnorms"] or row["parameters"] > max_params * 1e6:
+        row["batchnorms"] = count_batchnorms(network)
+        if not row["batchnorms"] or row["parameters"] > MAX_PARAMETERS:
             return row | {"outcome": "left out"}
         if source.on_meta:
             torch.manual_seed(0)
             network = source.build(name)
-        network = study.settle(network).double()
+        network = randomize_batchnorms(network).double()
         inputs, expected, narrow = _first_that_runs(network, source.inputs(name, network))
     except Exception as failure:
-        return row | {"outcome": "unfit", "note": _told(failure)}
+        return row | {"outcome": "unfit", "note": _describe(failure)}
     row["input"] = " ".join(
         "x".join(map(str, leaf.shape)) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)
     )
@@ -174,19 +170,19 @@ def measure(
         folded, report = fold(network)
         row["seconds"] = round(time.perf_counter() - start, 3)
         row |= {
-            "left": count(folded),
+            "left": count_batchnorms(folded),
             "why": reasons(report.kept, network),
             "fused": len(report.fused),
             "merged": len(report.merged),
             "untraced": len(report.untraced),
             "why_untraced": reasons(report.untraced, network),
         }
-        row["error"] = error(expected, run(folded, inputs))
+        row["error"] = largest_error(expected, run(folded, inputs))
         twice, again = fold(folded)
         row |= {"again_fused": len(again.fused), "again_merged": len(again.merged)}
-        twice_error = error(expected, run(twice, inputs))
+        twice_error = largest_error(expected, run(twice, inputs))
     except Exception as failure:
-        return row | {"outcome": "crash", "note": _told(failure)}
+        return row | {"outcome": "crash", "note": _describe(failure)}
     tolerance = NARROW_TOLERANCE if narrow else TOLERANCE
     row["outcome"] = "right" if row["error"] <= tolerance else "wrong"
     if row["outcome"] == "right" and not twice_error <= tolerance:
@@ -198,19 +194,19 @@ def measure(
     return row
 
 
-def _row(family: str, name: str, **known: Any) -> study.Row:
+def _row(family: str, name: str, **known: Any) -> runs.Row:
     return dict.fromkeys(COLUMNS, "") | {"family": family, "network": name} | known
 
 
-def _told(failure: Exception) -> str:
+def _describe(failure: Exception) -> str:
     lines = str(failure).strip().splitlines()
     return f"{type(failure).__name__}: {lines[0] if lines else ''}"[:300]
 
 
 def _first_that_runs(
-    network: nn.Module, choices: list[dict[str, Any]]
-) -> tuple[dict[str, Any], list[Tensor], bool]:
-    """Inputs, the outputs on them, and whether float32 took part; of inputs that it takes."""
+    network: nn.Module, choices: list[Inputs]
+) -> tuple[Inputs, list[Tensor], bool]:
+    """The first inputs that the network accepts, its outputs, and whether it used float32."""
     for number, inputs in enumerate(choices):
         inputs = tree_map(_double, inputs)
         try:
@@ -221,7 +217,7 @@ def _first_that_runs(
                 raise
             continue
         if not expected:
-            raise UnfitError("it gives no tensors")
+            raise UnfitError("it returns no tensors")
         if not all(tensor.isfinite().all() for tensor in expected):
             raise UnfitError("its own outputs are not finite")
         return inputs, expected, found.narrow
@@ -233,14 +229,20 @@ def _double(leaf: Any) -> Any:
     return leaf.double() if floats else leaf
 
 
-class _Narrow(TorchDispatchMode):
-    """Sees whether a tensor is cast from float64 to fewer bits, or made of fewer."""
+class _Narrow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not type it
+    """Detects operations whose result is a floating-point tensor other than float64."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.narrow = False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         self.narrow |= any(
             isinstance(leaf, Tensor)
@@ -253,43 +255,32 @@ class _Narrow(TorchDispatchMode):
 
 
 @torch.no_grad()
-def run(network: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
-    """The outputs of a network: what it is called with by position is under `args`."""
+def run(network: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """The outputs of a network."""
     torch.manual_seed(1)
     named = {key: value for key, value in inputs.items() if key != "args"}
     output = network(*copy.deepcopy(inputs.get("args", ())), **copy.deepcopy(named))
     return [tensor.clone() for tensor in verify.tensors(output)]
 
 
-def error(expected: list[Tensor], found: list[Tensor]) -> float:
-    """Of the worst tensor; infinite where there are more or fewer."""
-    if len(found) != len(expected):
-        return math.inf
-    return max(verify.relative_error(a, b) for a, b in zip(expected, found, strict=True))
-
-
-def sensitivity(network: nn.Module, inputs: dict[str, Any], expected: list[Tensor]) -> float:
-    """How many times larger a relative change of the inputs by 1e-12 is in the outputs."""
+def sensitivity(network: nn.Module, inputs: Inputs, expected: list[Tensor]) -> float:
+    """How much a relative change of the inputs by 1e-12 is amplified in the outputs."""
 
     def change(leaf: Any) -> Any:
         floats = isinstance(leaf, Tensor) and leaf.is_floating_point()
         return leaf * (1 + 1e-12 * torch.randn_like(leaf)) if floats else leaf
 
-    return error(expected, run(network, tree_map(change, inputs))) / 1e-12
+    return largest_error(expected, run(network, tree_map(change, inputs))) / 1e-12
 
 
-def count(network: nn.Module) -> int:
-    return sum(is_normalization(module) for module in network.modules())
-
-
-def reasons(told: dict[str, str], network: nn.Module) -> str:
-    """How often each reason is told, with the class of a layer in place of its name."""
+def reasons(given: dict[str, str], network: nn.Module) -> str:
+    """How often each reason is given, with the class of a layer in place of its name."""
     kinds = {name: type(module).__name__ for name, module in network.named_modules() if name}
 
     def without_names(reason: str) -> str:
         return re.sub(r"[\w.]*\w", lambda word: kinds.get(word[0], word[0]), reason)
 
-    found = Counter(without_names(reason) for reason in told.values())
+    found = Counter(without_names(reason) for reason in given.values())
     return "; ".join(f"{number}x {reason}" for reason, number in found.most_common())
 
 
@@ -301,25 +292,25 @@ def summary(rows: list[dict[str, str]]) -> str:
         "# Networks, folded",
         "",
         f"`python -m scripts.studies.fold_networks families=[{','.join(present)}]` on "
-        f"{study.machine()}{', ' if packages else ''}{packages}. Random weights, BatchNorm "
-        "statistics far from fresh, eval mode, float64. An output is wrong if it is off by more "
-        f"than {TOLERANCE:g} of the largest value of the network's own ({NARROW_TOLERANCE:g} where "
-        "the network works in float32 by itself, `narrow` in `networks.csv`, which has all rows). "
-        "Crashed is where the fold, or what it gave, raised. Not measured are networks that do not "
-        "run themselves, or not in time. Seconds are those of one fold, on one thread. Changed "
-        "again counts networks of which a second fold still folds or merges something.",
+        f"{report.machine()}{', ' if packages else ''}{packages}. Random weights, BatchNorm "
+        "statistics far from fresh, eval mode, float64. A network is wrong if its error, relative "
+        f"to the largest value of the unfolded network, is above {TOLERANCE:g} "
+        f"({NARROW_TOLERANCE:g} if it casts to float32 internally, `narrow` in `networks.csv`, "
+        "which has all rows); crashed if the fold or the folded network raised; not measured if "
+        "it does not run unfolded, or not in time. Seconds are of one fold, on one thread. "
+        "Changed again counts networks in which a second fold still folds or merges something.",
         "",
-        "| | networks | not measured | wrong | crashed | narrow | largest error (narrow apart) | "
+        "| | networks | not measured | wrong | crashed | narrow | largest error (without narrow) | "
         "BatchNorms | left | merged | changed again | seconds: median | p95 | largest |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [f"| {' | '.join(_cells(family, rows))} |" for family in present]
-    lines += ["", "BatchNorms that are left, by reason:", ""]
+    lines += ["", "BatchNorms left, by reason:", ""]
     lines += ["| | left | networks | reason |", "|---|---|---|---|"]
     for family in present:
         for reason, (number, networks) in _by_reason(_of(family, rows)).items():
             lines.append(f"| {family} | {number} | {networks} | {_cell(reason)} |")
-    lines += ["", "Networks of which BatchNorms are left:", ""]
+    lines += ["", "Networks with BatchNorms left:", ""]
     lines += ["| | network | BatchNorms | left | why |", "|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: (present.index(row["family"]), row["network"])):
         if row["left"] not in ("", "0"):
@@ -330,7 +321,7 @@ def summary(rows: list[dict[str, str]]) -> str:
 
 
 def _of(family: str, rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The rows of a family, without what is no part of the study."""
+    """The rows of a family, without those left out of the study."""
     return [row for row in rows if row["family"] == family and row["outcome"] != "left out"]
 
 
@@ -355,7 +346,7 @@ def _cells(family: str, rows: list[dict[str, str]]) -> list[str]:
 
 
 def _by_reason(rows: list[dict[str, str]]) -> dict[str, tuple[int, int]]:
-    """How many BatchNorms are left for it, in how many networks; the most first."""
+    """For each reason the number of BatchNorms left and of their networks, most first."""
     found: dict[str, tuple[int, int]] = {}
     for row in rows:
         for part in re.split(r"; (?=\d+x )", row["why"]) if row["why"] else []:
@@ -366,7 +357,7 @@ def _by_reason(rows: list[dict[str, str]]) -> dict[str, tuple[int, int]]:
 
 
 def _odd(rows: list[dict[str, str]]) -> list[str]:
-    """A table of what is wrong, crashed, changed by a second fold or not measured."""
+    """A table of networks that are wrong, crashed, changed by a second fold or not measured."""
     odd = []
     for row in rows:
         again = {row["again_fused"], row["again_merged"]} - {"", "0"}
@@ -381,7 +372,7 @@ def _odd(rows: list[dict[str, str]]) -> list[str]:
             odd.append(f"| {row['family']} | {row['network']} | {row['outcome']} | {_cell(note)} |")
     head = [
         "",
-        "Networks with something odd:",
+        "Exceptions:",
         "",
         "| | network | outcome | |",
         "|---|---|---|---|",

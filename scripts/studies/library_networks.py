@@ -4,30 +4,54 @@ import importlib
 import inspect
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from scripts import study
+from scripts.studies import report
 
-SMALLEST = 128  # pixels, where a network takes them
+SMALLEST = 128  # pixels, if a network accepts them
 ULTRALYTICS_SCALE = "n"
+
+
+# Keyword arguments of a forward; "args" holds its positional ones.
+Inputs = dict[str, Any]
 
 
 class UnfitError(Exception):
     """A network cannot be measured."""
 
 
+class Family(Protocol):
+    """Networks of one library.
+
+    Attributes:
+        on_meta: networks can be built on the meta device, to count their parameters first.
+    """
+
+    on_meta: bool
+
+    def names(self) -> list[str]: ...
+
+    def build(self, name: str) -> nn.Module: ...
+
+    def inputs(self, name: str, network: nn.Module) -> list[Inputs]:
+        """Inputs to try, in order; the first that the network accepts is used."""
+
+    @staticmethod
+    def version() -> str: ...
+
+
 def require(package: str, extra: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f"{package} is missing: type pip install {extra}") from error
+        raise ImportError(f"{package} is missing: pip install {extra}") from error
 
 
 class Timm:
-    """All of timm's; the study leaves out those of no BatchNorm and those that are too large."""
+    """All networks of timm; the study skips those without a BatchNorm or that are too large."""
 
     on_meta = True
 
@@ -35,13 +59,14 @@ class Timm:
         self.timm = require("timm", "timm")
 
     def names(self) -> list[str]:
-        return self.timm.list_models()
+        return list(self.timm.list_models())
 
     def build(self, name: str) -> nn.Module:
-        return self.timm.create_model(name)
+        network: nn.Module = self.timm.create_model(name)
+        return network
 
-    def inputs(self, name: str, network: nn.Module) -> list[dict[str, Any]]:
-        config: dict[str, Any] = network.default_cfg  # type: ignore
+    def inputs(self, name: str, network: nn.Module) -> list[Inputs]:
+        config = cast(dict[str, Any], network.default_cfg)
         channels, height, width = config["input_size"]
         sizes = [(height, width)]
         if not config.get("fixed_input_size") and min(height, width) > SMALLEST:
@@ -50,11 +75,11 @@ class Timm:
 
     @staticmethod
     def version() -> str:
-        return study.versions("timm")
+        return report.versions("timm")
 
 
 class Ultralytics:
-    """A network of each yaml that the package ships, of the smallest scale that it has."""
+    """The network of each YAML file in the package, at its smallest scale."""
 
     on_meta = False
 
@@ -98,17 +123,18 @@ class Ultralytics:
         kind = kinds.get(last, tasks.DetectionModel)
         if kind is None:
             raise UnfitError(f"there is no class for the head {last}")
-        return kind(config, verbose=False)
+        network: nn.Module = kind(config, verbose=False)
+        return network
 
-    def inputs(self, name: str, network: nn.Module) -> list[dict[str, Any]]:
+    def inputs(self, name: str, network: nn.Module) -> list[Inputs]:
         return [{"args": (image(3, size, size),)} for size in (SMALLEST, 256)]
 
     @staticmethod
     def version() -> str:
-        return study.versions("ultralytics", "ultralytics-opencv-headless")
+        return report.versions("ultralytics", "ultralytics-opencv-headless")
 
 
-# Class of a model, and what its small configuration has besides its defaults.
+# Class of a model, and the options of its small configuration.
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet": ("ResNetForImageClassification", {}),
     "resnet_basic": (
@@ -183,7 +209,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Transformers:
-    """Those with a BatchNorm that are built of a configuration alone."""
+    """Networks with a BatchNorm that can be built from a configuration alone."""
 
     on_meta = False
 
@@ -208,9 +234,10 @@ class Transformers:
             options |= {"backbone_config": resnet, "hidden_size": 64, "auxiliary_in_channels": 1024}
         if name == "table_transformer":
             options["backbone_config"] = self.transformers.ResNetConfig(depths=[1, 1, 1, 1])
-        return kind(kind.config_class(**options))
+        network: nn.Module = kind(kind.config_class(**options))
+        return network
 
-    def inputs(self, name: str, network: nn.Module) -> list[dict[str, Any]]:
+    def inputs(self, name: str, network: nn.Module) -> list[Inputs]:
         if name.startswith("patchtst") or name.startswith("patchtsmixer"):
             return [{"past_values": torch.randn(2, 32, 3)}]
         if name.startswith("wav2vec2"):
@@ -230,10 +257,10 @@ class Transformers:
 
     @staticmethod
     def version() -> str:
-        return study.versions("transformers")
+        return report.versions("transformers")
 
 
 def image(channels: int, height: int, width: int) -> Tensor:
-    """One, of any values near 0."""
+    """One random image."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(1, channels, height, width, generator=generator)

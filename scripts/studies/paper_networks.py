@@ -70,6 +70,8 @@ class SEBlock(nn.Module):
 class RepVGGBlock(nn.Module):
     """RepVGG (Ding 2021), D2se: squeeze-and-excite behind the sum; `post`: behind the ReLU."""
 
+    rbr_reparam: nn.Conv2d  # after the fold of the authors' program
+
     def __init__(
         self,
         inputs: int,
@@ -180,6 +182,8 @@ class ACBlock(nn.Module):
 class IdentityBasedConv1x1(nn.Conv2d):
     """DBB's 1x1 kernel, to which the identity is added."""
 
+    id_tensor: Tensor
+
     def __init__(self, channels: int, groups: int = 1) -> None:
         super().__init__(channels, channels, 1, groups=groups, bias=False)
         width = channels // groups
@@ -202,6 +206,8 @@ class BNAndPad(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         output = self.bn(x)
         if self.pad_pixels > 0:
+            assert self.bn.running_mean is not None
+            assert self.bn.running_var is not None
             values = self.bn.bias.detach() - self.bn.running_mean * self.bn.weight.detach() / (
                 torch.sqrt(self.bn.running_var + self.bn.eps)
             )
@@ -254,7 +260,7 @@ class MobileOneBlock(nn.Module):
             conv_bn(inputs, outputs, kernel, stride, groups) for _ in range(k)
         )
         self.rbr_scale = conv_bn(inputs, outputs, 1, stride, groups) if kernel > 1 else None
-        self.activation = nn.ReLU()
+        self.activation: nn.Module = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         skip: Any = 0
@@ -523,6 +529,7 @@ class SeqConv3x3(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.pad(self.first(x), (1, 1, 1, 1))
+        assert self.first.bias is not None
         border = self.first.bias.view(1, -1, 1, 1)
         y[:, :, 0:1, :] = border
         y[:, :, -1:, :] = border
@@ -555,7 +562,7 @@ class ECB(nn.Module):
 
 
 class SeriesActivation(nn.ReLU):
-    """VanillaNet's activation: ReLU, then a depthwise filter of its own, then a BatchNorm."""
+    """VanillaNet's activation: ReLU, then a separate depthwise filter, then a BatchNorm."""
 
     def __init__(self, channels: int, num: int = 3) -> None:
         super().__init__()
@@ -923,13 +930,17 @@ class HRModule(nn.Module):
         self.branches = nn.ModuleList([SEBasicBlock(c, c) for c in widths])
         up = nn.Sequential(*conv_bn(second, first, 1), nn.Upsample(scale_factor=2, mode="nearest"))
         down = conv_bn(first, second, 3, 2)
-        self.fuse_layers = nn.ModuleList([nn.ModuleList([None, up]), nn.ModuleList([down, None])])
+        # ModuleList accepts None, which its stub does not say.
+        first_row = nn.ModuleList([None, up])  # type: ignore[list-item]
+        second_row = nn.ModuleList([down, None])  # type: ignore[list-item]
+        self.fuse_layers = nn.ModuleList([first_row, second_row])
         self.relu = nn.ReLU(True)
 
     def forward(self, x: list[Tensor]) -> list[Tensor]:
         x = [branch(item) for branch, item in zip(self.branches, x, strict=True)]
         fused = []
         for i, layers in enumerate(self.fuse_layers):
+            assert isinstance(layers, nn.ModuleList)
             y = x[0] if i == 0 else layers[0](x[0])
             for j in range(1, len(x)):
                 y = y + (x[j] if i == j else layers[j](x[j]))
@@ -1126,7 +1137,7 @@ class Generator(nn.Module):
 
 
 class Siamese(nn.Module):
-    """Siamese network (Koch 2015): one body for two images, and the distance of what it gives."""
+    """Siamese network (Koch 2015): one body for two images, and the distance of the embeddings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1146,6 +1157,8 @@ class Siamese(nn.Module):
 
 class RepConv(nn.Module):
     """YOLOv7 (Wang 2022): RepVGG's block, mostly without its identity, SiLU behind."""
+
+    rbr_reparam: nn.Conv2d  # after the fold of the authors' program
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()

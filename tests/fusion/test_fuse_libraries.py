@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm; scripts/study_fusion.py has all of them."""
+"""Networks of torchvision and timm; scripts/studies/fusion.py has all of them."""
 
 import pytest
 import timm

@@ -1,67 +1,148 @@
-"""The studies of scripts/studies, on one or two small things each."""
+"""Studies on small jobs."""
 
-import copy
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
+from PIL import Image
 
-from repvgg import fuse_conv_bn
-from scripts.studies import fold_networks, paper_networks
+from scripts.studies import benchmark_rdrop, finetuning, fusion, int8, rdrop
+from tests.support.commands import ROOT
 
-FEW = [("timm", "test_resnet"), ("papers", "repvgg_d2se")]
-
-
-@pytest.mark.parametrize(("family", "name"), FEW)
-def test_a_network_is_folded_and_held_against_itself(family, name):
-    row = fold_networks.measure(family, name)
-
-    assert row["outcome"] == "right"
-    assert row["error"] < 1e-9
-    assert not row["narrow"]
-    assert row["fused"] > 0
-    assert row["again_fused"] == row["again_merged"] == 0
+STUDY = (
+    "seeds=2",
+    "alphas=[1]",
+    "dropouts=[0.2]",
+    "labels=[0.1]",
+    "epochs=1",
+    "workers=1",
+    "min_steps=3",
+    "out=study",
+)
 
 
-def test_a_wrong_fold_is_told():
-    def wrong(network: nn.Module):
-        folded, report = fuse_conv_bn(network)
-        with torch.no_grad():
-            next(folded.parameters()).mul_(1 + 1e-6)
-        return folded, report
-
-    row = fold_networks.measure("papers", "acnet", fold=wrong)
-
-    assert row["outcome"] == "wrong"
-    assert row["error"] > 1e-9
+def rows(folder: Path) -> list[list[str]]:
+    with (folder / "study" / "results.csv").open(newline="") as file:
+        return list(csv.reader(file))
 
 
-def test_a_fold_that_raises_and_one_that_goes_on_are_told():
-    def raises(network: nn.Module):
-        raise KeyError("conv")
+def test_a_stopped_study_resumes_and_ends_in_table_and_figure(run, tmp_path):
+    run(rdrop, *STUDY)
+    whole = rows(tmp_path)
+    table = (tmp_path / "study" / "table.md").read_text()
+    path = tmp_path / "study" / "results.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]) + "0.1,epo")
 
-    assert fold_networks.measure("papers", "acnet", fold=raises)["outcome"] == "crash"
+    again = run(rdrop, *STUDY)
 
-    class Renamed:
-        kept, untraced, merged, fused = {}, {}, [], [("conv", "bn")]
+    assert "3 runs are done" in again
+    assert "| alpha 1, dropout 0.2 |" in table
+    assert (tmp_path / "study" / "figure.png").stat().st_size > 10_000
+    deterministic = [row[:5] + row[6:] for row in sorted(whole)]  # without the seconds
+    assert sorted(row[:5] + row[6:] for row in rows(tmp_path)) == deterministic
 
-    again = fold_networks.measure(
-        "papers", "acnet", fold=lambda network: (copy.deepcopy(network), Renamed)
+
+def test_a_study_reads_a_folder_of_images(run, tmp_path):
+    for part in ("train", "test"):
+        for label, shade in (("dark", 40), ("light", 200)):
+            folder = tmp_path / "images" / part / label
+            folder.mkdir(parents=True)
+            for i in range(8):
+                Image.new("RGB", (16, 16), (shade, shade + 5 * i, 90)).save(folder / f"{i}.png")
+
+    printed = run(rdrop, *STUDY, "labels=[0.5]", "budgets=[epochs]", "root=images")
+
+    assert "# R-Drop on images" in printed
+    assert {row[0] for row in rows(tmp_path)[1:]} == {"0.5"}
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (rdrop, ["seed=3"], "seed=3: there is no such key; did you mean seeds?"),
+        (rdrop, ["alphas=[-1]"], "alphas=-1: must be a number of at least 0"),
+        (rdrop, ["seeds=1"], "seeds=1: must be an integer of at least 2"),
+        (rdrop, ["root=nowhere"], "there is no folder nowhere/train"),
+        (rdrop, ["views=false"], "views=false: there is no such key"),
+        (rdrop, ["alphas=[1"], "alphas='[1': must be a list; type for example alphas=[0.3"),
+        (rdrop, ["lr=true"], "lr='true': must be a number"),
+        (rdrop, ["budgets=[[time]]"], "must be of epochs, time"),
+        (benchmark_rdrop, ["cases=5"], "cases='5': must be a list"),
+        (benchmark_rdrop, ["cases=[224]"], "'224' is not SIZExBATCHxCLASSES"),
+        (benchmark_rdrop, ["device=abacus"], "device='abacus'"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(script, arguments, message, run, tmp_path, capfd):
+    with pytest.raises(SystemExit) as stopped:
+        run(script, *arguments)
+
+    printed = capfd.readouterr().err
+    assert stopped.value.code == 1
+    assert message in printed
+    assert len(printed.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", [benchmark_rdrop, rdrop])
+def test_help_shows_the_keys(script, run):
+    printed = run(script, "--help")
+
+    assert all(f"{key}:" in printed for key in script.DEFAULTS)
+
+
+def test_the_fusion_study_measures_a_network():
+    row = fusion.measure("torchvision", "classification", "shufflenet_v2_x0_5")
+
+    assert row["left"] == 0 < row["batchnorms"]
+    assert max(row["error_float64"], row["worst_module"]) < 1e-10
+    assert row["error_float32"] < 1e-4
+    text = fusion.summary([{key: "" if v is None else str(v) for key, v in row.items()}])
+    assert f"| torchvision, classification | 1 | {row['batchnorms']} | 0 |" in text
+
+
+def test_the_int8_study_trains_rounds_and_compares(run, tmp_path):
+    models = "models=[repvgg_tiny,qarepvgg_tiny]"
+
+    printed = run(int8, models, "seeds=2", "epochs=1", "images=16", "workers=1", "out=study")
+
+    rows = (tmp_path / "study" / "digits.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 2 * 8
+    assert "| float32 |" in printed
+    assert "| minmax, weights per tensor |" in printed
+    assert (tmp_path / "study" / "digits.png").stat().st_size > 10_000
+    assert len(list((tmp_path / "runs" / "int8").glob("*.ckpt"))) == 4
+
+
+def test_a_run_killed_at_random_equals_the_uninterrupted_one(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.studies.kills", "kills=2", "epochs=2", "longest=4"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    assert again["again_fused"] == 1
+
+    assert done.returncode == 0, done.stderr
+    assert "2 times SIGKILL" in done.stdout
+    assert "0 with a tensor that differs" in done.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_the_page_counts_what_was_found():
-    rows = [fold_networks.measure("papers", name) for name in ("acnet", "orepa")]
+def test_the_finetuning_study_compares_every_start(run):
+    printed = run(
+        finetuning,
+        "seeds=1",
+        "steps=3",
+        "finetuning_steps=2",
+        "workers=1",
+        "model=repvgg_tiny",
+    )
 
-    page = fold_networks.summary([{k: str(v) for k, v in row.items()} for row in rows])
-
-    assert "| papers | 2 | 0 | 0 | 0 |" in page
-    assert "| papers | 2 | 1 | it is fed by conv2d(), called as a function" in page
-
-
-@pytest.mark.parametrize("name", paper_networks.NETWORKS)
-def test_every_network_of_a_paper_runs(name):
-    network = paper_networks.NETWORKS[name]().eval()
-
-    network(*paper_networks.Papers().inputs(name, network)[0]["args"])
+    row = next(line for line in printed.splitlines() if line.startswith("| 0 |"))
+    scores = [float(score) for score in row.strip("| ").split(" | ")]
+    assert len(scores) == 1 + len(finetuning.STARTS) + 1
+    assert scores[4] == pytest.approx(scores[3] - scores[2], abs=0.02)

@@ -1,8 +1,8 @@
-"""Compare fine-tuning from a file in both forms: python scripts/study_finetuning.py
+"""Fine-tune from a multi-branch checkpoint and a folded file: python -m scripts.studies.finetuning
 
-Trains a network on half of the classes, stores it in both forms, and trains it further on all
-classes with few labels, with a new classifier: from the training form, from the deployed file, and
-from nothing. Prints the test accuracies by seed and their differences.
+Trains a network on half of the classes and saves it in both forms. Then fine-tunes on all classes
+with few labels and a new classifier: from the multi-branch checkpoint, from the folded file, and
+from random weights. Prints the test accuracies by seed and their differences.
 """
 
 import statistics
@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import study
 import torch
 from torch import nn
 
@@ -23,10 +22,11 @@ from repvgg.data.batches import Stored
 from repvgg.data.module import ImageData
 from repvgg.deploy.verification import accuracy
 from repvgg.export.formats import save_safetensors
+from scripts.studies import report, runs, training
 
 DEFAULTS: dict[str, Any] = {
     "model": "repvgg_tiny",
-    "root": None,  # a folder of images with train/ and test/, in place of the digits
+    "root": None,  # a folder with train/CLASS/ and test/CLASS/; null: the digits
     "strides": [1, 1, 2, 2, 1],
     "seeds": 3,
     "labels": 0.1,
@@ -36,7 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "finetuning_lr": 0.02,
     "workers": 2,
 }
-STARTS = ("nothing", "training form", "deployed file")
+STARTS = ("random weights", "multi-branch checkpoint", "folded file")
 
 
 def main(settings: dict[str, Any]) -> None:
@@ -47,10 +47,10 @@ def main(settings: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.csv"
         calls = [(seed, settings) for seed in range(settings["seeds"])]
-        study.run(compare, calls, results, workers=settings["workers"])
-        rows = sorted(study.read(results), key=lambda row: int(row["seed"]))
-    print(f"{settings['model']}, {study.machine()}\n")
-    print(f"| seed | {' | '.join(STARTS)} | deployed minus training |")
+        runs.run(compare, calls, results, workers=settings["workers"])
+        rows = sorted(runs.read(results), key=lambda row: int(row["seed"]))
+    print(f"{settings['model']}, {report.machine()}\n")
+    print(f"| seed | {' | '.join(STARTS)} | folded minus multi-branch |")
     print("|---|---|---|---|---|")
     apart = []
     for row in rows:
@@ -62,9 +62,9 @@ def main(settings: dict[str, Any]) -> None:
     print(f"\nmean difference {statistics.mean(apart):+.2f} points{spread}")
 
 
-def compare(seed: int, settings: dict[str, Any]) -> study.Row:
+def compare(seed: int, settings: dict[str, Any]) -> runs.Row:
     """One row: the accuracy from every start."""
-    train, test, contract, _ = study.load_images(settings["root"])
+    train, test, contract, _ = training.load_images(settings["root"])
     half = train.labels < (len(contract.classes) + 1) // 2
     seen = Stored(train.images[half], train.labels[half])
     classes = list(contract.classes)[: int(seen.labels.max()) + 1]
@@ -72,8 +72,8 @@ def compare(seed: int, settings: dict[str, Any]) -> study.Row:
     first = build(settings, known, seed)
     fit(first, arguments(settings, known), seen, known, settings["steps"], settings["lr"], seed)
 
-    few = study.subset(train, settings["labels"], seed)
-    row: study.Row = {"seed": seed}
+    few = training.subset(train, settings["labels"], seed)
+    row: runs.Row = {"seed": seed}
     config = arguments(settings, contract)
     with tempfile.TemporaryDirectory() as folder:
         places = write(first, known, seen, settings, Path(folder))
@@ -91,20 +91,23 @@ def compare(seed: int, settings: dict[str, Any]) -> study.Row:
                 settings["finetuning_lr"],
                 seed,
             )
-            row[start] = judge(network, test, contract)
+            row[start] = evaluate(network, test, contract)
     return row
 
 
 def write(
     network: nn.Module, known: DataContract, seen: Stored, settings: dict[str, Any], folder: Path
 ) -> dict[str, Path]:
-    """Store a trained network in both forms."""
-    places = {"training form": folder / "best.ckpt", "deployed file": folder / "model.safetensors"}
+    """Save a trained network in both forms."""
+    places = {
+        "multi-branch checkpoint": folder / "best.ckpt",
+        "folded file": folder / "model.safetensors",
+    }
     config = arguments(settings, known)
     probe = Probe(seen.images[:8], seen.labels[:8], torch.empty(0))
-    checkpoint.save(places["training form"], Checkpoint(network, config, known, probe))
+    checkpoint.save(places["multi-branch checkpoint"], Checkpoint(network, config, known, probe))
     deployed = repvgg.switch_to_deploy(network)
-    save_safetensors(deployed, places["deployed file"], Description(config, known))
+    save_safetensors(deployed, places["folded file"], Description(config, known))
     return places
 
 
@@ -131,32 +134,24 @@ def fit(
     lr: float,
     seed: int,
 ) -> None:
-    from repvgg.training.classifier import Classifier
-
     data = ImageData(
         images, images, images, contract, batch_size=min(64, len(images.labels)), seed=seed
     )
-    module = Classifier(
-        config,
-        lr=lr,
-        momentum=0.9,
-        weight_decay=1e-4,
-        num_steps=steps,
-        num_warmup_steps=steps // 10,
-    )
+    module = training.classifier(config, lr=lr, steps=steps, warmup=steps // 10)
     module.net = network
-    study.fit(module, data, steps)
+    training.fit(module, data, steps)
 
 
 @torch.no_grad()
-def judge(network: nn.Module, test: Stored, contract: DataContract) -> float:
+def evaluate(network: nn.Module, test: Stored, contract: DataContract) -> float:
+    """Accuracy on the test images."""
     network.eval()
-    parts = normalized(test.images, contract).split(256)
+    parts = torch.split(normalized(test.images, contract), 256)
     return accuracy(torch.cat([network(part) for part in parts]), test.labels)
 
 
 def normalized(images: torch.Tensor, contract: DataContract) -> torch.Tensor:
-    return Normalize(contract.mean, contract.std)(to_float(images))
+    return Normalize(contract.mean, contract.std).forward(to_float(images))
 
 
 if __name__ == "__main__":

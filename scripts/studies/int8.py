@@ -1,11 +1,10 @@
-"""What 8 bits cost: python scripts/study_int8.py [root=FOLDER]
+"""What int8 costs in accuracy: python -m scripts.studies.int8 [root=FOLDER]
 
-Trains RepVGG and QARepVGG under one recipe, folds them, quantizes them with every range, and counts
-accuracy before and after on the test images. Without `root` the data are the digits that ship
-inside the package; `root` is a folder with train/ and test/, a folder in them for every class.
-Every network is trained in a process of one thread and kept as a checkpoint, `work` says where, so
-that a stopped study goes on and `python deploy.py ckpt=...` takes them too. Writes a table, a
-figure and the numbers of both.
+Trains RepVGG and QARepVGG under one recipe, folds them, quantizes them with every kind of range,
+and measures accuracy before and after on the test images. The data are the embedded digits, or with
+`root` a folder with train/CLASS/ and test/CLASS/. Every network is trained in a single-threaded
+process and saved as a checkpoint in `work`: the same command resumes a stopped study, and
+`python deploy.py ckpt=...` deploys the networks. Writes a table, a figure and their numbers.
 """
 
 import functools
@@ -14,11 +13,11 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import study
 import torch
 from torch import Tensor, nn
 
 from repvgg import checkpoint, cli, verify
+from repvgg.checkpoint.native import Checkpoint, Probe
 from repvgg.checks import check_integer, check_number, refusal
 from repvgg.contract import Description, to_float
 from repvgg.data.module import ImageData
@@ -26,21 +25,22 @@ from repvgg.deploy.verification import accuracy
 from repvgg.export import int8
 from repvgg.export.calibration import RANGES, Histogram, minmax
 from repvgg.export.formats import build_onnx
+from repvgg.models.block import RepVGGBlock
 from repvgg.models.forms import switch_to_deploy
 from repvgg.models.registry import create_model, list_models
+from scripts.studies import report, runs, training
 
 DEFAULTS: dict[str, Any] = {
     "root": None,
     "models": ["repvgg_a0", "qarepvgg_a0"],
-    "width": 1.0,  # of every stage, in parts of the variant's
+    "width": 1.0,  # of every stage, relative to the variant
     "strides": [1, 1, 2, 2, 1],
     "seeds": 3,
     "epochs": 24,
     "batch_size": 64,
     "lr": 0.02,
     "dropout": 0.2,
-    "images": 256,  # that ranges are measured on; as many others choose
-    "float_layers": 0,
+    "images": 256,  # to measure ranges on; as many others to choose among them
     "workers": 2,
     "work": "runs/int8",
     "out": "docs/int8",
@@ -53,7 +53,7 @@ class Job(NamedTuple):
     seed: int
 
     def path(self, settings: dict[str, Any]) -> Path:
-        """The checkpoint; its name tells networks trained under other settings apart."""
+        """The checkpoint; its name has a checksum of the settings it was trained with."""
         data = "" if settings["root"] is None else Path(settings["root"]).resolve().name
         trained = repr([data, *(settings[key] for key in RECIPE)])
         return Path(settings["work"]) / (
@@ -64,7 +64,6 @@ class Job(NamedTuple):
 def check(settings: dict[str, Any]) -> None:
     for key in ("seeds", "epochs", "batch_size", "images", "workers"):
         check_integer(key, settings[key], minimum=1, example=DEFAULTS[key])
-    check_integer("float_layers", settings["float_layers"], minimum=0, example=2)
     check_number("lr", settings["lr"], example=0.02)
     check_number("width", settings["width"], minimum=0.05, example=1.0)
     unknown = [name for name in settings["models"] if name not in list_models()]
@@ -74,13 +73,11 @@ def check(settings: dict[str, Any]) -> None:
         )
 
 
-loaded = functools.cache(study.load_images)  # once in each process
+loaded = functools.cache(training.load_images)  # once in each process
 
 
-def train(job: Job, settings: dict[str, Any]) -> study.Row:
-    """Train one network and keep it as a self-describing checkpoint."""
-    from repvgg.training.classifier import Classifier
-
+def train(job: Job, settings: dict[str, Any]) -> runs.Row:
+    """Train one network and save it as a self-describing checkpoint."""
     images, test, contract, augment = loaded(settings["root"])
     data = ImageData(
         images,
@@ -91,8 +88,7 @@ def train(job: Job, settings: dict[str, Any]) -> study.Row:
         augment=augment,
         seed=job.seed,
     )
-    with torch.device("meta"):
-        widths = [stage[-1].out_channels for stage in create_model(job.model).stages]
+    widths = stage_widths(job.model)
     config = {
         "name": job.model,
         "num_classes": len(contract.classes),
@@ -103,40 +99,36 @@ def train(job: Job, settings: dict[str, Any]) -> study.Row:
     }
     steps = settings["epochs"] * len(data.train_dataloader())
     torch.manual_seed(job.seed)
-    module = Classifier(
-        config,
-        lr=settings["lr"],
-        momentum=0.9,
-        weight_decay=1e-4,
-        num_steps=steps,
-        num_warmup_steps=steps // 20,
-        seed=job.seed,
+    module = training.classifier(
+        config, lr=settings["lr"], steps=steps, warmup=steps // 20, seed=job.seed
     )
-    study.fit(module, data, steps)
-    probe_images, probe_labels = data.probe()
-    entry = checkpoint.describe(
-        module.net, config=config, data=contract, images=probe_images, labels=probe_labels
-    )
+    training.fit(module, data, steps)
     path = job.path(settings)
     path.parent.mkdir(parents=True, exist_ok=True)
-    weights = {checkpoint.NETWORK_PREFIX + k: v for k, v in module.net.state_dict().items()}
-    partial = path.with_suffix(".partial")
-    torch.save({"state_dict": weights, checkpoint.KEY: entry}, partial)
-    partial.replace(path)
+    probe = Probe(*data.probe(), torch.empty(0))
+    checkpoint.save(path, Checkpoint(module.net, config, contract, probe))
     return {"model": job.model, "seed": job.seed, "steps": steps}
 
 
+def stage_widths(model: str) -> list[int]:
+    """Output channels of the four stages of a variant."""
+    with torch.device("meta"):
+        network = create_model(model)
+    blocks = [stage[-1] for stage in network.stages.children() if isinstance(stage, nn.Sequential)]
+    return [block.out_channels for block in blocks if isinstance(block, RepVGGBlock)]
+
+
 def outlier_ratio(values: Tensor) -> float:
-    """Largest absolute value over the root mean square: how coarse 8 bits are for most of them."""
+    """Largest absolute value over the root mean square: how coarse int8 is for most of them."""
     return (values.abs().max() / values.square().mean().sqrt()).item()
 
 
 @torch.no_grad()
-def examine(job: Job, settings: dict[str, Any]) -> list[study.Row]:
-    """Accuracy of one trained network in float32 and in 8 bits, a row for every way to round.
+def examine(job: Job, settings: dict[str, Any]) -> list[runs.Row]:
+    """Accuracy of one trained network in float32 and int8, a row for every way to round.
 
-    The ways: each kind of range with weights rounded by channel; the one that was chosen on
-    held-out training images; and weights rounded by tensor, which outliers hurt more.
+    The ways: each kind of range with weights rounded per channel; the one chosen on held-out
+    training images; and weights rounded per tensor, which suffer more from outliers.
     """
     images, test, _, _ = loaded(settings["root"])
     restored = checkpoint.load(job.path(settings))
@@ -153,7 +145,6 @@ def examine(job: Job, settings: dict[str, Any]) -> list[study.Row]:
         description,
         measured,
         held_out=held_out,
-        float_layers=settings["float_layers"],
     )
     proto = build_onnx(deployed, description)
     histograms = int8.measure(proto, description, measured)
@@ -167,7 +158,7 @@ def examine(job: Job, settings: dict[str, Any]) -> list[study.Row]:
         scores[name] = int8.run(rounded, description, shown)
     ranges = {tensor: minmax(histogram) for tensor, histogram in histograms.items()}
     rounded = int8.rewrite(proto, ranges, description, per_channel=False)
-    scores["minmax, weights by tensor"] = int8.run(rounded, description, shown)
+    scores["minmax, weights per tensor"] = int8.run(rounded, description, shown)
     kernels = [m.weight for m in deployed.modules() if isinstance(m, nn.Conv2d)]
     return [
         {
@@ -186,7 +177,7 @@ def examine(job: Job, settings: dict[str, Any]) -> list[study.Row]:
 
 
 def spread(histogram: Histogram) -> float:
-    """`outlier_ratio` of what was counted."""
+    """`outlier_ratio` of the counted values."""
     edges = histogram.edges
     centres = (edges[1:] + edges[:-1]) / 2
     square = (histogram.counts * centres**2).sum() / histogram.counts.sum()
@@ -195,12 +186,12 @@ def spread(histogram: Histogram) -> float:
 
 def main(settings: dict[str, Any]) -> None:
     check(settings)
-    study.require_packages()
+    report.require_packages()
     jobs = [Job(model, seed) for seed in range(settings["seeds"]) for model in settings["models"]]
     calls = [(job, settings) for job in jobs if not job.path(settings).exists()]
     if calls:
         Path(settings["work"]).mkdir(parents=True, exist_ok=True)
-        study.run(train, calls, Path(settings["work"]) / "trained.csv", workers=settings["workers"])
+        runs.run(train, calls, Path(settings["work"]) / "trained.csv", workers=settings["workers"])
     out = Path(settings["out"])
     out.mkdir(parents=True, exist_ok=True)
     data = "digits" if settings["root"] is None else Path(settings["root"]).resolve().name
@@ -208,8 +199,8 @@ def main(settings: dict[str, Any]) -> None:
     results.unlink(missing_ok=True)  # minutes, unlike the training
     for job in jobs:
         for row in examine(job, settings):
-            study.append(results, row)
-    rows = study.read(results)
+            runs.append(results, row)
+    rows = runs.read(results)
     text = table(rows, settings, data)
     (out / f"{data}.md").write_text(text)
     draw(rows, out / f"{data}.png")
@@ -229,19 +220,14 @@ def shown(values: list[float], scale: float = 1.0) -> str:
 def table(rows: list[dict[str, str]], settings: dict[str, Any], data: str) -> str:
     models = list(dict.fromkeys(row["model"] for row in rows))
     roundings = list(dict.fromkeys(row["rounding"] for row in rows))
-    typed = "".join(
-        f" {key}={str(settings[key]).replace(' ', '')}"
-        for key in ("models", "seeds", *RECIPE, "images", "float_layers")
-        if settings[key] != DEFAULTS[key]
-    )
-    root = "" if settings["root"] is None else " root=..."
+    command = report.command("int8", settings, DEFAULTS)
     lines = [
-        f"# 8 bits on {data}",
+        f"# int8 on {data}",
         "",
-        f"`python scripts/study_int8.py{root}{typed}`: {settings['epochs']} epochs, "
+        f"`{command}`: {settings['epochs']} epochs, "
         f"{settings['seeds']} seeds, ranges measured on {settings['images']} training images and "
-        f"chosen on as many others; {study.machine()}, {study.versions('onnxruntime')}. Mean and "
-        "standard deviation over seeds; the change is of pairs.",
+        f"chosen on as many others; {report.machine()}, {report.versions('onnxruntime')}. Mean and "
+        "standard deviation over seeds; the change is paired by seed.",
         "",
         "| rounding | " + " | ".join(f"{m}: accuracy, % | change | same top-1, %" for m in models),
         "|---" * (1 + 3 * len(models)) + "|",
@@ -258,8 +244,8 @@ def table(rows: list[dict[str, str]], settings: dict[str, Any], data: str) -> st
         lines.append(f"| {rounding} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Largest absolute value over root mean square, mean over layers: of the deployed kernels, "
-        "in the worst layer, and of what flows between the layers.",
+        "Largest absolute value over root mean square: of the deployed kernels (mean over layers, "
+        "then the worst layer), and of the activations (mean over layers).",
         "",
         "| | kernels | worst kernel | activations | chosen |",
         "|---|---|---|---|---|",
@@ -275,14 +261,10 @@ def table(rows: list[dict[str, str]], settings: dict[str, Any], data: str) -> st
 
 
 def draw(rows: list[dict[str, str]], path: Path) -> None:
-    """What each network loses, over the outliers of its kernels."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    """Accuracy lost in int8 against the outliers of the kernels, one point per network."""
+    plt = report.pyplot()
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    markers = {"minmax": "o", "minmax, weights by tensor": "x"}
+    markers = {"minmax": "o", "minmax, weights per tensor": "x"}
     for color, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
         before = column(rows, model, "float32", "accuracy")
         outliers = column(rows, model, "float32", "kernel_outliers")
@@ -293,7 +275,7 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
                 outliers, lost, marker=marker, color=f"C{color}", label=f"{model}, {rounding}"
             )
     axes.set_xlabel("largest weight over root mean square, mean over the deployed kernels")
-    axes.set_ylabel("points of accuracy lost in 8 bits")
+    axes.set_ylabel("points of accuracy lost in int8")
     axes.axhline(0, color="black", linewidth=0.6)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)

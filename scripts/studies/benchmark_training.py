@@ -1,41 +1,41 @@
-"""How fast a network trains: python scripts/benchmark_training.py root=FOLDER
+"""How fast a network trains: python -m scripts.studies.benchmark_training root=FOLDER
 
-Times whole steps (forward, backward, SGD) of one network in turns, each way in a process of its
-own: a bare loop over the authors' block, written out below, and over timm's model; our network in
-the same loop; and our module in Lightning, in several layouts and precisions, with the memory of a
-step kept for the next one as train.py does. What Lightning adds is told by pairs of ours in
-Lightning and in the loop. The first one runs under two names: their ratio shows how much is noise.
-With root=, a folder of small images with train/ and test/, or photos=, one of large images, images
-a second of the data alone and of training on it are measured too.
+Times whole steps (forward, backward, SGD) of one network in turns, each way in its own process: a
+bare loop over the authors' block, written out below, and over timm's model; our network in the same
+loop; and our module in Lightning, in several layouts and precisions, with memory kept from step to
+step as train.py does. Pairs of ours in Lightning and in the loop show the overhead of Lightning.
+The first way is timed twice: the ratio of the two is the measurement noise (A/A control).
+With root=, a folder of small images with train/ and test/, or photos=, one of large images, it also
+measures images per second of loading alone and of training.
 """
 
 import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from typing import Any
 
-import study
+import lightning as L
 import torch
-import turns
-from benchmark_deploy import measure_peak
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import repvgg
 from repvgg import cli
 from repvgg.checks import check_integer
+from repvgg.data.module import ImageData
+from repvgg.data.sets import cifar10, imagefolder
 from repvgg.models.block import compile_blocks
+from repvgg.training.classifier import Classifier
 from repvgg.training.malloc import keep_memory
+from scripts.studies import report, runs, timing, training
 
 DEFAULTS: dict[str, Any] = {
     "model": "repvgg_a0",
     "cases": ["224x32x1000", "32x256x10"],
     "rounds": 9,
-    "steps": 1,
     "compile": True,
     "root": None,
     "photos": None,
@@ -44,73 +44,55 @@ DEFAULTS: dict[str, Any] = {
 }
 BASE = "the authors' block, bare loop"
 BARE, IN_LIGHTNING = "ours, bare loop, memory kept", "ours, Lightning"
-CASE = "SIZExBATCHxCLASSES"
 
 
 def main(settings: dict[str, Any]) -> None:
     check_integer("rounds", settings["rounds"], minimum=2, example=9)
-    check_integer("steps", settings["steps"], minimum=1, example=1)
     torch.set_num_threads(check_integer("threads", settings["threads"], minimum=1, example=2))
     if settings["model"] not in repvgg.list_models():
-        raise ValueError(f"model={settings['model']}: type one of repvgg.list_models()")
+        raise ValueError(f"model={settings['model']}: pass one of repvgg.list_models()")
     print(
-        f"{settings['model']}, {settings['rounds']} rounds of {settings['steps']} steps after "
-        f"{turns.WARMUP} to warm up; {study.machine()}, on {settings['device']}, "
+        f"{settings['model']}, {settings['rounds']} rounds of one step after "
+        f"{timing.WARMUP} to warm up; {report.machine()}, on {settings['device']}, "
         f"{settings['threads']} threads"
     )
     for case in settings["cases"]:
-        size, batch, classes = parse(case)
+        size, batch, classes = timing.parse_case(case)
         compare(settings, size, batch, classes)
         validate(settings, size, batch, classes)
     if settings["root"] is not None or settings["photos"] is not None:
         measure_data(settings)
 
 
-def parse(case: object) -> tuple[int, int, int]:
-    numbers = [int(number) for number in str(case).split("x") if number.isdecimal()]
-    if len(numbers) != 3 or min(numbers) < 1:
-        raise ValueError(f"cases: '{case}' is not {CASE}; type for example cases=[32x256x10]")
-    return numbers[0], numbers[1], numbers[2]
-
-
 def compare(settings: dict[str, Any], size: int, batch: int, classes: int) -> None:
     names = candidates(settings)
-    running = {
-        name: turns.start(name, serve, name, settings, size, batch, classes) for name in names
+    with timing.started(names, serve, settings, size, batch, classes) as running:
+        times = timing.measure(running, None, rounds=settings["rounds"])
+    peaks = {
+        precision: timing.measure_peak(precision) for precision in (torch.float32, torch.bfloat16)
     }
-    try:
-        times = turns.measure(running, None, rounds=settings["rounds"])
-    finally:
-        turns.stop(running)
-    peaks = {precision: measure_peak(precision) for precision in (torch.float32, torch.bfloat16)}
-    print(f"\n{batch} images of {size}x{size}, {classes} classes; peak of a product of matrices, ")
+    print(f"\n{batch} images of {size}x{size}, {classes} classes; fastest matmul: ")
     print(", ".join(f"{key}: {(peak or 0) / 1e9:.0f} Gop/s" for key, peak in peaks.items()) + "\n")
-    print("| step | ms (quartiles) | images/s | times the first | quartiles | % of its peak |")
+    print("| step | ms (quartiles) | images/s | speed-up over the first | quartiles | % of peak |")
     print("|---|---|---|---|---|---|")
     for name in names:
-        milliseconds = [value / settings["steps"] for value in times[name]]
-        timing = turns.summarize(times[name], times[BASE])
-        middle = statistics.median(milliseconds)
+        found = timing.summarize(times[name], times[BASE])
         peak = peaks[torch.bfloat16 if "bf16" in name else torch.float32] or float("inf")
-        share = running[name].said / (middle / 1000) / peak
+        share = running[name].number / (found.milliseconds / 1000) / peak
         print(
-            f"| {name} | {middle:.0f} ({timing.lower / settings['steps']:.0f} to "
-            f"{timing.upper / settings['steps']:.0f}) | {1000 * batch / middle:.1f} | "
-            f"{timing.speedup:.3f} | {timing.speedup_lower:.3f} to {timing.speedup_upper:.3f} | "
-            f"{100 * share:.0f} |"
+            f"| {name} | {found.milliseconds:.0f} ({found.lower:.0f} to {found.upper:.0f}) | "
+            f"{1000 * batch / found.milliseconds:.1f} | {found.speedup:.3f} | "
+            f"{found.speedup_lower:.3f} to {found.speedup_upper:.3f} | {100 * share:.0f} |"
         )
-    added = [
-        (ours - bare) / settings["steps"]
-        for ours, bare in zip(times[IN_LIGHTNING], times[BARE], strict=True)
-    ]
+    added = [ours - bare for ours, bare in zip(times[IN_LIGHTNING], times[BARE], strict=True)]
     low, middle, high = statistics.quantiles(added, n=4)
-    print(f"\nLightning adds {middle:.2f} ms to a step ({low:.2f} to {high:.2f}, by pairs)")
+    print(f"\nLightning adds {middle:.2f} ms to a step ({low:.2f} to {high:.2f}, in pairs)")
 
 
 def candidates(settings: dict[str, Any]) -> list[str]:
-    """Every way that this machine can go; bf16 where the processor has it."""
-    names = [BASE, "the same again (control)"]
-    if find_spec("timm") and settings["model"].startswith("repvgg_"):
+    """All ways that this machine can run; bf16 if the CPU supports it."""
+    names = [BASE, f"{BASE} (A/A control)"]
+    if timing.in_timm(settings["model"]):
         names.append("timm, bare loop")
     names += [f"{BASE}, memory kept", BARE, IN_LIGHTNING, "ours, Lightning, channels_last"]
     if settings["compile"]:
@@ -123,8 +105,8 @@ def candidates(settings: dict[str, Any]) -> list[str]:
 def serve(
     pipe: Connection, name: str, settings: dict[str, Any], size: int, batch: int, classes: int
 ) -> None:
-    """In a process of its own: train whenever asked, and tell the milliseconds."""
-    study.start_worker()
+    """In its own process: time training steps on request."""
+    runs.start_worker()
     torch.set_num_threads(settings["threads"])
     torch.manual_seed(0)
     device = torch.device(settings["device"])
@@ -138,8 +120,8 @@ def serve(
     network = build(name, settings["model"], classes).to(device)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
     flops = count_flops(network, images)
-    for batch_images, batch_targets in on_demand(pipe, (images, targets), flops, settings["steps"]):
-        F.cross_entropy(network(batch_images), batch_targets).backward()
+    for batch_images, batch_targets in on_demand(pipe, (images, targets), flops):
+        torch.autograd.backward(F.cross_entropy(network(batch_images), batch_targets))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -154,50 +136,34 @@ def in_lightning(
     module = build_module(settings["model"], classes)
     flops = count_flops(module.net, batch[0].cpu())
     trainer(name, module, settings["device"], max_epochs=1).fit(
-        module, _OnDemand(pipe, batch, flops, settings["steps"])
+        module, _OnDemand(pipe, batch, flops)
     )
 
 
-def build_module(model: str, classes: int) -> Any:
-    from repvgg.training.classifier import Classifier
-
-    return Classifier(
-        {"name": model, "num_classes": classes},
-        lr=1e-3,
-        momentum=0.9,
-        weight_decay=1e-4,
-        num_steps=10**6,
-        num_warmup_steps=0,
-    )
+def build_module(model: str, classes: int) -> Classifier:
+    return training.classifier({"name": model, "num_classes": classes}, lr=1e-3, steps=10**6)
 
 
-def trainer(name: str, module: Any, device: str, **options: Any) -> Any:
-    """What steps as the name says; the network is laid out and compiled for it."""
-    import lightning as L
-
+def trainer(name: str, module: Classifier, device: str, **options: Any) -> L.Trainer:
+    """A trainer for a way to step; sets the memory layout of the network and compiles it."""
     if "channels_last" in name:
         module.net.to(memory_format=torch.channels_last)
     if "compiled" in name:
         compile_blocks(module.net)
-    return L.Trainer(
+    return training.trainer(
         accelerator=device,
         devices=1,
         precision="bf16-mixed" if "bf16" in name else "32-true",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        log_every_n_steps=10**9,  # as between two lines of the log
+        log_every_n_steps=10**9,  # no step is logged
         **options,
     )
 
 
 class _OnDemand:
-    """`on_demand` with a length, as Lightning fetches one batch ahead where it knows none."""
+    """`on_demand` with a length: without one Lightning fetches a batch ahead."""
 
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
+    def __init__(self, pipe: Connection, batch: tuple[Tensor, Tensor], flops: int) -> None:
+        self.arguments = pipe, batch, flops
 
     def __len__(self) -> int:
         return 10**6
@@ -207,26 +173,20 @@ class _OnDemand:
 
 
 def on_demand(
-    pipe: Connection, batch: tuple[Tensor, Tensor], said: int, steps: int
+    pipe: Connection, batch: tuple[Tensor, Tensor], flops: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches, when the other end of the pipe asks; the time of all that the loop does with them.
+    """Yield batches on request and send the milliseconds of the step that the loop makes of each.
 
-    From the first batch that is handed out to the request for the next but last.
+    The time is from the batch to the request for the next one.
     """
     for _ in range(2):
         yield batch  # allocates, compiles
-    pipe.send(said)
+    pipe.send(flops)
     while pipe.recv() is not None:
         begin = time.perf_counter()
-        for _ in range(steps):
-            yield batch
-        _finish(batch[0].device)
+        yield batch
+        timing.synchronize(batch[0].device)
         pipe.send(1000 * (time.perf_counter() - begin))
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def build(name: str, model: str, classes: int) -> nn.Module:
@@ -238,9 +198,10 @@ def build(name: str, model: str, classes: int) -> nn.Module:
     return ours if name.startswith("ours") else reference(ours)
 
 
-def reference(ours: nn.Module) -> nn.Module:
-    """The network as the authors' program builds it, with its convolutions of stride 2."""
+def reference(ours: repvgg.RepVGG) -> nn.Sequential:
+    """The network of the authors' program, in training mode."""
     blocks = [block for block in ours.modules() if isinstance(block, repvgg.RepVGGBlock)]
+    assert isinstance(ours.linear, nn.Linear)
     return nn.Sequential(
         *(
             ReferenceBlock(block.in_channels, block.out_channels, block.stride, block.groups)
@@ -277,48 +238,45 @@ class ReferenceBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.dense(x) + self.point(x)
-        return (y if self.identity is None else y + self.identity(x)).relu()
+        return F.relu(y if self.identity is None else y + self.identity(x))
 
 
 def count_flops(network: nn.Module, images: Tensor) -> int:
-    """Of a step, by torch's counter."""
-    with FlopCounterMode(display=False) as counter:
-        network(images).sum().backward()
+    """FLOPs of a forward and a backward."""
+    flops = timing.count_flops(lambda: torch.autograd.backward(network(images).sum()))
     network.zero_grad()
-    return counter.get_total_flops()
+    return flops
 
 
 @torch.no_grad()
 def validate(settings: dict[str, Any], size: int, batch: int, classes: int) -> None:
-    """What deployed_validation gains: four batches by the branches, and folded first."""
+    """Speed-up of validation by deployed_validation, over four batches."""
     device = torch.device(settings["device"])
     network = repvgg.create_model(settings["model"], num_classes=classes).to(device).eval()
     images = torch.randn(batch, 3, size, size, device=device)
 
     def seconds(fold: bool) -> float:
-        _finish(device)
+        timing.synchronize(device)
         begin = time.perf_counter()
-        judged = repvgg.switch_to_deploy(network) if fold else network
+        evaluated = repvgg.switch_to_deploy(network) if fold else network
         for _ in range(4):
-            judged(images)
-        _finish(device)
+            evaluated(images)
+        timing.synchronize(device)
         return time.perf_counter() - begin
 
     pairs = [(seconds(False), seconds(True)) for _ in range(settings["rounds"] + 1)][1:]
     low, middle, high = statistics.quantiles([branches / folded for branches, folded in pairs], n=4)
     print(
-        f"\nvalidation of 4 batches, folded first: {middle:.2f} times as fast ({low:.2f} to "
-        f"{high:.2f}) as by the branches"
+        f"\nvalidation of 4 batches: folding first is {middle:.2f} times as fast ({low:.2f} to "
+        f"{high:.2f}) as the multi-branch network"
     )
 
 
 def measure_data(settings: dict[str, Any]) -> None:
-    """Images a second of the data alone, and of whole training steps on it."""
-    from repvgg.data.sets import cifar10, imagefolder
-
-    study.quieten()
+    """Images per second of loading alone, and of training."""
+    runs.silence_lightning()
     keep_memory()
-    ways: dict[str, Callable[[], Any]] = {}
+    ways: dict[str, Callable[[], ImageData]] = {}
     if root := settings["root"]:
         begin = time.perf_counter()
         stored = cifar10(root=root, batch_size=256)
@@ -328,10 +286,10 @@ def measure_data(settings: dict[str, Any]) -> None:
             root=root, batch_size=256, image_size=32, resize_size=32
         )
     if photos := settings["photos"]:
-        ways["files, cut to 224 pixels"] = lambda: imagefolder(root=photos, batch_size=32)
+        ways["files, cropped to 224 pixels"] = lambda: imagefolder(root=photos, batch_size=32)
     step = candidates(settings | {"compile": False})[-1]
-    print(f"\nwhole: {settings['model']}, {step}\n")
-    print("| source | alone, images/s (least, most of 5) | whole, images/s |")
+    print(f"\ntraining: {settings['model']}, {step}\n")
+    print("| source | loading alone, images/s (min, max of 5) | training, images/s |")
     print("|---|---|---|")
     for name, make in ways.items():
         data, rates = make(), []
@@ -348,14 +306,12 @@ def measure_data(settings: dict[str, Any]) -> None:
         )
 
 
-def train_on(data: Any, step: str, settings: dict[str, Any], steps: int = 16) -> float:
-    """Images a second of a run's steps but the first four, with loading."""
-    from lightning.pytorch.callbacks import LambdaCallback
-
+def train_on(data: ImageData, step: str, settings: dict[str, Any], steps: int = 16) -> float:
+    """Images per second of training with loading, without the first four steps."""
     ends: list[float] = []
 
-    def note(*_: Any) -> None:
-        _finish(torch.device(settings["device"]))
+    def note(*_: object) -> None:
+        timing.synchronize(torch.device(settings["device"]))
         ends.append(time.perf_counter())
 
     module = build_module(settings["model"], len(data.contract.classes))

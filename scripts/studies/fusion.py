@@ -1,21 +1,20 @@
-"""Fuses torchvision's networks, and 38 of timm's: python scripts/study_fusion.py
+"""Compare three ways to fuse torchvision's networks: python -m scripts.studies.fusion
 
-Three fusers on the same networks with random weights and BatchNorm statistics far from fresh:
-`repvgg.fuse_conv_bn`, torch.fx's `fuse`, and the loop over children in their order that tutorials
-show. Each is held against the network itself in float64; ours also module by module. Writes a
-row for each to out/networks.csv as they end, and out/networks.md of what was found.
+`repvgg.fuse_conv_bn`, torch.fx's `fuse`, and the loop over children that tutorials show fuse all of
+torchvision's networks and 38 of timm's, with random weights and BatchNorm statistics. Each is
+compared with the network itself in float64; ours also module by module. Writes out/networks.csv, a
+row per network as soon as it is done, and out/networks.md with the tables.
 
-    python scripts/study_fusion.py only=[resnet18,fasterrcnn_resnet50_fpn_v2]
+    python -m scripts.studies.fusion only=[resnet18,fasterrcnn_resnet50_fpn_v2]
 """
 
 import copy
 import itertools
-import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import study
+import timm
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -25,12 +24,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from repvgg import cli, fuse_conv_bn, verify
 from repvgg.checks import check_integer, refusal
 from repvgg.fusion.normalizations import is_normalization
+from scripts.studies import report, runs
+from scripts.studies.networks import count_batchnorms, largest_error, randomize_batchnorms
 
 DEFAULTS: dict[str, Any] = {
     "out": "docs/fusion",
     "only": [],
-    "skip": [],
-    "timm": True,
     "workers": 1,
 }
 TIMM = [
@@ -84,38 +83,33 @@ BEFORE_BOXES = ("backbone", "rpn.head", "head")
 
 
 def main(settings: dict[str, Any]) -> None:
-    known = [name for _, _, name in networks(True)]
-    for key in ("only", "skip"):
-        for name in settings[key]:
-            if name not in known:
-                raise refusal(key, name, "there is no such network in the study", "[resnet18]")
+    known = [name for _, _, name in networks()]
+    for name in settings["only"]:
+        if name not in known:
+            raise refusal("only", name, "there is no such network in the study", "[resnet18]")
     check_integer("workers", settings["workers"], minimum=1, example=1)
-    if settings["timm"]:
-        import timm  # noqa: F401  (now, not after half an hour)
     out = Path(settings["out"])
     out.mkdir(parents=True, exist_ok=True)
     path = out / "networks.csv"
-    done = {row["network"] for row in study.read(path)}
+    done = {row["network"] for row in runs.read(path)}
     calls = [
         (library, part, name)
-        for library, part, name in networks(settings["timm"])
-        if name_of(library, name) not in done
-        and name not in settings["skip"]
-        and (not settings["only"] or name in settings["only"])
+        for library, part, name in networks()
+        if name_of(library, name) not in done and (not settings["only"] or name in settings["only"])
     ]
-    study.run(measure, calls, path, workers=settings["workers"])
-    text = summary(study.read(path))
+    runs.run(measure, calls, path, workers=settings["workers"])
+    text = summary(runs.read(path))
     (out / "networks.md").write_text(text)
     print(text)
 
 
-def networks(with_timm: bool) -> Iterable[tuple[str, str, str]]:
+def networks() -> Iterator[tuple[str, str, str]]:
+    """Library, task and name of every network."""
     for part, module in PARTS.items():
         for name in torchvision.models.list_models(module=module):
             yield "torchvision", part, name
-    if with_timm:
-        for name in TIMM:
-            yield "timm", "classification", name
+    for name in TIMM:
+        yield "timm", "classification", name
 
 
 def name_of(library: str, name: str) -> str:
@@ -123,11 +117,9 @@ def name_of(library: str, name: str) -> str:
 
 
 def build(library: str, part: str, name: str) -> nn.Module:
-    """The network with random weights and settled statistics, in eval mode and float32."""
+    """The network with random weights and BatchNorm statistics, in eval mode and float32."""
     torch.manual_seed(0)
     if library == "timm":
-        import timm
-
         network = timm.create_model(name)
     else:
         options: dict[str, Any] = {"weights": None}
@@ -140,7 +132,7 @@ def build(library: str, part: str, name: str) -> nn.Module:
         if name in ("googlenet", "inception_v3"):
             options["init_weights"] = True
         network = torchvision.models.get_model(name, **options)
-    return study.settle(network)
+    return randomize_batchnorms(network)
 
 
 def inputs_for(part: str, name: str) -> list[Any]:
@@ -161,23 +153,23 @@ def inputs_for(part: str, name: str) -> list[Any]:
     return [torch.rand(1, 3, size, size)]
 
 
-def cast(inputs: Any, dtype: torch.dtype) -> Any:
+def to_dtype(inputs: Any, dtype: torch.dtype) -> Any:
     if isinstance(inputs, Tensor):
         return inputs.to(dtype)
-    return [cast(item, dtype) for item in inputs]
+    return [to_dtype(item, dtype) for item in inputs]
 
 
-def measure(library: str, part: str, name: str) -> study.Row:
+def measure(library: str, part: str, name: str) -> runs.Row:
     """One row of the table."""
     network = build(library, part, name)
     inputs = inputs_for(part, name)
-    wide = cast(inputs, torch.float64)
-    row: study.Row = {"network": name_of(library, name), "part": part}
-    row["batchnorms"] = count(network)
+    wide = to_dtype(inputs, torch.float64)
+    row: runs.Row = {"network": name_of(library, name), "part": part}
+    row["batchnorms"] = count_batchnorms(network)
 
     ours, report = fuse_conv_bn(network)
     row |= {
-        "left": count(ours),
+        "left": count_batchnorms(ours),
         "why": "; ".join(sorted(set(report.kept.values()))),
         "merged": len(report.merged),
         "untraced": len(report.untraced),
@@ -194,7 +186,7 @@ def measure(library: str, part: str, name: str) -> study.Row:
         except Exception as failure:
             row |= {f"{key}_left": None, f"{key}_error": f"fails: {type(failure).__name__}"}
             continue
-        row[f"{key}_left"] = count(fused)
+        row[f"{key}_left"] = count_batchnorms(fused)
         row[f"{key}_error"] = error(expected, fused, part, inputs)
         del fused
     del network
@@ -202,7 +194,8 @@ def measure(library: str, part: str, name: str) -> study.Row:
     row["error_float64"] = error(expected, fused, part, wide)
     moved = report.moved
     if part == "optical_flow":
-        reference, fused, wide = reference.context_encoder, fused.context_encoder, wide[:1]  # type: ignore
+        reference, fused = (net.get_submodule("context_encoder") for net in (reference, fused))
+        wide = wide[:1]
         moved = {name.removeprefix("context_encoder.") for name in moved}
     errors = verify.compare_modules(reference, fused, wide, moved=moved)
     if part == "detection":
@@ -213,16 +206,17 @@ def measure(library: str, part: str, name: str) -> study.Row:
 
 
 def outputs(network: nn.Module, part: str, inputs: list[Any]) -> Any:
-    """What is compared.
+    """The tensors to compare.
 
-    Of a detector, what its backbone and heads give before boxes are chosen: the choice is not
-    continuous, rounding swaps two boxes of nearly one score. Of RAFT, which casts to float32 by
-    itself, what its encoders give.
+    Of a detector, the outputs of its backbone and heads: the choice of boxes is not continuous, and
+    rounding swaps two boxes of nearly the same score. Of RAFT, which casts to float32 internally,
+    the outputs of its encoders.
     """
     if part == "optical_flow":
         if inputs[0].dtype == torch.float32:
-            network(*inputs)  # it runs, whatever it gives
-        return [network.feature_encoder(inputs[0]), network.context_encoder(inputs[1])]  # type: ignore
+            network(*inputs)  # it must run
+        encoders = ("feature_encoder", "context_encoder")
+        return [network.get_submodule(encoders[i])(inputs[i]) for i in range(2)]
     if part != "detection":
         return network(*inputs)
     found: list[Any] = []
@@ -245,26 +239,24 @@ def error(expected: list[Tensor], network: nn.Module, part: str, inputs: list[An
         found = verify.tensors(outputs(network, part, inputs))
     except Exception as failure:
         return f"fails: {type(failure).__name__}"
-    if len(found) != len(expected):
-        return math.inf
-    return max(verify.relative_error(a, b) for a, b in zip(expected, found, strict=True))
-
-
-def count(network: nn.Module) -> int:
-    return sum(is_normalization(module) for module in network.modules())
+    return largest_error(expected, found)
 
 
 def by_child_order(network: nn.Module) -> nn.Module:
-    """The usual loop: a BatchNorm that is declared right behind a convolution goes into it."""
+    """The usual loop: fuse a BatchNorm into the convolution declared right before it."""
     network = copy.deepcopy(network)
     for module in network.modules():
         children = list(module.named_children())
         for (first, conv), (second, bn) in itertools.pairwise(children):
-            fits = isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d) and is_normalization(bn)
-            if fits and conv.out_channels == len(bn.running_mean):  # type: ignore
-                if not hasattr(bn, "eps") or not hasattr(bn, "weight"):
-                    continue
-                setattr(module, first, fuse_conv_bn_eval(conv, bn))  # type: ignore
+            if not isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d) or not is_normalization(bn):
+                continue
+            like_torch = cast(nn.BatchNorm2d, bn)  # or a class with the same attributes
+            if not hasattr(bn, "eps") or not hasattr(bn, "weight"):
+                continue
+            if like_torch.running_mean is not None and conv.out_channels == len(
+                like_torch.running_mean
+            ):
+                setattr(module, first, fuse_conv_bn_eval(conv, like_torch))
                 setattr(module, second, nn.Identity())
     return network
 
@@ -272,14 +264,14 @@ def by_child_order(network: nn.Module) -> nn.Module:
 def summary(rows: list[dict[str, str]]) -> str:
     """The tables of the page."""
     lines = [
-        f"# Every network of torchvision but the quantized, and {len(TIMM)} of timm, fused",
+        f"# Fusing every network of torchvision but the quantized, and {len(TIMM)} of timm",
         "",
-        f"`python scripts/study_fusion.py` on {study.machine()}, torchvision "
+        f"`python -m scripts.studies.fusion` on {report.machine()}, torchvision "
         f"{torchvision.__version__}. Random weights, BatchNorm statistics far from fresh, eval "
-        "mode. Errors are relative to the largest value of the network itself in float64; of a "
-        "detector, what its backbone and the heads in front of its boxes give (BatchNorms behind "
-        "them only count as left), of RAFT, what its encoders give. Wrong is above 1e-4. All "
-        "rows are in `networks.csv`.",
+        "mode. Errors are relative to the largest value of the unfused network in float64. "
+        "Compared are, of a detector, the outputs of its backbone and heads (later BatchNorms "
+        "only count as left); of RAFT, the outputs of its encoders. An error above 1e-4 is wrong. "
+        "`networks.csv` has a row per network.",
         "",
         "| | networks | BatchNorms | left: ours | torch.fx | child order | largest error: ours, "
         "float64 | module by module | float32 | unfused, float32 | torch.fx, float32 | "
@@ -294,7 +286,7 @@ def summary(rows: list[dict[str, str]]) -> str:
             cells.append(worst(own, key))
         cells += [worst(own, "fx_error"), worst(own, "order_error")]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Networks of which ours leaves BatchNorms:", ""]
+    lines += ["", "Networks in which ours leaves BatchNorms:", ""]
     lines += ["| network | BatchNorms | left | why | torch.fx leaves |", "|---|---|---|---|---|"]
     for row in rows:
         if row["left"] != "0":

@@ -1,10 +1,10 @@
-"""What fusing gives: python scripts/benchmark_fusion.py
+"""Speed-up by fusing convolutions and BatchNorms: python -m scripts.studies.benchmark_fusion
 
 Latency of networks before and after `repvgg.fuse_conv_bn`, in eager mode and compiled (inductor
-with freezing, under no_grad), and how far each is from the network in float64. Every candidate
-lives in a process of its own; all of one network are timed in turns, one at a time, in a new order
-each round. The network before fusing is there twice: the ratio of the two is the noise. Writes a
-table, a figure and the numbers of the table.
+with freezing, under no_grad), and the error of each against the network in float64. Each candidate
+runs in its own process; all candidates of a network are timed in turns. The network before fusing
+is timed twice (A/A control): the ratio of the two is the measurement noise. Writes a table, a
+figure and CSV.
 """
 
 import copy
@@ -12,14 +12,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import study
 import torch
-import turns
+import torchvision
 from torch import nn
 
 import repvgg
 from repvgg import cli, verify
 from repvgg.checks import check_integer, refusal
+from scripts.studies import report, runs, timing
+from scripts.studies.networks import randomize_batchnorms
 
 DEFAULTS: dict[str, Any] = {
     "networks": ["resnet18", "resnet34", "resnet50", "resnet152", "mobilenet_v2", "repvgg_a0"],
@@ -30,54 +31,49 @@ DEFAULTS: dict[str, Any] = {
     "compile": True,
     "out": "docs/fusion",
 }
-BEFORE, AGAIN, AFTER = "before", "before, again", "fused"
-COMPILED = ("before, compiled", "before, compiled, again", "fused, compiled")
+BEFORE, AGAIN, AFTER = "before", "before (A/A control)", "fused"
+COMPILED = ("before, compiled", "before, compiled (A/A control)", "fused, compiled")
 
 
 def main(settings: dict[str, Any]) -> None:
-    study.require_packages()
+    report.require_packages()
     for key in ("batch", "size", "threads"):
         check_integer(key, settings[key], minimum=1, example=DEFAULTS[key])
     check_integer("rounds", settings["rounds"], minimum=2, example=40)  # quartiles need two
     allowed = DEFAULTS["networks"]
     if not settings["networks"] or any(name not in allowed for name in settings["networks"]):
-        names = f"must be some of {', '.join(allowed)}"
-        raise refusal("networks", settings["networks"], names, "[resnet18]")
+        known = f"must be some of {', '.join(allowed)}"
+        raise refusal("networks", settings["networks"], known, "[resnet18]")
     names = (BEFORE, AGAIN, AFTER, *(COMPILED if settings["compile"] else ()))
     out = Path(settings["out"])
     out.mkdir(parents=True, exist_ok=True)
-    rows: list[study.Row] = []
+    rows: list[runs.Row] = []
     for network in settings["networks"]:
         rows += measure(network, names, settings)
         text = table(rows, settings)
         (out / "benchmark.md").write_text(text)
         (out / "benchmark.csv").unlink(missing_ok=True)
         for row in rows:
-            study.append(out / "benchmark.csv", row)
+            runs.append(out / "benchmark.csv", row)
     print(text)
     draw(rows, out / "benchmark.png")
 
 
-def measure(network: str, names: tuple[str, ...], settings: dict[str, Any]) -> list[study.Row]:
+def measure(network: str, names: tuple[str, ...], settings: dict[str, Any]) -> list[runs.Row]:
     """Latency and error of every candidate of one network."""
-    candidates = {
-        name: turns.start(f"{network}, {name}", serve, network, name, settings) for name in names
-    }
-    try:
-        times = turns.measure(candidates, None, rounds=settings["rounds"])
-    finally:
-        turns.stop(candidates)
+    with timing.started(names, serve, network, settings) as candidates:
+        times = timing.measure(candidates, None, rounds=settings["rounds"])
     rows = []
     for name in names:
         base = COMPILED[0] if name in COMPILED else BEFORE
-        timing = turns.summarize(times[name], times[base])
-        row = {"network": network, "form": name, **timing._asdict()}
-        rows.append({**row, "error": candidates[name].said})
+        found = timing.summarize(times[name], times[base])
+        row = {"network": network, "form": name, **found._asdict()}
+        rows.append({**row, "error": candidates[name].number})
     return rows
 
 
-def serve(pipe: Connection, network: str, name: str, settings: dict[str, Any]) -> None:
-    """Build a candidate, send its error, then time one call whenever asked."""
+def serve(pipe: Connection, name: str, network: str, settings: dict[str, Any]) -> None:
+    """In its own process: send the candidate's error, then time calls on request."""
     torch.set_num_threads(settings["threads"])
     model, images = build(network), torch.rand(settings["batch"], 3, *[settings["size"]] * 2)
     with torch.no_grad():
@@ -85,33 +81,28 @@ def serve(pipe: Connection, network: str, name: str, settings: dict[str, Any]) -
         if name in (AFTER, COMPILED[2]):
             model, report = repvgg.fuse_conv_bn(model)
             assert not report.kept, report.kept
-        if name in COMPILED:
-            import torch._inductor.config as inductor
-
-            inductor.freezing = True
-            model = torch.compile(model)  # type: ignore[assignment]
-        error = verify.relative_error(expected, model(images))
-        turns.answer(pipe, error, lambda _: model(images))
+        call = timing.compiled(model) if name in COMPILED else model
+        error = verify.relative_error(expected, call(images))
+        timing.answer(pipe, error, lambda _: call(images))
 
 
 def build(name: str) -> nn.Module:
-    """The network with random weights and BatchNorm statistics far from fresh."""
+    """The network with random weights and BatchNorm statistics."""
     torch.manual_seed(0)
     if name in repvgg.list_models():
-        return study.settle(repvgg.create_model(name))
-    import torchvision
+        return randomize_batchnorms(repvgg.create_model(name))
+    network: nn.Module = torchvision.models.get_model(name, weights=None)
+    return randomize_batchnorms(network)
 
-    return study.settle(torchvision.models.get_model(name, weights=None))
 
-
-def table(rows: list[study.Row], settings: dict[str, Any]) -> str:
+def table(rows: list[runs.Row], settings: dict[str, Any]) -> str:
     size, threads = settings["size"], settings["threads"]
     lines = [
         "# Before and after fusing",
         "",
-        f"`python scripts/benchmark_fusion.py rounds={settings['rounds']}`: batches of "
+        f"`python -m scripts.studies.benchmark_fusion rounds={settings['rounds']}`: batches of "
         f"{settings['batch']}, {size}x{size}, "
-        f"float32, {settings['rounds']} rounds after 3 to warm up; {study.machine()}, {threads} "
+        f"float32, {settings['rounds']} rounds after 3 to warm up; {report.machine()}, {threads} "
         f"threads. The speed-up is the median over rounds, against "
         "the same mode before fusing.",
         "",
@@ -127,13 +118,9 @@ def table(rows: list[study.Row], settings: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(rows: list[study.Row], path: Path) -> None:
+def draw(rows: list[runs.Row], path: Path) -> None:
     """Bars of the speed-up by network, with quartiles; 1 is the form before fusing."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = report.pyplot()
     networks = list(dict.fromkeys(row["network"] for row in rows))
     forms = [form for form in dict.fromkeys(row["form"] for row in rows) if form != BEFORE]
     forms = [form for form in forms if form != COMPILED[0]]
@@ -149,11 +136,10 @@ def draw(rows: list[study.Row], path: Path) -> None:
             [row["speedup"] - row["speedup_lower"] for row in own],
             [row["speedup_upper"] - row["speedup"] for row in own],
         ]
-        label = {AGAIN: "control", COMPILED[1]: "control, compiled"}.get(form, form)
-        axes.bar(places, values, width, yerr=spread, label=label, error_kw={"elinewidth": 1})
+        axes.bar(places, values, width, yerr=spread, label=form, error_kw={"elinewidth": 1})
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks(range(len(networks)), networks)
-    axes.set_ylabel("times as fast as before fusing")
+    axes.set_ylabel("speed-up over the network before fusing")
     axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=150)
     plt.close(figure)

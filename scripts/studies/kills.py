@@ -1,12 +1,12 @@
-"""Stop a run at random moments, resume it each time: python scripts/study_kills.py
+"""Stop a run at random moments, resume it each time: python -m scripts.studies.kills
 
-Trains a small network on the digits, undisturbed at first. Then the same run again and again,
-stopped by a signal at moments drawn at random and resumed with resume=auto, until it ends; as many
-times as it takes for the wanted number of stops. Every end must hold the undisturbed run's tensors,
-bit for bit: weights, their average, the optimizer's state. With `signal=term` or `hup` the whole
-process group gets the signal, as from a cluster or a closed terminal, and each run must end with
-that signal's status. With `workers=2` the digits are files that worker processes decode. Processes
-are forked from this one, which has torch imported: most of a short run would be imports.
+Trains a small network on the digits without interruption. Then repeats that run, stopped by a
+signal at random moments and resumed with resume=auto until it ends, until there were `kills` stops.
+The last checkpoint of every run must hold the tensors of the uninterrupted run, bit for bit:
+weights, their average, the optimizer's state. With `signal=term` or `hup` the whole process group
+gets the signal, as from a cluster or a closed terminal, and each run must end with that signal's
+status. With `workers=2` the digits are files that worker processes decode. Runs are forked from
+this process, which has imported torch already: most of a short run would be imports.
 """
 
 import contextlib
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning  # noqa: F401 - for the forked processes
-import study
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -32,8 +31,9 @@ import repvgg.training.classifier
 from repvgg import cli
 from repvgg.checks import check_integer, check_number, refusal
 from repvgg.training import runs
+from scripts.studies import report
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEFAULTS: dict[str, Any] = {
     "kills": 100,
     "signal": "kill",
@@ -60,10 +60,10 @@ def main(settings: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as place, contextlib.chdir(settings["out"] or place):
         if workers:
             arguments += [*write_digits(Path("digits")), f"data.num_workers={workers}"]
-        undisturbed = Path("undisturbed")
-        if wait(start([*arguments, f"hydra.run.dir={undisturbed}"])) != 0:
-            raise ValueError("the undisturbed run failed; what it said is in output.txt")
-        expected = tensors(undisturbed)
+        uninterrupted = Path("uninterrupted")
+        if wait(start([*arguments, f"hydra.run.dir={uninterrupted}"])) != 0:
+            raise ValueError("the uninterrupted run failed; its output is in output.txt")
+        expected = tensors(uninterrupted)
         done, ended, differing, at_once, finished = 0, 0, 0, 0, False
         bar = tqdm(total=kills, unit="kill", mininterval=5)
         while done < kills or not finished:
@@ -84,18 +84,18 @@ def main(settings: dict[str, Any]) -> None:
                 raise ValueError(f"{folder} ended with status {status}; see output.txt")
         bar.close()
     print(
-        f"{done} times {sent.name} at 0 to {longest:g} s, {workers} workers, {ended} runs of "
-        f"{epochs} epochs brought to an end, {differing} with a tensor that differs (of "
-        f"{len(expected)}); {at_once} ended by the signal itself; {study.machine()}"
+        f"{done} times {sent.name} after 0 to {longest:g} s, {workers} workers: {ended} runs of "
+        f"{epochs} epochs finished, {differing} with a tensor that differs (of {len(expected)}); "
+        f"{at_once} ended by the signal before its handler was installed; {report.machine()}"
     )
     if differing:
-        raise ValueError("a resumed run does not end as an undisturbed one")
+        raise ValueError("a resumed run differs from the uninterrupted one")
 
 
 def start(arguments: list[str]) -> int:
-    """Run train.py in a child; its process id."""
+    """Run train.py in a child process; returns its process id."""
     if child := os.fork():
-        with contextlib.suppress(PermissionError, ProcessLookupError):  # it has done so itself
+        with contextlib.suppress(PermissionError, ProcessLookupError):  # the child was first
             os.setpgid(child, child)
         return child
     os.setpgid(0, 0)
@@ -113,7 +113,10 @@ def start(arguments: list[str]) -> int:
 
 
 def wait(child: int, seconds: float | None = None, sent: int = signal.SIGKILL) -> int:
-    """Status of a child, whose group is sent a signal then; the negative of one that ended it."""
+    """Send a signal to a child's group after some seconds; returns its exit status.
+
+    The status is negative if a signal ended the child.
+    """
     deadline = None if seconds is None else time.monotonic() + seconds
     while True:
         ended, status = os.waitpid(child, 0 if deadline is None else os.WNOHANG)
@@ -126,7 +129,7 @@ def wait(child: int, seconds: float | None = None, sent: int = signal.SIGKILL) -
 
 
 def write_digits(root: Path) -> list[str]:
-    """Write the digits as files, for workers to decode; the arguments that take them."""
+    """Write the digits as files, for workers to decode; returns the arguments to train on them."""
     data = repvgg.data.digits()
     for part, source in (("train", data.train), ("val", data.val), ("test", data.test)):
         images, labels = data.read(source, torch.arange(len(source.labels)))

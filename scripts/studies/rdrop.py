@@ -1,4 +1,4 @@
-"""What R-Drop gives: python scripts/study_rdrop.py
+"""What R-Drop gains: python -m scripts.studies.rdrop
 
 Trains one network many times, on the embedded digits or on a folder of images (root=DIR, with
 train/CLASS/ and test/CLASS/), and compares accuracy and calibration on the test images:
@@ -10,8 +10,8 @@ time of the plain arm, by the costs measured on this machine before the first ru
 seed share the labels, the initial weights and the order of the data, so differences are paired.
 The last weights are tested; nothing is selected.
 
-The folder `out` gets results.csv, table.md, figure.png and settings.json. A study that was stopped
-goes on with the same command. Needs scipy and matplotlib: pip install -e ".[study]"
+The folder `out` gets results.csv, table.md, figure.png and settings.json. The same command resumes
+a study that was stopped. Requires scipy and matplotlib: pip install -e ".[study]"
 """
 
 import functools
@@ -23,13 +23,18 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning as L
 import numpy as np
-import study
 import torch
+from torch.nn import functional as F
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from repvgg import cli
 from repvgg.checks import check_integer, check_number, refusal
 from repvgg.data.module import ImageData
+from repvgg.rdrop import Noise
+from repvgg.training.classifier import Classifier
+from scripts.studies import report, runs, training
 
 DEFAULTS: dict[str, Any] = {
     "root": None,  # null: the digits
@@ -47,7 +52,7 @@ DEFAULTS: dict[str, Any] = {
     "workers": os.cpu_count() or 1,  # processes of one thread each
     "out": "runs/study_rdrop",
 }
-# Keys that may differ when a study goes on: they add runs or leave some out.
+# Keys that may differ when a study resumes: they add runs or leave some out.
 FREE = ("seeds", "alphas", "dropouts", "label_smoothing", "budgets", "workers", "out")
 MEASURED_STEPS = 30  # of each short run that measures the cost of a step
 METRICS = {"accuracy": (100, "{:.2f}"), "nll": (1, "{:.3f}"), "ece": (100, "{:.2f}")}
@@ -57,7 +62,7 @@ class Arm(NamedTuple):
     """One way to train.
 
     Attributes:
-        doubled: R-Drop at the price its authors pay, every image twice in the batch.
+        doubled: R-Drop at the cost its authors pay, every image twice in the batch.
     """
 
     alpha: float = 0.0
@@ -76,14 +81,14 @@ class Arm(NamedTuple):
 
     @property
     def cost(self) -> str:
-        """What sets the time of a step."""
+        """The kind of step, which sets its time."""
         if self.doubled:
             return "image twice"
         return "one forward" if self.alpha else "plain"
 
     @property
     def reference(self) -> "Arm":
-        """What it is compared with: the same without the divergence, or the plain arm."""
+        """The arm to compare with: the same without the KL term, or the plain arm."""
         return self._replace(alpha=0.0, doubled=False) if self.alpha else Arm()
 
 
@@ -95,7 +100,7 @@ class Job(NamedTuple):
 
     @classmethod
     def of(cls, labels: float, budget: str, arm: Arm, seed: int) -> "Job":
-        """A run of the plain cost belongs to both budgets, and is made once."""
+        """A run at the cost of plain training belongs to both budgets and is made once."""
         return cls(labels, "epochs" if arm.cost == "plain" else budget, arm, seed)
 
     @property
@@ -105,16 +110,16 @@ class Job(NamedTuple):
 
 def main(settings: dict[str, Any]) -> None:
     check(settings)
-    study.require_packages()
+    report.require_packages()
     out = Path(settings["out"])
     record = prepare(settings, out)
     results = out / "results.csv"
-    done = {key(row) for row in study.read(results)}
+    done = {key(row) for row in runs.read(results)}
     calls = [(job, settings, record["costs"]) for job in plan(settings) if job.key not in done]
     print(f"{len(done)} runs are done, {len(calls)} to go, into {out}")
     if calls:
-        study.run(train, calls, results, workers=settings["workers"])
-    rows = study.read(results)
+        runs.run(train, calls, results, workers=settings["workers"])
+    rows = runs.read(results)
     (out / "table.md").write_text(table(rows, settings, record))
     draw(rows, settings, out / "figure.png")
     print((out / "table.md").read_text())
@@ -134,7 +139,7 @@ def check(settings: dict[str, Any]) -> None:
             raise refusal("alphas", alpha, "0 is always there, as the reference", "[0.3,1]")
     for dropout in settings["dropouts"]:
         if check_number("dropouts", dropout, below=1, example=0.2) == 0:
-            raise refusal("dropouts", dropout, "R-Drop needs noise; 0 is the plain arm", "[0.2]")
+            raise refusal("dropouts", dropout, "R-Drop needs dropout; 0 is the plain arm", "[0.2]")
     for share in settings["labels"]:
         if not 0 < check_number("labels", share, example=1) <= 1:
             raise refusal("labels", share, "must be shares above 0 and at most 1", "[0.1,1]")
@@ -165,7 +170,7 @@ def plan(settings: dict[str, Any]) -> list[Job]:
 
 
 def describe_data(root: str | None) -> str:
-    """Tells data sets apart without their place, which may change."""
+    """Identify a data set without its path, which may change."""
     if root is None:
         return "the digits"
     files = sum(path.is_file() for path in Path(root).rglob("*"))
@@ -174,13 +179,10 @@ def describe_data(root: str | None) -> str:
 
 def build(
     job: Job, settings: dict[str, Any], costs: dict[str, dict[str, float]]
-) -> tuple[Any, ImageData, int]:
+) -> tuple[Classifier, ImageData, int]:
     """The module, its data and the number of steps."""
-    from repvgg.rdrop import Noise
-    from repvgg.training.classifier import Classifier
-
     train, test, contract, augment = loaded(settings["root"])
-    train = study.subset(train, job.labels, job.seed)
+    train = training.subset(train, job.labels, job.seed)
     arm = job.arm
     data = ImageData(
         train,
@@ -196,7 +198,7 @@ def build(
         cost = costs[f"{job.labels:g}"]
         steps = round(steps * cost["plain"] / cost[arm.cost])
     torch.manual_seed(job.seed)
-    module = Classifier(
+    module = training.classifier(
         {
             "name": settings["model"],
             "num_classes": len(contract.classes),
@@ -205,47 +207,43 @@ def build(
             "dropout": arm.dropout,
         },
         lr=settings["lr"],
-        momentum=0.9,
-        weight_decay=1e-4,
-        num_steps=steps,
-        num_warmup_steps=steps // 20,
+        steps=steps,
+        warmup=steps // 20,
+        seed=job.seed,
         rdrop=arm.alpha,
         label_smoothing=arm.smoothing,
-        seed=job.seed,
     )
     if arm.doubled:
         module.noise = Noise(trunk=True, head=True)
     return module, data, steps
 
 
-loaded = functools.cache(study.load_images)  # once in each process
+loaded = functools.cache(training.load_images)  # once in each process
 
 
-def fit(module: Any, data: ImageData, steps: int) -> float:
-    """Train; returns the seconds of all steps but the first, which asks and warms up."""
-    import lightning as L
+class Clock(L.Callback):
+    """Seconds of a training but its first step, which detects stochastic layers and warms up."""
 
-    class Clock(L.Callback):
-        def on_train_start(self, *_: Any) -> None:
+    def on_train_start(self, *_: object) -> None:
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        if trainer.global_step == 1:
             self.start = time.perf_counter()
 
-        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-            if trainer.global_step == 1:
-                self.start = time.perf_counter()
+    def on_train_end(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self.start
 
-        def on_train_end(self, *_: Any) -> None:
-            self.seconds = time.perf_counter() - self.start
 
+def fit(module: Classifier, data: ImageData, steps: int) -> float:
+    """Train; returns the seconds of all steps but the first."""
     clock = Clock()
-    study.fit(module, data, steps, clock)
+    training.fit(module, data, steps, clock)
     return clock.seconds
 
 
-def train(job: Job, settings: dict[str, Any], costs: dict[str, dict[str, float]]) -> dict[str, Any]:
+def train(job: Job, settings: dict[str, Any], costs: dict[str, dict[str, float]]) -> runs.Row:
     """Train and test once."""
-    from torch.nn import functional as F
-    from torchmetrics.functional.classification import multiclass_calibration_error
-
     module, data, steps = build(job, settings, costs)
     seconds = fit(module, data, steps)
     module.eval()
@@ -267,9 +265,9 @@ def train(job: Job, settings: dict[str, Any], costs: dict[str, dict[str, float]]
 
 
 def measure_costs(settings: dict[str, Any], *, rounds: int = 5) -> dict[str, dict[str, float]]:
-    """Milliseconds of a step in training, by share of the labels and kind of step.
+    """Milliseconds of a training step, by share of the labels and kind of step.
 
-    Of short runs, interleaved; medians over the rounds.
+    Medians over rounds of short, interleaved runs.
     """
     dropout = settings["dropouts"][0]
     arms = [Arm(), Arm(1.0, dropout), Arm(1.0, dropout, doubled=True)]
@@ -291,23 +289,23 @@ KEYS = ("labels", "budget", "arm", "seed")
 
 
 def prepare(settings: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Measure the costs once for a study, and refuse a folder that holds another."""
+    """Measure the costs once for a study; raise if the folder holds another study."""
     path = out / "settings.json"
     fixed = {name: value for name, value in settings.items() if name not in FREE}
     fixed["root"] = describe_data(settings["root"])
     if path.exists():
-        record = json.loads(path.read_text())
+        record: dict[str, Any] = json.loads(path.read_text())
         if record["fixed"] != fixed:
             raise ValueError(
-                f"out={out} holds a study with {record['fixed']}, this one has {fixed}: give "
+                f"out={out} holds a study with {record['fixed']}, this one has {fixed}: pass "
                 "another out"
             )
         return record
-    study.start_worker()
+    runs.start_worker()
     record = {
         "fixed": fixed,
         "costs": measure_costs(settings),
-        "machine": study.machine(),
+        "machine": report.machine(),
     }
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
@@ -359,12 +357,12 @@ def table(rows: list[dict[str, str]], settings: dict[str, Any], record: dict[str
             cells = [str(arm), next(row["steps"] for row in rows if key(row) == wanted)]
             for metric, (_, form) in METRICS.items():
                 ours = values(rows, labels, budget, arm, metric)
-                runs = np.array(list(ours.values()))
-                cells.append(f"{form} ({form})".format(runs.mean(), runs.std(ddof=1)))
+                own = np.array(list(ours.values()))
+                cells.append(f"{form} ({form})".format(own.mean(), own.std(ddof=1)))
                 if arm == arm.reference:
                     cells += ["", ""] if metric == "accuracy" else [""]
                     continue
-                found = study.compare(ours, values(rows, labels, budget, arm.reference, metric))
+                found = report.compare(ours, values(rows, labels, budget, arm.reference, metric))
                 if metric == "accuracy":
                     cells.append(f"{found.mean:+.2f} ± {found.half_width:.2f}")
                 cells.append(f"{found.p:.3f}")
@@ -374,11 +372,7 @@ def table(rows: list[dict[str, str]], settings: dict[str, Any], record: dict[str
 
 def draw(rows: list[dict[str, str]], settings: dict[str, Any], path: Path) -> None:
     """Accuracy and calibration error against the plain arm, by share of labels and budget."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = report.pyplot()
     shares = sorted(settings["labels"])
     figure, axes = pyplot.subplots(
         2, len(shares), figsize=(1 + 3.6 * len(shares), 8), squeeze=False
@@ -394,7 +388,7 @@ def draw(rows: list[dict[str, str]], settings: dict[str, Any], path: Path) -> No
                 arms = arms_of(settings, budget)[1:]
                 names = max(names, [str(arm) for arm in arms], key=len)
                 found = [
-                    study.compare(values(rows, labels, budget, arm, metric), plain) for arm in arms
+                    report.compare(values(rows, labels, budget, arm, metric), plain) for arm in arms
                 ]
                 axis.errorbar(
                     [i + shift for i in range(len(arms))],

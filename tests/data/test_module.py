@@ -13,6 +13,7 @@ from repvgg.data import sets as sources
 from repvgg.data.batches import Batches, Stored
 from repvgg.data.sets import digits, imagefolder
 from tests.support.commands import ROOT, make, quiet
+from tests.support.trainers import quiet_trainer
 
 
 class Recorder(L.LightningModule):
@@ -39,15 +40,7 @@ class Recorder(L.LightningModule):
 
 def fit(data, **options) -> dict[str, list[float]]:
     module = Recorder()
-    L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **options,
-    ).fit(module, datamodule=data)
+    quiet_trainer(**options).fit(module, datamodule=data)
     return module.seen
 
 

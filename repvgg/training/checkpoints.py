@@ -19,8 +19,8 @@ from torch import Tensor
 class BestCheckpoint(ModelCheckpoint):
     """Keeps `best.ckpt`, of the highest validation accuracy; the lower loss decides a tie.
 
-    On a small validation set ties are the rule, and the first of them is an early, lucky epoch. In
-    a run without validation `best.ckpt` is the last checkpoint.
+    On a small validation set ties are common, and the first of them is an early, lucky epoch. In a
+    run without validation `best.ckpt` is the last checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,7 +46,7 @@ class BestCheckpoint(ModelCheckpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
         super().on_train_batch_end(trainer, *rest)
-        # At max_steps within an epoch Lightning validates only if it is told to stop.
+        # At max_steps within an epoch Lightning validates only if it should stop.
         if 0 <= trainer.max_steps <= trainer.global_step:
             trainer.should_stop = True
 
@@ -68,7 +68,7 @@ class BestCheckpoint(ModelCheckpoint):
         assert self.dirpath is not None
         path, score = str(Path(self.dirpath) / "best.ckpt"), state_dict["best_model_score"]
         if not Path(path).exists():
-            return  # what was best stayed behind
+            return  # the best checkpoint was not moved along
         moved = {
             "dirpath": self.dirpath,
             "best_model_path": path,
@@ -82,7 +82,7 @@ class BestCheckpoint(ModelCheckpoint):
 class LastCheckpoint(ModelCheckpoint):
     """Keeps `last.ckpt`, of every epoch.
 
-    By a callback of its own: `save_last=True` on the other would write it beside a new best only.
+    A separate callback, because `save_last=True` on the other writes only beside a new best.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -94,20 +94,20 @@ class LastCheckpoint(ModelCheckpoint):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing of it is needed: the next epoch is written in any case."""
+        """Ignore the saved state: the next epoch is written in any case."""
 
 
 class WholeFileIO(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all: beside its place, then renamed into it.
+    """Writes a checkpoint whole or not at all: into a temporary file, which is then renamed.
 
-    A remote path, such as s3://bucket/last.ckpt, is written as Lightning writes it.
+    Lightning writes remote paths, such as s3://bucket/last.ckpt.
 
     Raises, from `save_checkpoint`:
         ValueError: `storage_options` are given, which nothing reads.
     """
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None
     ) -> None:
         if storage_options is not None:
             raise ValueError(
@@ -125,7 +125,7 @@ class WholeFileIO(TorchCheckpointIO):
             if number.isdecimal() and not is_alive(int(number)):
                 left.unlink(missing_ok=True)
         temporary = target.with_name(f"{mine}{os.getpid()}-{secrets.token_hex(4)}")
-        content = io.BytesIO()  # torch.save hides what goes wrong with a file behind its own error
+        content = io.BytesIO()  # torch.save replaces the error of a full disk with another
         torch.save(checkpoint, content)
         try:
             with temporary.open("wb") as file:
@@ -139,12 +139,12 @@ class WholeFileIO(TorchCheckpointIO):
 
 def is_alive(process: int) -> bool:
     """Whether a process of this machine runs."""
-    if os.name == "nt":  # where signal 0 would end it
+    if os.name == "nt":  # signal 0 would end the process
         return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # it runs, for another user
+        pass  # another user's process
     return True

@@ -11,9 +11,9 @@ NAME = ".lock"
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder; the lock ends with the process, however it ends.
+    """Keep other processes out of a folder; the lock ends with the process.
 
-    A folder that does not exist is made. One that holds nothing else in the end is left empty.
+    A missing folder is created. If nothing else was written, the folder is left empty.
 
     Raises:
         ValueError: another run holds the folder.
@@ -24,7 +24,7 @@ def hold(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise ValueError(
-            f"{folder} is in use by another run: wait until that ends, or give another "
+            f"{folder} is in use by another run: wait until that ends, or pass another "
             "hydra.run.dir"
         ) from None
     try:

@@ -1,27 +1,28 @@
-"""Memory that one step of training frees is kept for the next, on processors."""
+"""Keeps the memory that one training step frees for the next, on CPUs."""
 
 import ctypes
 import sys
 
-# Of malloc.h. Large blocks, as features are, glibc otherwise asks the system for and gives back as
-# soon as they are free: for every layer of every step anew.
-_MMAP_MAX = (-4, 0)  # blocks that are mapped by themselves: none
-_TRIM_THRESHOLD = (-1, -1)  # bytes free at the end of the heap that are given back: never
-_TOP_PAD = (-2, 64 * 2**20)  # bytes by which it grows beyond what is asked for
+# Options of malloc.h. By default glibc maps every large block, such as a feature map, and returns
+# it to the system as soon as it is free: again for every layer of every step.
+_MMAP_MAX = (-4, 0)  # number of blocks that are mapped separately
+_TRIM_THRESHOLD = (-1, -1)  # free bytes at the end of the heap that are returned: never
+_TOP_PAD = (-2, 64 * 2**20)  # bytes by which the heap grows beyond a request
 
 
 def keep_memory() -> bool:
-    """Let this process keep what it frees, until it ends.
+    """Let this process keep the memory that it frees, until it ends.
 
-    The system need not clear the same pages in each step: a fifth of the time of a float32 step of
-    RepVGG-A0 at 224 pixels (`scripts/studies/benchmark_training.py`), a tenth in bf16 (12 steps,
+    The system then need not clear the same pages in each step: a fifth of the time of a float32
+    step of RepVGG-A0 at 224 pixels (`scripts/studies/benchmark_training.py`), a tenth in bf16 (12 steps,
     twice).
-    What is computed stays the same. Within a few steps the process settles at a larger size than
-    its peak would be, as blocks do not all fit into the room that others left: 5 to 17 % for runs
-    of RepVGG-A0, up to 2.6 times where a network is a few layers of blocks of 120 MB (glibc 2.36).
+
+    Results stay the same. Within a few steps the process settles at a size above its usual peak,
+    because not every block fits into free memory: 5 to 17 % above for runs of RepVGG-A0, and up to
+    2.6 times for a few layers with blocks of 120 MB (glibc 2.36).
 
     Returns:
-        whether the C library can be asked for it: glibc, on Linux.
+        whether the C library has these options: glibc does, on Linux.
     """
     if sys.platform != "linux":
         return False

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from repvgg.signals import Interrupted, interruptible, stopping
-from repvgg.training.classifier import Diverged
+from repvgg.training.divergence import Diverged
 
 ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 

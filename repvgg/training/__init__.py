@@ -1,5 +1,7 @@
 """Training runs: the Lightning module, its callbacks, the settings, and the folders of runs.
 
-`classifier` learns, `checkpoints` and `callbacks` save and measure, `settings` checks a
-configuration, `runs` resumes one.
+`run` tells a run from its settings to its checkpoints. `settings` checks a configuration, `setup`
+builds the trainer and the network from it, and `compatibility` checks that these fit the data.
+`classifier` is the Lightning module. `callbacks`, `checkpoints` and `divergence` are its callbacks.
+`runs` resumes a run.
 """

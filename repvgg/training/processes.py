@@ -1,12 +1,19 @@
-"""The processes of a run: who started them, which one this is, and whether the trainer agrees."""
+"""The processes of a run: who started them, which one this is, and how many there are."""
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
 
 def rank(environment: Mapping[str, str] = os.environ) -> int:
-    """0 in the process that writes the files of a run, more than 0 in all others."""
+    """0 in the process that writes the files of a run, more than 0 in all others.
+
+    Lightning's `rank_zero_only.rank` is 0 in the first process of every machine until there is a
+    Trainer, and the folder of a run is locked before.
+    """
     node = _integer(environment, "NODE_RANK", 0)  # of Lightning, on several machines
     for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
         if key in environment:
@@ -27,8 +34,8 @@ def check_processes(
     *,
     accelerator: str = "auto",
     environment: Mapping[str, str] = os.environ,
-) -> None:
-    """Refuse a trainer that expects other processes than were started.
+) -> int:
+    """Check that as many processes were started as a trainer expects; returns their number.
 
     Args:
         devices: of each node, as `lightning.Trainer` takes them.
@@ -38,15 +45,15 @@ def check_processes(
 
     Raises:
         ValueError: the numbers differ, or variables of a launcher are left over. Training would
-            wait for ever, or several processes would each train alone into one folder.
+            wait forever, or several processes would each train alone into one folder.
     """
     on_node = _count(devices, accelerator)
-    wanted = on_node * num_nodes
+    expected = on_node * num_nodes
     here = f"trainer.devices={devices} trainer.num_nodes={num_nodes}"
     if "TORCHELASTIC_RUN_ID" in environment:
         total = _integer(environment, "WORLD_SIZE", 1)
         local = _integer(environment, "LOCAL_WORLD_SIZE", total)
-        if (local, total) != (on_node, wanted):
+        if (local, total) != (on_node, expected):
             nodes = total // local
             raise ValueError(
                 f"{here}: torchrun started {total} processes, {local} on this node; pass "
@@ -58,34 +65,37 @@ def check_processes(
     elif "LOCAL_RANK" in environment:  # Lightning starts its processes with it
         node = _integer(environment, "NODE_RANK", 0)
         position = node * on_node + _integer(environment, "LOCAL_RANK")
-        total = _integer(environment, "WORLD_SIZE", wanted)
-        if total != wanted or position >= wanted:
-            key = "WORLD_SIZE" if total != wanted else "LOCAL_RANK"
-            _refuse_left_over(environment, key, here, wanted)
+        total = _integer(environment, "WORLD_SIZE", expected)
+        if total != expected or position >= expected:
+            key = "WORLD_SIZE" if total != expected else "LOCAL_RANK"
+            _reject_left_over(environment, key, here, expected)
         if _integer(environment, "RANK", position) != position:
-            _refuse_left_over(environment, "RANK", here, wanted)
+            _reject_left_over(environment, "RANK", here, expected)
     elif "KUBERNETES_PORT" not in environment or "MASTER_ADDR" not in environment:
         if _integer(environment, "RANK", 0) != 0:
-            _refuse_left_over(environment, "RANK", here, wanted)
-        if _integer(environment, "WORLD_SIZE", wanted) not in (1, wanted):
-            _refuse_left_over(environment, "WORLD_SIZE", here, wanted)
-    elif _integer(environment, "WORLD_SIZE", 1) != wanted:
+            _reject_left_over(environment, "RANK", here, expected)
+        if _integer(environment, "WORLD_SIZE", expected) not in (1, expected):
+            _reject_left_over(environment, "WORLD_SIZE", here, expected)
+    elif _integer(environment, "WORLD_SIZE", 1) != expected:
         raise ValueError(
             f"{here}: WORLD_SIZE={environment['WORLD_SIZE']} processes were started; pass devices "
             "and num_nodes whose product it is"
         )
+    return expected
 
 
-def cluster_plugins(environment: Mapping[str, str] = os.environ) -> list[Any]:
-    """What a `lightning.Trainer` needs under SLURM so that it does not requeue the job itself.
+def cluster_plugins(
+    environment: Mapping[str, str] = os.environ,
+) -> "list[ClusterEnvironment]":
+    """The plugin that keeps a `lightning.Trainer` from requeueing a SLURM job.
 
-    Lightning would handle SIGUSR1, write hpc_ckpt_1.ckpt into its default_root_dir and begin every
-    later run from it. `callbacks.SaveOnSignal` handles the signal. Pass the folder of the
-    run as `default_root_dir` too, so that such a file of another run is not read.
+    Otherwise Lightning would handle SIGUSR1, write hpc_ckpt_1.ckpt into its default_root_dir and
+    start every later run from that. `callbacks.SaveOnSignal` handles the signal. Pass the folder of
+    the run as `default_root_dir` too: Lightning then finds no such file of another run.
     """
     if "TORCHELASTIC_RUN_ID" in environment or not _uses_slurm(environment):
         return []
-    from lightning.pytorch.plugins.environments import SLURMEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
     return [SLURMEnvironment(auto_requeue=False)]
 
@@ -107,15 +117,15 @@ def _check_slurm(environment: Mapping[str, str], here: str, on_node: int, num_no
         )
 
 
-def _refuse_left_over(environment: Mapping[str, str], key: str, here: str, wanted: int) -> None:
+def _reject_left_over(environment: Mapping[str, str], key: str, here: str, expected: int) -> None:
     raise ValueError(
-        f"{key}={environment[key]}: set, but {here} is {wanted} processes and neither torchrun nor "
-        f"srun started this one; type unset {key}, or start the processes with torchrun"
+        f"{key}={environment[key]}: set, but {here} is {expected} processes and neither torchrun "
+        f"nor srun started this one; run unset {key}, or start the processes with torchrun"
     )
 
 
 def _uses_slurm(environment: Mapping[str, str]) -> bool:
-    """As Lightning decides; in an interactive shell the tasks of SLURM do not count."""
+    """Lightning's own rule: in an interactive shell the tasks of SLURM do not count."""
     interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
     return "SLURM_NTASKS" in environment and not interactive
 

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
@@ -11,127 +10,108 @@ from hydra.core.hydra_config import HydraConfig
 from repvgg import checkpoint
 from repvgg.contract import to_float
 from repvgg.data.batches import WorkersDied
-from repvgg.data.sets import open_data
+from repvgg.models.registry import build_model
 from repvgg.signals import Interrupted, interruptible
-from repvgg.training import callbacks, lock, processes, runs
-from repvgg.training.classifier import Diverged
+from repvgg.training import compatibility, lock, processes, report, runs, setup
+from repvgg.training.divergence import Diverged
 from repvgg.training.malloc import keep_memory
-from repvgg.training.report import (
-    describe,
-    flatten,
-    log_hyperparameters,
-    report,
-    report_stop,
-    show_logs,
-    warn_of_emulation,
-)
 from repvgg.training.schedule import count_steps
-from repvgg.training.settings import Settings, scale_learning_rate
-from repvgg.training.setup import (
-    build_module,
-    build_trainer,
-    check_batch_of_one,
-    check_devices,
-    check_network,
-    check_resumed,
-    check_runs,
-    check_same_steps,
-    fit_model,
-    initialize,
-    prepare,
-    quieten,
-)
+from repvgg.training.settings import Config, Settings, scale_learning_rate
 
 
-def run(settings: Settings, config: dict[str, Any], folder: Path) -> None:
-    """Train in a folder that no other run writes into."""
-    trainer = settings.trainer
-    processes.check_processes(
-        trainer["devices"], trainer["num_nodes"], accelerator=trainer["accelerator"]
+def run(settings: Settings, config: Config, folder: Path) -> None:
+    """Train in a folder that no other run writes into.
+
+    Args:
+        config: the settings as Hydra composed them, which are recorded in the folder.
+    """
+    arguments = settings.trainer
+    devices = processes.check_processes(
+        arguments.devices, arguments.num_nodes, accelerator=arguments.accelerator
     )
     with lock.hold(folder) if processes.rank() == 0 else contextlib.nullcontext():
-        train(settings, config, folder)
+        train(settings, config, folder, devices)
 
 
-def train(settings: Settings, config: dict[str, Any], folder: Path) -> None:
+def train(settings: Settings, config: Config, folder: Path, devices: int) -> None:
     """Fit, keep the best and the last checkpoint, test the best, print where everything is.
 
     Args:
-        config: the settings as they were composed, for the record.
-        folder: of the run.
+        devices: of all machines together.
 
     Raises:
         ValueError: the settings, the data and the network do not fit each other.
     """
     resume = settings.resume
     last = folder / runs.LAST
-    typed = [argument.partition("=")[0] for argument in HydraConfig.get().overrides.hydra]
-    runs.check_folder(folder, resumed=resume is not None, chosen="hydra.run.dir" in typed)
+    best = last.with_name("best.ckpt")
+    saves = not settings.trainer.others.get("fast_dev_run")
+    keys = [argument.partition("=")[0] for argument in HydraConfig.get().overrides.hydra]
+    runs.check_folder(folder, resumed=resume is not None, chosen="hydra.run.dir" in keys)
 
-    quieten()
-    warn_of_emulation(settings)
+    # Everything that can be checked before the data is read.
+    setup.quieten()
+    if processes.rank() == 0:
+        report.warn_of_emulation(settings.trainer)
     L.seed_everything(settings.seed, verbose=False)
-    describing = callbacks.SelfDescribing(checkpoint.KEY)
-    trainer = build_trainer(settings, folder, describing)
-    check_devices(trainer)
-    check_network(settings)
+    compatibility.check_sweep(devices)
+    compatibility.check_trainer(settings.trainer)
+    parts = setup.build_parts(settings.trainer, folder)
+    compatibility.check_network(settings)
     start = checkpoint.open_network(settings.init) if settings.init and not resume else None
-    data = open_data(
-        settings.data,
-        mixup=settings.mixup,
-        cutmix=settings.cutmix,
-        seed=settings.seed,
-    )
-    model = fit_model(settings.model, data)
-    if start is not None and "bn_eps" in start.config:
-        model = {"bn_eps": start.config["bn_eps"]} | model
+
+    data = setup.open_images(settings)
     images, labels = data.probe()
-    describing.describe = functools.partial(
+    model = setup.complete_model(settings.model, data.contract, start)
+    steps = count_steps(settings, data, devices)
+    rate = scale_learning_rate(settings.optim, steps.images)
+
+    network = build_model(**model)
+    notes = []
+    if start is not None:
+        notes = setup.initialize(network, start, data, str(settings.init))
+    if resume is not None:
+        differences = compatibility.check_resumed(resume, model, data, images)
+        notes = [*runs.describe_changes(config, folder), *differences]
+        compatibility.check_same_steps(resume, config, len(data.train.labels), steps, folder)
+    compatibility.check_runs(network, to_float(images[:2]), model["name"])
+    compatibility.check_batch_of_one(network, to_float(images[:1]), data.batch_size)
+    noise = setup.find_stochastic(network, settings, to_float(images))
+    setup.lay_out(network, settings)
+    module = setup.build_classifier(
+        settings, network, model["num_classes"], steps, rate.scaled, noise=noise
+    )
+
+    describe = functools.partial(
         checkpoint.describe, config=model, data=data.contract, images=images, labels=labels
     )
+    trainer = setup.build_trainer(settings, parts, steps, describe, folder)
     if settings.keep_memory and trainer.strategy.root_device.type == "cpu":
         keep_memory()
-    steps = count_steps(settings, data, trainer.world_size)
-    if settings.trainer["log_every_n_steps"] is None:
-        trainer.log_every_n_steps = max(1, steps.batches // 10)
-    rate = scale_learning_rate(settings.optim, steps.images)
-    module = build_module(settings, model, steps, rate.scaled)
-    begun = ""
-    if start is not None:
-        begun = initialize(module.net, start, data, str(settings.init))
-    if resume is not None:
-        begun = check_resumed(resume, config, model, data, images, folder)
-        check_same_steps(resume, config, len(data.train.labels), steps, folder)
-    check_runs(module.net, to_float(images[:2]), model["name"])
-    check_batch_of_one(module.net, to_float(images[:1]), data.batch_size)
-    prepare(module, settings, to_float(images))
-    if processes.rank() == 0:
-        print(data.summary(), describe(settings, module, steps, rate, folder) + begun, sep="\n")
-        if not trainer.fast_dev_run:
+    if trainer.is_global_zero:
+        print(data.summary())
+        report.print_run(model["name"], module, steps, rate, folder)
+        print(*notes, sep="\n", end="\n" if notes else "")
+        if saves:
             runs.record(config, folder)
-    best = last.with_name("best.ckpt")
     try:
         with interruptible():
             trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
             tested = trainer.test(
                 module,
                 datamodule=data,
-                ckpt_path=None if trainer.fast_dev_run else best if best.exists() else last,
+                ckpt_path=(best if best.exists() else last) if saves else None,
                 weights_only=True,
                 verbose=False,
             )
     except (Interrupted, Diverged, WorkersDied) as stopped:
-        report_stop(stopped, last)
-    if processes.rank() == 0 and trainer.fast_dev_run:
-        print("fast_dev_run: trained, validated and tested; nothing was saved")
-    if trainer.fast_dev_run:
-        return
+        report.report_stop(stopped, last)
+
     metrics = tested[0] if tested else {}
-    shown = flatten(config | {"rdrop": module.rdrop, "model": model})
-    for logger in trainer.loggers:
-        log_hyperparameters(logger, shown, metrics)
-    if processes.rank() == 0:
-        if trainer.checkpoint_callback.best_model_score is None:
-            print("no validation ran: best.ckpt is the last checkpoint")
-        report(metrics, data, best)
-        show_logs(trainer.loggers, folder)
+    if saves:
+        shown = {**config, "rdrop": module.rdrop, "model": model}
+        report.log_hyperparameters(trainer.loggers, shown, metrics)
+    if trainer.is_global_zero and saves:
+        report.report_results(trainer, metrics, data, best)
+    elif trainer.is_global_zero:
+        print("fast_dev_run: trained, validated and tested; nothing was saved")

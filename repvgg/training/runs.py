@@ -1,14 +1,15 @@
-"""The folders of runs: which one is gone on from, and which process may write into it."""
+"""The folders of runs: which one is resumed, and which process may write into it."""
 
 import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from repvgg import cli
 from repvgg.training import processes
+from repvgg.training.settings import Config, section
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -19,7 +20,7 @@ CONFIG, OVERRIDES, CHOICES = (
     Path(".hydra", name) for name in ("config.yaml", "overrides.yaml", "hydra.yaml")
 )
 
-# Keys that may be typed beside `resume`; the others are part of what is resumed.
+# Keys that may be passed beside `resume`; a resumed run keeps all others.
 RESUMABLE = (
     "data.root",
     "data.num_workers",
@@ -47,8 +48,8 @@ RESUMABLE = (
 )
 # Keys of version 0.1 that later versions lack, each with the value that changed nothing.
 REMOVED = {"rdrop_views": 1, "data.repeats": 1}
-# Code that a recorded configuration may name, whole: a dotted name also reaches what its module
-# imports. Anything else has to be typed again.
+# The code that a recorded configuration may name. Names are matched whole, because a dotted name
+# also reaches what its module imports. Any other name must be passed again.
 _OWN_CODE = re.compile(
     r"repvgg\.data\.(digits|cifar10|cifar100|imagefolder)|lightning\.Trainer"
     r"|lightning\.pytorch\.(callbacks|loggers|profilers)\.[A-Z]\w*"
@@ -56,60 +57,61 @@ _OWN_CODE = re.compile(
 
 
 def plan(arguments: cli.Arguments) -> cli.Plan:
-    """Go on from a run for `resume=PATH`: with its recorded configuration, in its folder.
+    """Resume a run for `resume=PATH`, with its recorded configuration and in its folder.
 
-    `resume=auto` takes the run in `hydra.run.dir`, or starts it where it was never saved: what a
-    job types that a cluster may start again. Without that key it takes the newest run in runs/.
-    Configurations and defaults of today do not count. What is typed beside `resume` is compared
-    with what was recorded, value by value; only RESUMABLE may differ.
+    `resume=auto` resumes the run in `hydra.run.dir`. If that was never saved, the run starts: a
+    cluster may start the same command again and again. Without `hydra.run.dir` the newest run in
+    runs/ is resumed.
+
+    Today's configurations and defaults do not count. Each value that is passed beside `resume` is
+    compared with the recorded one. Only the RESUMABLE may differ.
 
     Raises:
-        ValueError: there is nothing to go on from, or an argument would change what is resumed.
+        ValueError: there is nothing to resume, or an argument would change what is resumed.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    typed = OverridesParser.create().parse_overrides(arguments.overrides)
-    given = next((one.value() for one in reversed(typed) if one.key_or_group == "resume"), None)
+    passed = OverridesParser.create().parse_overrides(arguments.overrides)
+    given = next((one.value() for one in reversed(passed) if one.key_or_group == "resume"), None)
     if given is None:
         return cli.Plan(arguments)
     if cli.SWEEP & set(arguments.options):
-        raise ValueError("-m: a sweep starts new runs; type resume= without -m, a run at a time")
-    folders = [str(one.value()) for one in typed if one.key_or_group == "hydra.run.dir"]
+        raise ValueError("-m: a sweep starts new runs; pass resume= without -m, a run at a time")
+    folders = [str(one.value()) for one in passed if one.key_or_group == "hydra.run.dir"]
     if given == "auto":
         path = _newest(folders)
         if path is None:
-            others = [one.input_line for one in typed if one.key_or_group != "resume"]
+            others = [one.input_line for one in passed if one.key_or_group != "resume"]
             return cli.Plan(cli.Arguments(arguments.options, [str(line) for line in others]))
     else:
         path = Path(str(given)).expanduser()
     if not path.is_file():
-        raise ValueError(f"resume={path}: there is no such file; give a run's last.ckpt")
+        raise ValueError(f"resume={path}: there is no such file; pass a run's last.ckpt")
     folder = path.absolute().parent.parent
     if not (folder / CONFIG).is_file():
         raise ValueError(f"resume={path}: not in the folder of a run, which holds {CONFIG}")
     if {"--cfg", "-c", "--info", "-i"} & {one.partition("=")[0] for one in arguments.options}:
-        raise ValueError(f"resume={path}: it goes on as {folder / CONFIG} says; look there")
+        raise ValueError(f"resume={path}: its configuration is in {folder / CONFIG}; look there")
     if folders and Path(folders[-1]).expanduser().absolute() != folder:
         raise ValueError(
-            f"hydra.run.dir={folders[-1]}: a resumed run goes on in its own folder, {folder}; "
+            f"hydra.run.dir={folders[-1]}: a resumed run stays in its own folder, {folder}; "
             "leave hydra.run.dir out"
         )
     recorded = read_config(folder)
-    changed = _changes(typed, recorded, folder)
+    changed = _changes(passed, recorded, folder)
 
-    def complete(composed: dict[str, Any]) -> dict[str, Any]:
-        _require_own_code(recorded, composed, typed, folder)
+    def complete(composed: dict[str, object]) -> dict[str, object]:
+        _require_own_code(recorded, composed, passed, folder)
         config = _with_missing(recorded, composed)
         for key, value in changed.items():
-            _set(config, key, value)
-        config["resume"] = str(path)
-        return config
+            config = _replaced(config, key, value)
+        return config | {"resume": str(path)}
 
     place = cli.quote_path(f"hydra.run.dir={folder}")
-    composing = [str(one.input_line) for one in typed if _is_composed(one, arguments.options)]
+    composing = [str(one.input_line) for one in passed if _is_composed(one, arguments.options)]
     again = [
         cli.quote_path(f"resume={path}") if one.key_or_group == "resume" else str(one.input_line)
-        for one in typed
+        for one in passed
     ]
     return cli.Plan(
         cli.Arguments(arguments.options, [*composing, place]),
@@ -118,10 +120,12 @@ def plan(arguments: cli.Arguments) -> cli.Plan:
     )
 
 
-def describe_changes(config: dict[str, Any], folder: Path) -> list[str]:
-    """A line for what a resumed run takes over, and one for each value that is another now."""
+def describe_changes(config: Config, folder: Path) -> list[str]:
+    """A line that says what is resumed, and one for each value that differs from the recorded."""
     recorded = read_config(folder)
-    lines = [f"goes on from {relative(folder / LAST)}, as {relative(folder / CONFIG)} says"]
+    lines = [
+        f"resumes {relative(folder / LAST)}, with the configuration {relative(folder / CONFIG)}"
+    ]
     for key, before in _leaves(recorded):
         value = _get(config, key)
         if key != "resume" and value != before:
@@ -132,22 +136,22 @@ def describe_changes(config: dict[str, Any], folder: Path) -> list[str]:
     return lines
 
 
-def record(config: dict[str, Any], folder: Path) -> None:
-    """Write down what a run was given: the truth for `resume`, and for the reader."""
+def record(config: Config, folder: Path) -> None:
+    """Write the configuration of a run into its folder, for `resume` and for the reader."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     (folder / CONFIG).parent.mkdir(exist_ok=True)
     resumed = config["resume"] is not None
-    if not resumed:  # a resumed run's are those of its first start
+    if not resumed:  # a resumed run keeps the files of its first start
         hydra = HydraConfig.get()
         choices = {"hydra": {"runtime": {"choices": hydra.runtime.choices}}}
         write_whole(folder / OVERRIDES, OmegaConf.to_yaml(hydra.overrides.task))
         write_whole(folder / CHOICES, OmegaConf.to_yaml(OmegaConf.create(choices)))
-    write_whole(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config | {"resume": None})))
+    write_whole(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create({**config, "resume": None})))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, object]:
     """The configuration of the run in a folder, as it was recorded, without REMOVED keys.
 
     Raises:
@@ -155,22 +159,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     from omegaconf import OmegaConf
 
-    config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
+    config = cast(dict[str, object], OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
     for key in REMOVED:
         *sections, leaf = key.split(".")
-        section = _get(config, ".".join(sections)) if sections else config
-        if isinstance(section, dict) and leaf in section:
-            _check_removed(key, section.pop(leaf), folder)
+        holder = _get(config, ".".join(sections)) if sections else config
+        if isinstance(holder, dict) and leaf in holder:
+            _check_removed(key, holder.pop(leaf), folder)
     return config
 
 
-def _changes(typed: list["Override"], recorded: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What was typed beside `resume` that is not what was recorded."""
+def _changes(passed: list["Override"], recorded: Config, folder: Path) -> dict[str, object]:
+    """What was passed beside `resume` and differs from what was recorded."""
     from omegaconf import OmegaConf
 
     choices = _recorded_choices(folder)
-    changes: dict[str, Any] = {}
-    for one in typed:
+    changes: dict[str, object] = {}
+    for one in passed:
         key, line = one.key_or_group, one.input_line
         if key == "resume" or key.startswith(("hydra.", "hydra/")):
             continue
@@ -178,14 +182,14 @@ def _changes(typed: list["Override"], recorded: dict[str, Any], folder: Path) ->
             _check_removed(key, one.value(), folder)
             continue
         if one.is_sweep_override() or one.is_delete():
-            raise ValueError(f"{line}: beside resume type key=value, with one value")
+            raise ValueError(f"{line}: beside resume pass key=value, with one value")
         before = _get(recorded, key)
         if key in choices or "/" in key or (isinstance(before, dict) and one.value() != before):
             before, same = choices.get(key), str(one.value()) == choices.get(key)
         else:
-            draft = OmegaConf.create(recorded)
+            draft = OmegaConf.create(dict(recorded))
             OmegaConf.update(draft, key, one.value(), force_add=True)
-            value = _get(cast(dict[str, Any], OmegaConf.to_container(draft, resolve=True)), key)
+            value = _get(OmegaConf.to_container(draft, resolve=True), key)
             same = value == before and _get(recorded, key, missing=...) is not ...
             if not same and key in RESUMABLE:
                 changes[key] = value
@@ -207,49 +211,54 @@ def _check_removed(key: str, value: object, folder: Path) -> None:
 
 
 def _recorded_choices(folder: Path) -> dict[str, str]:
-    """The file that was chosen of each group; runs of 0.1 noted those that were typed."""
+    """The choice of each group; runs of version 0.1 recorded only those that were passed."""
     from omegaconf import OmegaConf
 
     if (folder / CHOICES).is_file():
         found = OmegaConf.select(OmegaConf.load(folder / CHOICES), "hydra.runtime.choices")
         return {str(key): str(value) for key, value in (found or {}).items()}
-    lines: Any = OmegaConf.load(folder / OVERRIDES) if (folder / OVERRIDES).is_file() else []
+    path = folder / OVERRIDES
+    lines = cast(list[object], OmegaConf.load(path)) if path.is_file() else []
     pairs = (str(line).partition("=") for line in lines)
     defaults = {"model": "repvgg_a0", "data": "digits", "experiment": "None"}
     return defaults | {key: value for key, _, value in pairs if key in defaults}
 
 
 def _require_own_code(
-    recorded: dict[str, Any], composed: dict[str, Any], typed: list["Override"], folder: Path
+    recorded: Config, composed: Config, passed: list["Override"], folder: Path
 ) -> None:
-    """Run no code that only a file in the run's folder names: it may be somebody else's."""
-    named = {str(one.value()) for one in typed if one.key_or_group.endswith("_target_")}
+    """Reject code that only a file in the run's folder names: that file may be third-party.
+
+    Raises:
+        ValueError: a recorded `_target_` is neither ours nor passed on the command line.
+    """
+    named = {str(one.value()) for one in passed if one.key_or_group.endswith("_target_")}
     named |= {str(value) for key, value in _leaves(composed) if key.endswith("_target_")}
     for key, target in _leaves(recorded):
         if not key.endswith("_target_") or _OWN_CODE.fullmatch(str(target)) or target in named:
             continue
         raise ValueError(
             f"resume={relative(folder / LAST)}: {relative(folder / CONFIG)} names code that is not "
-            f"this project's; if you know it, type {key}={target} too"
+            f"this project's; if you trust it, pass {key}={target} too"
         )
 
 
-def _with_missing(recorded: dict[str, Any], composed: dict[str, Any]) -> dict[str, Any]:
-    """What was recorded, with today's default for keys that were not there yet."""
-    config = composed | recorded
-    for section in ("optim", "trainer"):
-        config[section] = composed[section] | recorded[section]
-    return {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
+def _with_missing(recorded: Config, composed: Config) -> dict[str, object]:
+    """What was recorded, with today's default for keys that did not exist then."""
+    sections = {
+        key: section(composed, key) | section(recorded, key) for key in ("optim", "trainer")
+    }
+    return {**composed, **recorded, **sections}
 
 
 def _is_composed(override: "Override", options: list[str]) -> bool:
-    """Whether Hydra is to see an argument of a resumed run: all where the user names configs."""
+    """Whether Hydra composes an argument of a resumed run: all do with a user's own configs."""
     key = override.key_or_group
     own_configs = any(option.lstrip("-").startswith("c") for option in options)
     return key not in ("resume", "hydra.run.dir") and (key.startswith("hydra") or own_configs)
 
 
-def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in config.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")
@@ -259,7 +268,7 @@ def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + key, value
 
 
-def _get(config: Any, key: str, missing: Any = None) -> Any:
+def _get(config: object, key: str, missing: object = None) -> object:
     for part in key.split("."):
         if isinstance(config, list) and part.isdigit() and int(part) < len(config):
             config = config[int(part)]
@@ -270,39 +279,41 @@ def _get(config: Any, key: str, missing: Any = None) -> Any:
     return config
 
 
-def _set(config: dict[str, Any], key: str, value: Any) -> None:
-    *sections, leaf = key.split(".")
-    for section in sections:
-        config = config.setdefault(section, {})
-    config[leaf] = value
+def _replaced(config: Config, key: str, value: object) -> dict[str, object]:
+    """A copy of a configuration with another value for a dotted key."""
+    first, _, rest = key.partition(".")
+    inner = config.get(first)
+    if rest:
+        value = _replaced(inner if isinstance(inner, dict) else {}, rest, value)
+    return {**config, first: value}
 
 
 def check_folder(folder: Path, *, resumed: bool, chosen: bool) -> None:
-    """Refuse to write into another run's folder, or into one for each of several processes.
+    """Check that a run may write into a folder.
 
     Args:
         folder: of this run.
-        resumed: it goes on from a checkpoint there.
-        chosen: the user typed it.
+        resumed: the run resumes a checkpoint there.
+        chosen: the user passed the folder on the command line.
 
     Raises:
-        ValueError: likewise.
+        ValueError: it belongs to another run, or each of several processes would make its own.
     """
     if processes.started_together() and not (chosen or resumed):
         raise ValueError(
-            "hydra.run.dir is missing: processes that are started together need one folder; type "
+            "hydra.run.dir is missing: processes that are started together need one folder; pass "
             "hydra.run.dir=runs/NAME"
         )
     last = folder / LAST
     if processes.rank() == 0 and not resumed and last.exists():
         raise ValueError(
-            f"{relative(folder)} belongs to another run: type resume={shlex.quote(relative(last))} "
-            "to go on from it, or give another hydra.run.dir"
+            f"{relative(folder)} belongs to another run: pass resume={shlex.quote(relative(last))} "
+            "to resume that, or pass another hydra.run.dir"
         )
 
 
 def discard_if_empty(folder: Path) -> None:
-    """Remove the folder Hydra made for a run that was refused, and empty ones above it in runs/."""
+    """Remove the folder that Hydra made for a run, and those above it in runs/, if empty."""
     runs = cli.start_folder() / RUNS
     for path in (folder, *(above for above in folder.parents if above.is_relative_to(runs))):
         if path in (Path.cwd(), cli.start_folder()) or not path.is_dir() or any(path.iterdir()):
@@ -318,14 +329,14 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def relative(path: Path) -> str:
-    """A path as the user would type it from where the command was typed."""
+    """A path as seen from the folder in which the user started the command."""
     start = cli.start_folder()
     path = start / path
     return os.path.relpath(path, start) if path.is_relative_to(start) else str(path)
 
 
 def _newest(folders: Iterable[str]) -> Path | None:
-    """The checkpoint that `resume=auto` means; None where a chosen folder has none yet."""
+    """The checkpoint of `resume=auto`; None if the chosen folder has none yet."""
     for folder in folders:
         path = Path(folder).expanduser() / LAST
         return path if path.exists() else None
@@ -334,5 +345,5 @@ def _newest(folders: Iterable[str]) -> Path | None:
         return newest
     raise ValueError(
         "resume=auto: there is no checkpoints/last.ckpt in runs/; start a run without resume, or "
-        "name the folder with hydra.run.dir=runs/NAME"
+        "pass the folder as hydra.run.dir=runs/NAME"
     )

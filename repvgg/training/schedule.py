@@ -1,12 +1,12 @@
-"""How many steps a run takes, for a learning rate that ends at 0 after the last of them."""
+"""How many optimizer steps a run takes: the learning rate reaches 0 after the last of them."""
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from repvgg.training.settings import Settings
+from repvgg.data.module import ImageData
+from repvgg.training.settings import Config, Settings
 
-SWITCHES = (  # arguments of lightning.Trainer that decide it
+LENGTH_KEYS = (  # arguments of lightning.Trainer that set the number of steps
     "max_epochs",
     "max_steps",
     "accumulate_grad_batches",
@@ -48,7 +48,7 @@ def optimizer_steps(
         num_batches: in the training data, of each device.
         max_steps: -1 is no limit.
         limit_train_batches, overfit_batches: an integer is a number of batches, a float in [0, 1]
-            a share of them, rounded down. An `overfit_batches` of 0 is off.
+            a share of them, rounded down. 0 turns `overfit_batches` off.
         fast_dev_run: that many batches of one epoch; True is 1.
 
     Raises:
@@ -75,15 +75,23 @@ def optimizer_steps(
     return Schedule(total, epoch, batches)
 
 
-def from_trainer_settings(num_batches: int, settings: Mapping[str, Any]) -> Schedule:
-    """`optimizer_steps` with the arguments of a trainer, of which other ones do not count."""
-    given = {key: settings[key] for key in SWITCHES if settings.get(key) is not None}
-    return optimizer_steps(num_batches, **given)
+def from_trainer_arguments(num_batches: int, arguments: Config) -> Schedule:
+    """`optimizer_steps` with those arguments of a trainer that set the number of steps."""
+    given = {key: arguments[key] for key in LENGTH_KEYS if arguments.get(key) is not None}
+    return optimizer_steps(num_batches, **cast(dict[str, Any], given))
 
 
 class Steps(NamedTuple):
-    """Optimizer steps of the run, of an epoch and of the two warm-ups; images in a step of all
-    devices; batches of each device in an epoch."""
+    """The length of a run.
+
+    Attributes:
+        total: optimizer steps of the run.
+        epoch: optimizer steps of an epoch.
+        warmup: optimizer steps in which the learning rate grows.
+        rdrop_warmup: optimizer steps in which the weight of R-Drop grows.
+        images: in an optimizer step of all devices.
+        batches: of each device in an epoch.
+    """
 
     total: int
     epoch: int
@@ -93,19 +101,24 @@ class Steps(NamedTuple):
     batches: int
 
 
-def count_steps(settings: Settings, data: Any, devices: int) -> Steps:
-    accumulated = settings.trainer["accumulate_grad_batches"]
+def count_steps(settings: Settings, data: ImageData, devices: int) -> Steps:
+    """Count the steps of a run on all devices together.
+
+    Raises:
+        ValueError: a batch exceeds the data, no step is taken, or a warm-up exceeds the run.
+    """
+    trainer = settings.trainer
     data.check_batch(data.batch_size * devices)
     batches = len(data.train.labels) // (data.batch_size * devices)
-    counted = from_trainer_settings(batches, settings.trainer)
-    images = data.batch_size * devices * accumulated
-    warmups = (settings.optim.warmup_epochs, settings.rdrop_warmup)
-    warmup, rdrop_warmup = (round(warmup * counted.epoch) for warmup in warmups)
-    if settings.trainer.get("fast_dev_run"):
+    counted = from_trainer_arguments(batches, trainer.scalars())
+    images = data.batch_size * devices * trainer.accumulate_grad_batches
+    epochs = (settings.optim.warmup_epochs, settings.rdrop_warmup)
+    warmup, rdrop_warmup = (round(number * counted.epoch) for number in epochs)
+    if trainer.others.get("fast_dev_run"):
         warmup, rdrop_warmup = min(warmup, counted.total), min(rdrop_warmup, counted.total)
     if max(warmup, rdrop_warmup) > counted.total:
         raise ValueError(
-            f"optim.warmup_epochs={warmups[0]:g} rdrop_warmup={warmups[1]:g}: longer than the "
+            f"optim.warmup_epochs={epochs[0]:g} rdrop_warmup={epochs[1]:g}: longer than the "
             f"{counted.total} steps that run, of {counted.epoch} in an epoch; pass for example "
             "optim.warmup_epochs=0 rdrop_warmup=0"
         )

@@ -1,68 +1,109 @@
-"""What a run is made of: the trainer, the data, the module; and the checks that they fit."""
+"""The parts of a run: trainer, data, network and module, built from the settings."""
 
-import copy
+import inspect
 import logging
+import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
+import lightning as L
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from hydra.utils import instantiate
-from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
-from torch import nn
+from hydra.errors import InstantiationException
+from hydra.utils import get_method, instantiate
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from torch import Tensor, nn
 
 from repvgg import checkpoint
-from repvgg.contract import Normalize, to_float
+from repvgg.checks import did_you_mean
+from repvgg.contract import DataContract, Normalize, to_float
+from repvgg.data.module import ImageData
+from repvgg.data.sets import open_data
 from repvgg.models.block import RepVGGBlock, compile_blocks
-from repvgg.rdrop import find_noise
-from repvgg.training import callbacks, checkpoints, processes, runs, schedule
+from repvgg.rdrop import Noise, find_noise
+from repvgg.training import callbacks, checkpoints, processes, runs
 from repvgg.training.classifier import Classifier
-from repvgg.training.report import show
+from repvgg.training.divergence import StopOnDivergence
 from repvgg.training.schedule import Steps
-from repvgg.training.settings import Settings
+from repvgg.training.settings import Config, Settings, TrainerArguments
 
-MOST_CALIBRATED = 512  # training images that give a deployed network its statistics back
+NUM_CALIBRATION = 512  # training images from which a folded network gets its statistics back
 
 
-def build_trainer(settings: Settings, folder: Path, describing: Any) -> Any:
-    """Lightning's Trainer, with the callbacks and loggers of the settings beside those of a run."""
-    given = dict(settings.trainer)
-    more = instantiate(given.pop("callbacks", None) or [], _convert_="all")
-    plugins = instantiate(given.pop("plugins", None) or [], _convert_="all")
-    logger = given.pop("logger", None)
-    if logger is None or logger is True:
-        logger = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
-    elif logger is not False:
-        logger = instantiate(logger, _convert_="all")
-    place = (folder / runs.LAST).parent
-    noisy = settings.model.get("branch_drop") or settings.model.get("drop_path")
-    return instantiate(
-        {"enable_model_summary": False, "num_sanity_val_steps": 0} | given,
-        default_root_dir=folder,
-        logger=logger,
-        plugins=[*plugins, checkpoints.WholeFileIO(), *processes.cluster_plugins()],
-        callbacks=[
-            *([callbacks.ReestimateBN()] if noisy else []),
-            *([callbacks.EMA(settings.ema)] if settings.ema else []),
-            describing,
-            callbacks.SaveOnSignal(folder / runs.LAST),
-            callbacks.Throughput(),
-            checkpoints.BestCheckpoint(place),
-            checkpoints.LastCheckpoint(place),
-            *progress_bar(settings.trainer),
-            *(more.values() if isinstance(more, dict) else more),
-        ],
-        _convert_="all",
+class Parts(NamedTuple):
+    """What the settings add to a trainer, each built from its `_target_`."""
+
+    callbacks: list[Callback]
+    loggers: list[Logger]
+    plugins: list[object]
+
+
+def build_parts(arguments: TrainerArguments, folder: Path) -> Parts:
+    """Build the callbacks, loggers and plugins of the settings; the default logs to TensorBoard."""
+    loggers = [] if arguments.logger in (None, True, False) else _instances(arguments.logger)
+    if arguments.logger in (None, True):
+        loggers = [TensorBoardLogger(folder, name="", version="", default_hp_metric=False)]
+    return Parts(
+        cast(list[Callback], _instances(arguments.callbacks)),
+        cast(list[Logger], loggers),
+        _instances(arguments.plugins),
     )
 
 
-def build_module(settings: Settings, model: dict[str, Any], steps: Steps, rate: float) -> Any:
+def build_trainer(
+    settings: Settings, parts: Parts, steps: Steps, describe: callbacks.Describe, folder: Path
+) -> L.Trainer:
+    """Lightning's Trainer, with the callbacks of a run and the parts of the settings."""
+    arguments = settings.trainer.scalars()
+    if arguments["log_every_n_steps"] is None:
+        arguments = {**arguments, "log_every_n_steps": max(1, steps.batches // 10)}
+    last = folder / runs.LAST
+    stochastic = settings.model.get("branch_drop") or settings.model.get("drop_path")
+    trainer: L.Trainer = instantiate(
+        {"enable_model_summary": False, "num_sanity_val_steps": 0, **arguments},
+        default_root_dir=folder,
+        logger=parts.loggers or False,
+        plugins=[*parts.plugins, checkpoints.WholeFileIO(), *processes.cluster_plugins()],
+        callbacks=[  # the order matters: first statistics, then the average, then copies of both
+            *([callbacks.ReestimateBN()] if stochastic else []),
+            *([callbacks.EMA(settings.ema)] if settings.ema else []),
+            *([callbacks.DeployedValidation()] if settings.deployed_validation else []),
+            StopOnDivergence(),
+            callbacks.SelfDescribing(checkpoint.KEY, describe),
+            callbacks.SaveOnSignal(last),
+            callbacks.Throughput(),
+            checkpoints.BestCheckpoint(last.parent),
+            checkpoints.LastCheckpoint(last.parent),
+            *progress_bar(settings.trainer),
+            *parts.callbacks,
+        ],
+        _convert_="all",
+    )
+    return trainer
+
+
+def progress_bar(arguments: TrainerArguments) -> list[Callback]:
+    """A bar on a terminal, a line an epoch elsewhere."""
+    if not arguments.enable_progress_bar:
+        return []
+    return [TQDMProgressBar() if sys.stdout.isatty() else callbacks.EpochLines()]
+
+
+def build_classifier(
+    settings: Settings,
+    network: nn.Module,
+    num_classes: int,
+    steps: Steps,
+    rate: float,
+    *,
+    noise: Noise | None = None,
+) -> Classifier:
+    """The Lightning module of a run."""
     return Classifier(
-        model,
+        network,
+        num_classes=num_classes,
         lr=rate,
         optimizer=settings.optim.name,
         momentum=settings.optim.momentum,
@@ -73,30 +114,58 @@ def build_module(settings: Settings, model: dict[str, Any], steps: Steps, rate: 
         num_rdrop_warmup_steps=steps.rdrop_warmup,
         label_smoothing=settings.label_smoothing,
         seed=settings.seed,
-        deployed_validation=settings.deployed_validation,
+        noise=noise,
     )
 
 
-def fit_model(model: dict[str, Any], data: Any) -> dict[str, Any]:
-    """Fill in what the images and the classes say; refuse a network that does not fit them."""
-    fitted = dict(model)
-    for key, wanted in (
-        ("num_classes", len(data.contract.classes)),
-        ("in_channels", data.contract.in_channels),
-    ):
-        if fitted.setdefault(key, None) is None:
-            fitted[key] = wanted
-        if fitted[key] != wanted:
+def open_images(settings: Settings) -> ImageData:
+    """Open the data of the settings.
+
+    Raises:
+        ValueError: an argument is unknown, or the errors of the data.
+    """
+    given = settings.data
+    try:
+        return open_data(given, mixup=settings.mixup, cutmix=settings.cutmix, seed=settings.seed)
+    except InstantiationException as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error.__cause__))
+        if unknown is None:
+            raise
+        key, target = unknown[1], str(given["_target_"])
+        named = inspect.signature(get_method(target)).parameters.values()
+        known = {part.name for part in named if part.kind is not part.VAR_KEYWORD}
+        known = (known | given.keys()) - {key, "_target_"}
+        raise ValueError(
+            f"data.{key}: {target} takes no such argument; {did_you_mean(key, known)}"
+            f"allowed are {', '.join(sorted(known))}"
+        ) from error
+
+
+def complete_model(
+    model: Config, contract: DataContract, start: checkpoint.Network | None
+) -> dict[str, Any]:
+    """The arguments of a network, with those that follow from the data and from `init`.
+
+    Raises:
+        ValueError: the network has other classes or channels than the data.
+    """
+    epsilon = {"bn_eps": start.config["bn_eps"]} if start and "bn_eps" in start.config else {}
+    held = {"num_classes": len(contract.classes), "in_channels": contract.in_channels}
+    for key, needed in held.items():
+        given = model.get(key)
+        if given not in (None, needed):
             raise ValueError(
-                f"model.{key}={fitted[key]}: the data has {wanted}; type model.{key}={wanted}"
+                f"model.{key}={given}: the data has {needed}; pass model.{key}={needed}"
             )
-    return fitted
+    return {**epsilon, **model, **held}
 
 
-def initialize(network: Any, start: Any, data: Any, path: str) -> str:
-    """Take over the weights of a checkpoint; a line for the reader that says which did not come."""
+def initialize(
+    network: nn.Module, start: checkpoint.Network, data: ImageData, path: str
+) -> list[str]:
+    """Copy the weights of a checkpoint into a network; a line for the reader on what is new."""
     normalize = Normalize(data.contract.mean, data.contract.std)
-    images, _ = data.spread(data.train, MOST_CALIBRATED)
+    images, _ = data.spread(data.train, NUM_CALIBRATION)
     try:
         new = checkpoint.initialize(
             network, start, normalize(to_float(images)), classes=data.contract.classes
@@ -104,177 +173,72 @@ def initialize(network: Any, start: Any, data: Any, path: str) -> str:
     except ValueError as error:
         raise ValueError(f"init={path}: {error}") from error
     what = start.origin or start.config["name"]
-    return f"\nbegins as {what}; new: {', '.join(new) or 'nothing'}"
+    return [f"initialized from {what}; new: {', '.join(new) or 'nothing'}"]
 
 
-def prepare(module: Any, settings: Settings, images: Any) -> None:
-    """Find the noise for R-Drop; lay out, compile, checkpoint the network as it was asked for."""
+def find_stochastic(network: nn.Module, settings: Settings, images: Tensor) -> Noise | None:
+    """Where the network is stochastic, if R-Drop needs it.
+
+    Raises:
+        ValueError: nothing in the network is stochastic, so R-Drop has no effect.
+    """
+    if settings.rdrop == 0:
+        return None
+    found = find_noise(network, images)
+    if not any(found):
+        raise ValueError(
+            f"rdrop={settings.rdrop:g}: {settings.model['name']} has no stochastic layer, so two "
+            "predictions are equal; pass rdrop=false, or model.over_parameterize=true "
+            "model.branch_drop=0.1"
+        )
+    return found
+
+
+def lay_out(network: nn.Module, settings: Settings) -> None:
+    """Set the memory format, compilation and activation checkpointing of a network, in place.
+
+    Raises:
+        ValueError: the network cannot be trained like this.
+    """
     name = settings.model["name"]
-    if module.rdrop > 0:
-        module.noise = find_noise(module.net, images)
-        if not any(module.noise):
-            raise ValueError(
-                f"rdrop={module.rdrop:g}: nothing in {name} is random while it trains, so "
-                "two predictions are equal; type rdrop=false, or model.over_parameterize=true "
-                "model.branch_drop=0.1"
-            )
-    blocks = [part for part in module.net.modules() if isinstance(part, RepVGGBlock)]
+    blocks = [part for part in network.modules() if isinstance(part, RepVGGBlock)]
     if settings.activation_checkpointing:
         if not blocks:
             raise ValueError(
-                f"activation_checkpointing=true: {name} has no RepVGG block, which is what is "
-                "computed again; type activation_checkpointing=false"
+                f"activation_checkpointing=true: {name} has no RepVGG block, whose activations are "
+                "computed again; pass activation_checkpointing=false"
             )
         for block in blocks:
             block.recompute = True
     if settings.channels_last:
-        on_cpu = settings.trainer["accelerator"] == "cpu" or not torch.accelerator.is_available()
-        for path, part in module.net.named_modules():
+        on_cpu = settings.trainer.accelerator == "cpu" or not torch.accelerator.is_available()
+        for path, part in network.named_modules():
             pointwise = isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1)
             if on_cpu and pointwise and part.stride != (1, 1):
                 raise ValueError(
                     f"channels_last=true: {name} has a 1x1 convolution of stride "
                     f"{part.stride[0]}, {path}, whose gradient in channels_last corrupts memory on "
-                    "a CPU; type channels_last=false"
+                    "a CPU; pass channels_last=false"
                 )
-        module.net.to(memory_format=torch.channels_last)
-    if settings.compile and not compile_blocks(module.net):
-        module.net.compile()
-
-
-def progress_bar(settings: dict[str, Any]) -> list[Any]:
-    if not settings["enable_progress_bar"]:
-        return []
-    return [TQDMProgressBar() if sys.stdout.isatty() else callbacks.EpochLines()]
-
-
-def check_devices(trainer: Any) -> None:
-    """Refuse several devices where Lightning cannot start a process for each.
-
-    Raises:
-        ValueError: likewise.
-    """
-    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    if sweep and trainer.world_size > 1 and not processes.started_together():
-        raise ValueError(
-            f"trainer.devices={trainer.num_devices}: a sweep trains on one device; start each run "
-            "by itself, without -m"
-        )
-
-
-def check_network(settings: Settings) -> None:
-    """Build the network without its weights, so that a mistake is told before data is read."""
-    wanted = {"num_classes": 2, "in_channels": 3}
-    model = settings.model | {
-        key: value for key, value in wanted.items() if settings.model.get(key) is None
-    }
-    try:
-        with torch.device("meta"):
-            build_module(settings, model, Steps(1, 1, 0, 0, 1, 1), settings.optim.lr)
-    except (NotImplementedError, RuntimeError):  # of a network that cannot be built like this
-        return
-
-
-def check_resumed(
-    resume: str,
-    config: dict[str, Any],
-    model: dict[str, Any],
-    data: Any,
-    images: Any,
-    folder: Path,
-) -> str:
-    """Refuse a checkpoint of another network or of other classes; lines on what is taken over."""
-    recorded = checkpoint.load(resume)
-    if recorded.config != model:
-        raise ValueError(f"resume={resume}: it holds {recorded.config}, this run wants {model}")
-    before, now = recorded.data.classes, data.contract.classes
-    if before != now:
-        raise ValueError(
-            f"resume={resume}: its classes are {show(before)}, those of the data are {show(now)}; "
-            "give the folders their names back, or start a new run with init="
-        )
-    lines = runs.describe_changes(config, folder)
-    if not torch.equal(recorded.probe.images, images):
-        lines.append("the validation images are not those that the run began with")
-    return "".join(f"\n{line}" for line in lines)
-
-
-def check_same_steps(
-    resume: str, config: dict[str, Any], num_images: int, steps: Steps, folder: Path
-) -> None:
-    """Refuse other batches or devices if the steps of the run would be others."""
-
-    def split(given: dict[str, Any]) -> tuple[Any, ...]:
-        trainer = given["trainer"]
-        return (
-            *(given["data"].get("batch_size"), trainer["devices"], trainer["num_nodes"]),
-            trainer["accumulate_grad_batches"],
-        )
-
-    before, now = split(runs.read_config(folder)), split(config)
-    if before == now:
-        return
-    keys = (
-        *("data.batch_size", "trainer.devices", "trainer.num_nodes"),
-        "trainer.accumulate_grad_batches",
-    )
-    typed = " ".join(f"{key}={value}" for key, value in zip(keys, before, strict=True))
-    if not all(isinstance(value, int) and value > 0 for value in before):
-        raise ValueError(f"resume={resume}: it began with {typed}; type these")
-    size, devices, nodes, accumulated = before
-    step = size * devices * nodes * accumulated
-    batches = num_images // (size * devices * nodes)
-    epoch = schedule.from_trainer_settings(batches, runs.read_config(folder)["trainer"]).epoch
-    if (step, epoch) != (steps.images, steps.epoch):
-        raise ValueError(
-            f"resume={resume}: a step had {step} images and an epoch {epoch} steps ({typed}), now "
-            f"{steps.images} and {steps.epoch}; keep data.batch_size * devices * nodes * "
-            "accumulate_grad_batches"
-        )
-    loops = torch.load(resume, weights_only=True, map_location="cpu")["loops"]
-    if not loops["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]:
-        raise ValueError(
-            f"resume={resume}: it stopped within an epoch, whose batches are counted for {typed}; "
-            "type these"
-        )
-
-
-def check_runs(network: Any, images: Any, name: str) -> None:
-    """Refuse a network that the images do not get through: most need a size of their own."""
-    network.eval()
-    try:
-        with torch.no_grad():
-            network(images)
-    except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError) as error:
-        size = "x".join(map(str, images.shape[2:]))
-        detail = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"model.name={name}: does not run on images of {size} ({detail}); "
-            "type another model.name, or other data"
-        ) from error
-    network.train()
-
-
-def check_batch_of_one(network: Any, image: Any, batch_size: int) -> None:
-    """Refuse a batch of one image where a BatchNorm would see one value for each channel."""
-    if batch_size > 1:
-        return
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            copy.deepcopy(network).train()(image)
-    except ValueError as error:
-        raise ValueError(
-            f"data.batch_size=1: BatchNorm cannot normalize one value for each channel ({error}); "
-            "type data.batch_size=2 or more"
-        ) from error
+        network.to(memory_format=torch.channels_last)
+    if settings.compile and not compile_blocks(network):
+        network.compile()
 
 
 def quieten() -> None:
-    """Silence what every run of the stack says and no user can act on."""
+    """Silence the messages of Lightning that no user can act on."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # prints its report
     # Raised inside Lightning by its own use of torch.utils._pytree.
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
-    # Only a resumed run finds its folder in use: `train` refuses any other.
+    # Only a resumed run finds its folder in use: `check_folder` rejects any other.
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* not empty")
+
+
+def _instances(config: object) -> list[object]:
+    """The objects that a configuration names: one, a list, or a dictionary of them."""
+    made = instantiate(config or [], _convert_="all")
+    if isinstance(made, dict):
+        return list(made.values())
+    return made if isinstance(made, list) else [made]

@@ -16,6 +16,7 @@ import torch
 from repvgg import cli
 from repvgg.checks import check_integer, refusal
 from repvgg.losses import rdrop_loss
+from repvgg.models.registry import create_model
 from repvgg.rdrop import Noise
 from scripts.studies import report, runs, timing, training
 
@@ -95,7 +96,8 @@ def training_step(way: str, model: str, case: str, device: torch.device) -> Call
     targets = torch.randint(0, num_classes, (batch,), device=device)
     torch.manual_seed(0)
     module = training.classifier(
-        {"name": model, "strides": strides, "num_classes": num_classes, "dropout": 0.2},
+        create_model(model, strides=strides, num_classes=num_classes, dropout=0.2),
+        num_classes=num_classes,
         lr=1e-3,
         steps=1,
         rdrop=0.0 if way in (PLAIN, CONTROL) else 1.0,

@@ -141,7 +141,8 @@ def in_lightning(
 
 
 def build_module(model: str, classes: int) -> Classifier:
-    return training.classifier({"name": model, "num_classes": classes}, lr=1e-3, steps=10**6)
+    network = repvgg.create_model(model, num_classes=classes)
+    return training.classifier(network, num_classes=classes, lr=1e-3, steps=10**6)
 
 
 def trainer(name: str, module: Classifier, device: str, **options: Any) -> L.Trainer:

@@ -70,11 +70,10 @@ def compare(seed: int, settings: dict[str, Any]) -> runs.Row:
     classes = list(contract.classes)[: int(seen.labels.max()) + 1]
     known = DataContract(**{**vars(contract), "classes": classes})
     first = build(settings, known, seed)
-    fit(first, arguments(settings, known), seen, known, settings["steps"], settings["lr"], seed)
+    fit(first, seen, known, settings["steps"], settings["lr"], seed)
 
     few = training.subset(train, settings["labels"], seed)
     row: runs.Row = {"seed": seed}
-    config = arguments(settings, contract)
     with tempfile.TemporaryDirectory() as folder:
         places = write(first, known, seen, settings, Path(folder))
         for start in STARTS:
@@ -84,7 +83,6 @@ def compare(seed: int, settings: dict[str, Any]) -> runs.Row:
                 checkpoint.initialize(network, checkpoint.open_network(places[start]), images)
             fit(
                 network,
-                config,
                 few,
                 contract,
                 settings["finetuning_steps"],
@@ -127,7 +125,6 @@ def build(settings: dict[str, Any], contract: DataContract, seed: int) -> nn.Mod
 
 def fit(
     network: nn.Module,
-    config: dict[str, Any],
     images: Stored,
     contract: DataContract,
     steps: int,
@@ -137,8 +134,9 @@ def fit(
     data = ImageData(
         images, images, images, contract, batch_size=min(64, len(images.labels)), seed=seed
     )
-    module = training.classifier(config, lr=lr, steps=steps, warmup=steps // 10)
-    module.net = network
+    module = training.classifier(
+        network, num_classes=len(contract.classes), lr=lr, steps=steps, warmup=steps // 10
+    )
     training.fit(module, data, steps)
 
 

@@ -100,7 +100,12 @@ def train(job: Job, settings: dict[str, Any]) -> runs.Row:
     steps = settings["epochs"] * len(data.train_dataloader())
     torch.manual_seed(job.seed)
     module = training.classifier(
-        config, lr=settings["lr"], steps=steps, warmup=steps // 20, seed=job.seed
+        create_model(**config),
+        num_classes=len(contract.classes),
+        lr=settings["lr"],
+        steps=steps,
+        warmup=steps // 20,
+        seed=job.seed,
     )
     training.fit(module, data, steps)
     path = job.path(settings)

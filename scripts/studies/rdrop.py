@@ -32,6 +32,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from repvgg import cli
 from repvgg.checks import check_integer, check_number, refusal
 from repvgg.data.module import ImageData
+from repvgg.models.registry import create_model
 from repvgg.rdrop import Noise
 from repvgg.training.classifier import Classifier
 from scripts.studies import report, runs, training
@@ -198,14 +199,16 @@ def build(
         cost = costs[f"{job.labels:g}"]
         steps = round(steps * cost["plain"] / cost[arm.cost])
     torch.manual_seed(job.seed)
+    network = create_model(
+        settings["model"],
+        num_classes=len(contract.classes),
+        in_channels=contract.in_channels,
+        strides=[1, 1, 2, 2, 1] if max(contract.image_size) < 16 else [1, 2, 2, 2, 2],
+        dropout=arm.dropout,
+    )
     module = training.classifier(
-        {
-            "name": settings["model"],
-            "num_classes": len(contract.classes),
-            "in_channels": contract.in_channels,
-            "strides": [1, 1, 2, 2, 1] if max(contract.image_size) < 16 else [1, 2, 2, 2, 2],
-            "dropout": arm.dropout,
-        },
+        network,
+        num_classes=len(contract.classes),
         lr=settings["lr"],
         steps=steps,
         warmup=steps // 20,

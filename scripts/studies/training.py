@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from repvgg.contract import DataContract, to_float
@@ -71,8 +71,9 @@ def subset(images: Stored, share: float, seed: int) -> Stored:
 
 
 def classifier(
-    config: dict[str, Any],
+    network: nn.Module,
     *,
+    num_classes: int,
     lr: float,
     steps: int,
     warmup: int = 0,
@@ -82,7 +83,8 @@ def classifier(
 ) -> Classifier:
     """A network in the module that trains it, with momentum 0.9 and weight decay 1e-4."""
     return Classifier(
-        config,
+        network,
+        num_classes=num_classes,
         lr=lr,
         momentum=0.9,
         weight_decay=1e-4,

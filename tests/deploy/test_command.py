@@ -480,9 +480,7 @@ def test_a_network_trained_with_every_regularizer_deploys_exactly(tmp_path):
     done = run("deploy.py", "ckpt=run/checkpoints/best.ckpt", "formats=[safetensors]", cwd=tmp_path)
 
     assert done.returncode == 0, done.stderr
-    assert (
-        "R-Drop 1, each image twice in the batch, each step at the price of two" in trained.stdout
-    )
+    assert "R-Drop 1, each image twice in the batch, each step at the cost of two" in trained.stdout
     report = json.loads((tmp_path / "run" / "deploy" / "report.json").read_text())
     assert report["verdicts"]["folded, float64"]["error"] <= 1e-10
 

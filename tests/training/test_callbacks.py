@@ -21,20 +21,23 @@ from repvgg.data.batches import WorkersDied
 from repvgg.data.module import ImageData
 from repvgg.data.sets import digits
 from repvgg.models.forms import reestimate_bn
+from repvgg.models.registry import build_model
 from repvgg.training import callbacks
 from repvgg.training.callbacks import (
     EMA,
+    DeployedValidation,
     EpochLines,
     Interrupted,
     ReestimateBN,
     SaveOnSignal,
     SelfDescribing,
     Throughput,
-    num_images,
 )
 from repvgg.training.checkpoints import BestCheckpoint, LastCheckpoint, WholeFileIO
 from repvgg.training.classifier import Classifier
+from repvgg.training.divergence import StopOnDivergence
 from repvgg.training.processes import cluster_plugins
+from tests.support.trainers import quiet_trainer
 
 MODEL = {
     "name": "repvgg_tiny",
@@ -50,7 +53,8 @@ OUTPUT = {"capture_output": True, "text": True, "check": True}
 def classifier(**noise) -> Classifier:
     torch.manual_seed(0)
     return Classifier(
-        MODEL | noise,
+        build_model(**MODEL | noise),
+        num_classes=10,
         lr=0.02,
         momentum=0.9,
         weight_decay=1e-4,
@@ -241,7 +245,7 @@ def test_a_signal_that_a_launcher_sends_twice_still_saves(signum, tmp_path):
 def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_saves(
     signum, saved, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(callbacks, "AGAIN_AFTER", 0.0)
+    monkeypatch.setattr(callbacks, "REPEAT_WITHIN", 0.0)
     last = tmp_path / "last.ckpt"
 
     with pytest.raises(Interrupted):
@@ -286,7 +290,7 @@ def test_workers_that_die_of_a_signal_count_as_the_signal(error, after_signal, e
         )
 
 
-def test_under_slurm_a_signal_saves_once_and_no_other_run_begins_from_it(tmp_path, monkeypatch):
+def test_under_slurm_a_signal_saves_once_and_no_other_run_starts_from_it(tmp_path, monkeypatch):
     numbers = {"NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_ID": "7"}
     for key, value in numbers.items():
         monkeypatch.setenv(f"SLURM_{key}", value)
@@ -359,7 +363,7 @@ def test_the_best_is_the_most_accurate_and_of_those_the_lowest_loss(history, kep
 
 
 @pytest.mark.parametrize("every", [1, 2], ids=lambda every: f"validated every {every}")
-def test_every_checkpoint_holds_statistics_without_the_noise(every, tmp_path):
+def test_every_checkpoint_holds_statistics_with_stochastic_layers_off(every, tmp_path):
     module, data = classifier(branch_drop=0.3), digits(batch_size=256)
     found = []
 
@@ -367,10 +371,12 @@ def test_every_checkpoint_holds_statistics_without_the_noise(every, tmp_path):
         def _save_checkpoint(self, trainer, filepath):
             super()._save_checkpoint(trainer, filepath)
             saved = torch.load(filepath, weights_only=True)["state_dict"]
-            twin = copy.deepcopy(module.net)
+            network = copy.deepcopy(module.net)
             batches = (data.on_after_batch_transfer(b, 0)[0] for b in data.train_dataloader())
-            reestimate_bn(twin, batches)
-            found.append([torch.equal(v, saved[f"net.{k}"]) for k, v in twin.state_dict().items()])
+            reestimate_bn(network, batches)
+            found.append(
+                [torch.equal(v, saved[f"net.{k}"]) for k, v in network.state_dict().items()]
+            )
 
     trainer(
         tmp_path, ReestimateBN(), Compare(tmp_path / "each"), check_val_every_n_epoch=every
@@ -525,6 +531,21 @@ def test_a_checkpoint_describes_the_average(tmp_path):
     )
 
 
+def test_folded_validation_folds_the_average(tmp_path):
+    images = torch.rand(4, 1, 8, 8)
+    logits = []
+
+    class Look(L.Callback):
+        def on_validation_batch_end(self, trainer, pl_module, *_):
+            logits.append((pl_module.evaluated(images), pl_module.net(images)))
+
+    trainer(tmp_path, EMA(0.9), DeployedValidation(), Look(), epochs=1).fit(
+        classifier(), datamodule=digits(batch_size=256)
+    )
+
+    torch.testing.assert_close(*logits[0], rtol=1e-4, atol=1e-5)
+
+
 def test_what_a_killed_process_left_beside_a_checkpoint_goes_with_the_next_save(tmp_path):
     child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], **OUTPUT)
     host = platform.node()
@@ -632,7 +653,8 @@ SETTINGS = {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4, "num_steps": 10}
 @pytest.mark.parametrize("source", ["loaders", "persistent workers", "data module", "module"])
 def test_callbacks_work_with_the_loaders_of_a_user(source, tmp_path):
     kind = Own if source == "module" else Classifier
-    module = kind(MODEL | {"branch_drop": 0.3}, num_warmup_steps=2, **SETTINGS)
+    network = build_model(**MODEL | {"branch_drop": 0.3})
+    module = kind(network, num_classes=10, num_warmup_steps=2, **SETTINGS)
     workers = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "fork"}
     options = workers if source == "persistent workers" else {}
     data = {
@@ -653,19 +675,41 @@ def test_callbacks_work_with_the_loaders_of_a_user(source, tmp_path):
     assert torch.load(last)["global_step"] == 8
 
 
-@pytest.mark.parametrize(
-    "batch",
-    [
-        (torch.zeros(5, 3), torch.zeros(5)),
-        [torch.zeros(5, 2, 3), torch.zeros(5, 10)],
-        {"image": torch.zeros(5, 3), "label": torch.zeros(5)},
-        torch.zeros(5, 3),
-        ({"image": torch.zeros(5)}, torch.zeros(1)),
-    ],
-    ids=["pair", "soft targets", "mapping", "tensor", "nested"],
-)
-def test_the_images_of_any_batch_are_counted(batch):
-    assert num_images(batch) == 5
+class Images(L.LightningModule):
+    """Learns from batches of any structure, and notes what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.speeds: list[float] = []
+
+    def training_step(self, batch, _):
+        return self.weight * 1
+
+    def log(self, name, value, **_):
+        self.speeds.append(value)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("structure", [tuple, dict, list], ids=lambda kind: kind.__name__)
+def test_the_speed_counts_the_images_of_every_batch(structure, monkeypatch):
+    class Collated(torch.utils.data.Dataset):
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, index):
+            pair = torch.zeros(3), torch.zeros(())
+            return dict(zip("xy", pair, strict=True)) if structure is dict else structure(pair)
+
+    seconds = iter(range(100))
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: next(seconds))
+    module = Images()
+    loader = DataLoader(Collated(), batch_size=5)
+    quiet_trainer(max_epochs=1, log_every_n_steps=1, callbacks=[Throughput()]).fit(module, loader)
+
+    assert module.speeds == [5, 5, 5, 5]
 
 
 def test_the_lines_of_epochs_can_be_disabled_and_enabled(tmp_path, capsys):
@@ -684,6 +728,8 @@ def test_callbacks_can_be_handed_to_another_process(tmp_path):
     describe = functools.partial(checkpoint.describe, config=MODEL)
     made = [
         EMA(0.9),
+        DeployedValidation(),
+        StopOnDivergence(),
         SelfDescribing("key", describe),
         BestCheckpoint(tmp_path),
         LastCheckpoint(tmp_path),

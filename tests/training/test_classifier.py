@@ -1,4 +1,5 @@
 import copy
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +13,12 @@ from torch import nn
 from repvgg.data.batches import Batches, Stored
 from repvgg.data.sets import digits
 from repvgg.losses import rdrop_loss
+from repvgg.models.registry import build_model
 from repvgg.rdrop import Noise, predict_twice
-from repvgg.training.classifier import Classifier, Diverged, parameter_groups
+from repvgg.training.callbacks import DeployedValidation
+from repvgg.training.classifier import Classifier, parameter_groups
+from repvgg.training.divergence import Diverged, StopOnDivergence
+from tests.support.trainers import quiet_trainer
 
 MODEL = {
     "name": "repvgg_tiny",
@@ -33,7 +38,11 @@ SETTINGS = {
 
 def classifier(model: dict | None = None, **options) -> Classifier:
     torch.manual_seed(0)
-    module = Classifier({**MODEL, **(model or {})}, **{**SETTINGS, **options}).double()
+    config = {**MODEL, **(model or {})}
+    network = build_model(**config)
+    module = Classifier(
+        network, num_classes=config["num_classes"], **{**SETTINGS, **options}
+    ).double()
     module.logged = {}
     module.log = lambda name, value, **kwargs: module.logged.update({name: value})
     module._trainer = SimpleNamespace(
@@ -54,10 +63,10 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def two_predictions(module: Classifier, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the network says of each image twice; the twin keeps the statistics of the original."""
-    twin = copy.deepcopy(module.net)
+    """Two predictions of a copy of the network, so that its own statistics do not change."""
+    network = copy.deepcopy(module.net)
     torch.manual_seed(seed)
-    first, second, _ = predict_twice(twin, batch()[0], noise=Noise(False, True))
+    first, second, _ = predict_twice(network, batch()[0], noise=Noise(False, True))
     return first, second
 
 
@@ -102,10 +111,10 @@ def test_without_rdrop_the_loss_is_the_cross_entropy():
 def test_the_auxiliary_terms_of_a_doubled_batch_are_means_over_both_halves():
     module = classifier({"auxiliary_heads": True, "branch_drop": 0.2, "dropout": 0.0}, rdrop=1.0)
     images, targets = batch()
-    twin = copy.deepcopy(module.net)
+    network = copy.deepcopy(module.net)
     torch.manual_seed(4)
-    features, auxiliary = twin.forward_auxiliary(torch.cat([images, images]))
-    logits = twin.forward_head(features).chunk(2)
+    features, auxiliary = network.forward_auxiliary(torch.cat([images, images]))
+    logits = network.forward_head(features).chunk(2)
     expected = rdrop_loss(*logits, targets, alpha=1.0).total
     for both in auxiliary:
         expected = expected + 0.1 * nn.functional.cross_entropy(both, targets.repeat(2))
@@ -192,7 +201,7 @@ class SameMasks(nn.Module):
 
 
 def repeatable() -> Classifier:
-    """A module whose images do not see each other, and whose noise is a function of the image."""
+    """A module without interaction of images, whose masks are a function of the image."""
     module = frozen(classifier(rdrop=3.0))
     module.net.dropout = SameMasks()
     module.noise = Noise(False, True)
@@ -278,9 +287,9 @@ def test_the_step_of_a_network_of_another_family_is_the_same():
     module = classifier(rdrop=1.0)
     module.net = torchvision.models.mobilenet_v2(num_classes=5, dropout=0.3).double()
     images, targets = torch.randn(4, 3, 32, 32).double(), torch.arange(4)
-    twin = copy.deepcopy(module.net)
+    network = copy.deepcopy(module.net)
     torch.manual_seed(2)
-    logits = predict_twice(twin, images)[:2]
+    logits = predict_twice(network, images)[:2]
 
     torch.manual_seed(2)
     loss = module.training_step((images, targets), 0)
@@ -302,7 +311,7 @@ def test_auxiliary_classifiers_add_a_tenth_of_their_cross_entropies():
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
 
-def test_noise_depends_on_the_step_and_the_seed_alone():
+def test_masks_depend_on_the_step_and_the_seed_alone():
     def drawn(seed: int, step: int) -> float:
         module = classifier(seed=seed)
         module._trainer = SimpleNamespace(current_epoch=2, world_size=1, global_rank=0)
@@ -314,7 +323,7 @@ def test_noise_depends_on_the_step_and_the_seed_alone():
     assert len({drawn(0, 5), drawn(0, 6), drawn(1, 5)}) == 3
 
 
-def test_dropout_and_augmentation_of_a_batch_do_not_share_their_noise():
+def test_dropout_and_augmentation_of_a_batch_differ():
     module = classifier(seed=1)
     module._trainer = SimpleNamespace(current_epoch=2, world_size=1, global_rank=0)
     module.on_train_batch_start(None, 5)
@@ -350,15 +359,9 @@ def test_the_rate_warms_up_linearly_then_falls_as_a_cosine_to_zero():
     assert [factor(step) for step in (10, 55, 100, 130)] == pytest.approx([1.0, 0.5, 0.0, 0.0])
 
 
-@pytest.mark.parametrize("given", [(True, 1.0), (False, 0.0), (0.3, 0.3), (2, 2.0)])
-def test_rdrop_is_one_number_whose_zero_is_off(given):
-    assert classifier(rdrop=given[0]).rdrop == given[1]
-
-
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        ({"dropout": 0.0}, {"rdrop": True}, r"model.dropout=0.0: .*set rdrop=false"),
         ({"branch_drop": 1}, {}, "model.branch_drop=1"),
         ({"drop_path": -0.1}, {}, "model.drop_path=-0.1"),
         ({}, {"rdrop": -1}, "rdrop=-1: must be a number of at least 0"),
@@ -369,70 +372,82 @@ def test_rdrop_is_one_number_whose_zero_is_off(given):
         ({}, {"momentum": 1.5}, "optim.momentum=1.5"),
         ({}, {"weight_decay": None}, "optim.weight_decay=None"),
         ({"num_classes": -2}, {}, "model.num_classes=-2"),
-        ({"num_classes": 1}, {}, "model.num_classes=1: must be an integer of at least 2"),
+        ({"num_classes": 1}, {}, "num_classes=1: must be an integer of at least 2"),
     ],
 )
-def test_a_bad_value_is_refused_with_its_key(model, options, message):
+def test_a_bad_value_is_rejected_with_its_key(model, options, message):
     with pytest.raises(ValueError, match=message):
         classifier(model=model, **options)
 
 
 def fit(module: Classifier, *callbacks, data=None, **options) -> list[torch.Tensor]:
     """Train on the digits for an epoch or two; the weights."""
-    L.Trainer(
-        **{"max_epochs": 2, "limit_train_batches": 3, "limit_val_batches": 1, **options},
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=list(callbacks),
-    ).fit(module, datamodule=data or digits(batch_size=64))
+    short = {"max_epochs": 2, "limit_train_batches": 3, "limit_val_batches": 1, **options}
+    trainer = quiet_trainer(callbacks=list(callbacks), **short)
+    trainer.fit(module, datamodule=data or digits(batch_size=64))
     return [value.detach().clone() for value in module.net.state_dict().values()]
 
 
 def plain(**options) -> Classifier:
     torch.manual_seed(0)
-    return Classifier({**MODEL, "num_classes": 10}, **{**SETTINGS, **options})
+    network = build_model(**MODEL | {"num_classes": 10})
+    return Classifier(network, num_classes=10, **{**SETTINGS, **options})
 
 
-def test_training_is_bit_identical_with_and_without_the_deployed_twin():
-    without, with_it = fit(plain()), fit(plain(deployed_validation=True))
+def test_training_is_bit_identical_with_and_without_folded_validation():
+    without, with_it = fit(plain()), fit(plain(), DeployedValidation())
 
     assert all(map(torch.equal, without, with_it))
 
 
-def test_the_twin_is_what_will_be_deployed_and_no_part_of_the_module():
+@pytest.mark.parametrize("stage", ["validation", "test"])
+def test_the_folded_copy_is_evaluated_and_no_part_of_the_module(stage):
     seen = []
 
     class Look(L.Callback):
-        def on_validation_batch_start(self, trainer, pl_module, *_):
-            seen.append((pl_module._twin, len(list(pl_module.modules()))))
+        def on_validation_batch_end(self, trainer, pl_module, *_):
+            seen.append((pl_module.evaluated, len(list(pl_module.modules()))))
 
-    module = plain(deployed_validation=True)
+        on_test_batch_end = on_validation_batch_end
+
+    module = plain()
     count = len(list(module.modules()))
-    fit(module, Look())
+    if stage == "validation":
+        fit(module, DeployedValidation(), Look())
+    else:
+        trainer = quiet_trainer(callbacks=[DeployedValidation(), Look()])
+        trainer.test(module, datamodule=digits(batch_size=64), verbose=False)
 
-    (twin,), modules = seen[-1]
+    evaluated, modules = seen[-1]
+    folded = evaluated.__self__
     images = torch.rand(4, 1, 8, 8)
-    assert not any(isinstance(part, nn.BatchNorm2d) for part in twin.modules())
-    torch.testing.assert_close(twin(images), module.net.eval()(images), rtol=1e-4, atol=1e-5)
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in folded.modules())
+    torch.testing.assert_close(folded(images), module.net.eval()(images), rtol=1e-4, atol=1e-5)
     assert modules == count
-    assert module._twin == []
+    assert module.evaluated is None
 
 
-def test_a_network_with_nothing_to_fold_has_no_deployed_twin():
-    with pytest.raises(ValueError, match="deployed_validation=True: resnet18 has nothing to fold"):
-        Classifier(
-            {"name": "resnet18", "library": "torchvision", "num_classes": 10},
-            deployed_validation=True,
-            **SETTINGS,
-        )
+def test_each_validation_folds_the_present_weights():
+    folded = []
+
+    class Look(L.Callback):
+        def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            folded.append(pl_module.evaluated.__self__)
+
+    fit(plain(), DeployedValidation(), Look(), limit_val_batches=2)
+
+    assert [folded[0] is one for one in folded] == [True, True, False, False]
+
+
+def test_folded_validation_needs_something_to_fold():
+    module = Classifier(torchvision.models.resnet18(num_classes=10), num_classes=10, **SETTINGS)
+
+    with pytest.raises(ValueError, match="DeployedValidation: ResNet has nothing to fold"):
+        fit(module, DeployedValidation())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_stops_with_the_step_and_the_rate(value):
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rate(value):
     class Spoil(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.global_step == 4:
@@ -441,32 +456,46 @@ def test_a_loss_that_is_no_number_stops_with_the_step_and_the_rate(value):
     with pytest.raises(
         Diverged, match=r"the loss is NaN or infinite at step 4, with a learning rate of 0\.05"
     ):
-        fit(plain(), Spoil())
+        fit(plain(), Spoil(), StopOnDivergence())
 
 
-def test_a_loss_that_is_looked_at_later_still_names_its_step():
-    module = plain()
-    module._trainer = SimpleNamespace(
+def watched(losses: list[float], *, log_every: int) -> tuple[StopOnDivergence, SimpleNamespace]:
+    """A callback that saw these losses, one a step, on one of two devices; and its trainer."""
+    watch = StopOnDivergence()
+    trainer = SimpleNamespace(
         global_step=0,
         world_size=2,
+        log_every_n_steps=log_every,
         strategy=SimpleNamespace(reduce=lambda value, reduce_op: value),
     )
-    for step, loss in enumerate([1.0, float("nan"), 2.0, float("inf")]):
-        module._trainer.global_step = step
-        module._watch(torch.tensor(loss))
+    for step, loss in enumerate(losses):
+        trainer.global_step = step
+        watch.on_before_backward(trainer, plain(), torch.tensor(loss))
+    return watch, trainer
+
+
+def test_a_loss_that_is_checked_at_the_end_of_the_epoch_still_names_its_step():
+    watch, trainer = watched([1.0, float("nan"), 2.0, float("inf")], log_every=0)
 
     with pytest.raises(Diverged, match="at step 1,"):
-        module._check_watch()
+        watch.on_train_epoch_end(trainer, plain())
 
 
-def test_weights_that_are_no_numbers_are_not_saved():
-    module = plain()
-    module._trainer = SimpleNamespace(global_step=7)
-    module.on_save_checkpoint({})
+def test_a_loss_that_is_checked_when_metrics_are_logged_still_names_its_step():
+    watched([1.0, float("nan"), 2.0], log_every=4)
+
+    with pytest.raises(Diverged, match="at step 1,"):
+        watched([1.0, float("nan"), 2.0, 3.0], log_every=4)
+
+
+def test_weights_that_are_not_finite_are_not_saved():
+    module, watch = plain(), StopOnDivergence()
+    trainer = SimpleNamespace(global_step=7)
+    watch.on_save_checkpoint(trainer, module, {})
     module.net.stem.branch_3x3.conv.weight.data[0, 0, 0, 0] = float("nan")
 
     with pytest.raises(Diverged, match="a weight is NaN or infinite at step 7"):
-        module.on_save_checkpoint({})
+        watch.on_save_checkpoint(trainer, module, {})
 
 
 @pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
@@ -477,7 +506,7 @@ def test_an_optimizer_is_torchs_own_with_both_groups(name, kind):
     assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 0.0]
 
 
-def test_an_unknown_optimizer_is_refused():
+def test_an_unknown_optimizer_is_rejected():
     with pytest.raises(ValueError, match=r"optim\.name='lion': must be one of sgd, adamw"):
         plain(optimizer="lion")
 
@@ -499,22 +528,15 @@ def test_channels_last_computes_the_same_and_is_saved_the_same():
 
 
 def test_a_module_is_built_again_from_a_checkpoint(tmp_path):
-    module = plain(rdrop=True, label_smoothing=0.1, optimizer="adamw")
-    trainer = L.Trainer(
-        max_epochs=1,
-        limit_train_batches=2,
-        limit_val_batches=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    module = plain(rdrop=1.0, label_smoothing=0.1, optimizer="adamw")
+    trainer = quiet_trainer(max_epochs=1, limit_train_batches=2, limit_val_batches=1)
     trainer.fit(module, datamodule=digits(batch_size=64))
     trainer.save_checkpoint(tmp_path / "last.ckpt")
 
-    again = Classifier.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    network = build_model(**MODEL | {"num_classes": 10})
+    again = Classifier.load_from_checkpoint(
+        tmp_path / "last.ckpt", network=network, weights_only=True
+    )
 
     images = torch.rand(4, 1, 8, 8)
     assert torch.equal(again.eval()(images), module.eval()(images))
@@ -522,21 +544,12 @@ def test_a_module_is_built_again_from_a_checkpoint(tmp_path):
     assert again.hparams == module.hparams
 
 
-def test_arguments_of_other_types_are_stored_as_plain_values():
-    from omegaconf import OmegaConf
-
-    model = OmegaConf.create(MODEL | {"num_classes": 10})
+def test_hyper_parameters_are_all_arguments_but_modules_as_plain_values():
+    network = build_model(**MODEL)
     settings = {**SETTINGS, "lr": np.float64(0.1), "num_steps": np.int64(100)}
 
-    stored = dict(Classifier(model, **settings).hparams)
+    stored = dict(Classifier(network, num_classes=5, **settings).hparams)
 
-    assert stored["model"] == MODEL | {"num_classes": 10}
-    assert {type(stored[key]) for key in ("lr", "num_steps", "model")} == {float, int, dict}
-    assert type(stored["model"]["strides"]) is list
-
-
-def test_arguments_that_are_not_plain_are_not_stored():
-    from repvgg.training.classifier import _plain
-
-    with pytest.raises(TypeError, match="is not a plain value"):
-        _plain({"model": {"dtype": torch.float32}})
+    arguments = set(inspect.signature(Classifier).parameters)
+    assert set(stored) == arguments - {"network", "noise"}
+    assert {type(value) for value in stored.values()} == {float, int, str}

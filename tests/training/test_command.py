@@ -31,7 +31,7 @@ def test_training_ends_with_accuracy_checkpoint_and_the_next_commands(trained, f
     path = (folder / "checkpoints" / "best.ckpt").relative_to(home)
 
     assert trained.stdout.splitlines()[-4:] == [
-        re.search(r"test accuracy 0\.\d{4}, loss \d\.\d{4}", trained.stdout)[0],
+        re.search(r"test accuracy 0\.\d{4}, top-5 [01]\.\d{4}, loss \d\.\d{4}", trained.stdout)[0],
         f"checkpoint    {path}",
         f"deploy it     python {ROOT / 'deploy.py'} ckpt={path}",
         "watch it      tensorboard --logdir runs",
@@ -76,6 +76,7 @@ def test_tensorboard_shows_what_training_is_about(events):
         "val/accuracy",
         "val/calibration_error",
         "test/accuracy",
+        "test/accuracy_top5",
     }
 
 
@@ -94,7 +95,7 @@ def test_tensorboard_shows_hyperparameters_with_the_final_metric(events, trained
     settings = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
 
     assert settings["rdrop"].number_value == 1.0
-    assert settings["model.name"].string_value == "repvgg_tiny"
+    assert settings["model/name"].string_value == "repvgg_tiny"
     accuracy = events.Scalars("test/accuracy")[-1].value
     assert f"test accuracy {accuracy:.4f}" in trained.stdout
 
@@ -137,7 +138,7 @@ def test_ctrl_c_saves_and_resuming_ends_with_the_weights_of_an_undisturbed_run(
     assert same_weights(folder, tmp_path / "run")
 
 
-def test_a_run_that_was_killed_goes_on_with_the_same_command(trained, folder, tmp_path):
+def test_a_run_that_was_killed_resumes_with_the_same_command(trained, folder, tmp_path):
     command = [*SHORT, "hydra.run.dir=job", "resume=auto"]
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *command],
@@ -176,7 +177,7 @@ def test_two_devices_stopped_and_resumed_train_as_one_that_accumulates(tmp_path)
     process.terminate()
     _, said = process.communicate(timeout=120)
 
-    # What one started itself, the launcher of a cluster goes on with.
+    # The launcher of a cluster resumes what the command started.
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     resumed = subprocess.run(
         [*torchrun, ROOT / "train.py", *devices, "resume=auto"],
@@ -203,7 +204,7 @@ def test_two_devices_stopped_and_resumed_train_as_one_that_accumulates(tmp_path)
             )
 
 
-def test_a_loss_that_is_no_number_ends_in_one_line(tmp_path):
+def test_a_loss_that_is_not_finite_ends_in_one_line(tmp_path):
     done = run("train.py", *SHORT, "optim.lr=1e30", "hydra.run.dir=run", cwd=tmp_path)
 
     assert done.returncode == 1
@@ -301,7 +302,7 @@ def test_another_run_is_not_started_in_a_folder_that_has_one(trained, folder, ho
     done = run("train.py", "model=repvgg_a0", f"hydra.run.dir={folder}", cwd=home)
 
     assert done.returncode == 1
-    assert "belongs to another run: type resume=" in done.stderr
+    assert "belongs to another run: pass resume=" in done.stderr
     assert tree(folder) == before
 
 
@@ -395,7 +396,7 @@ def test_a_resumed_run_takes_another_rate_and_as_many_images_in_a_step_on_two_de
         assert rates[step] == pytest.approx(expected, rel=1e-5)
 
 
-def test_classes_that_were_renamed_are_told_when_a_run_is_resumed(tmp_path):
+def test_classes_that_were_renamed_are_an_error_when_a_run_is_resumed(tmp_path):
     make(tmp_path / "images" / "train", count=24)
     make(tmp_path / "images" / "val", count=4)
     data = ["data=imagefolder", "data.root=images", "data.image_size=16", "data.batch_size=16"]
@@ -432,11 +433,11 @@ def test_a_finished_run_can_be_made_longer(trained, folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("rdrop=true",), "nothing in resnet18 is random"),
+        (("rdrop=true",), "resnet18 has no stochastic layer"),
         (("model.name=vit_b_16",), "model.name=vit_b_16: does not run on images of 8x8"),
     ],
 )
-def test_a_network_that_does_not_fit_is_refused_before_training(tmp_path, arguments, message):
+def test_a_network_that_does_not_fit_is_rejected_before_training(tmp_path, arguments, message):
     done = run("train.py", "model=torchvision", *arguments, cwd=tmp_path)
 
     assert done.returncode == 1
@@ -445,7 +446,7 @@ def test_a_network_that_does_not_fit_is_refused_before_training(tmp_path, argume
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_begins_as_a_file_of_the_field(tmp_path):
+def test_a_run_is_initialized_from_a_third_party_file(tmp_path):
     """Deployed, with other classes than the digits have."""
     network = settle(repvgg.create_model("repvgg_tiny", num_classes=4, in_channels=1))
     network.switch_to_deploy()
@@ -454,11 +455,13 @@ def test_a_run_begins_as_a_file_of_the_field(tmp_path):
     done = run("train.py", *SHORT, "trainer.max_epochs=1", "init=weights.pth", cwd=tmp_path)
 
     assert done.returncode == 0, done.stderr
-    said = "begins as repvgg_tiny in timm's layout, deployed form, 4 classes, at 'model'; new: "
-    assert done.stdout.partition(said)[2].splitlines()[0] == "linear.weight, linear.bias"
+    said = "initialized from repvgg_tiny in timm's layout, deployed form, 4 classes, at 'model'"
+    assert (
+        done.stdout.partition(f"{said}; new: ")[2].splitlines()[0] == "linear.weight, linear.bias"
+    )
 
 
-def test_a_run_does_not_begin_as_another_network(tmp_path):
+def test_a_run_is_not_initialized_from_another_network(tmp_path):
     network = repvgg.create_model("repvgg_tiny", in_channels=3)
     torch.save(foreign.renamed(network, foreign.authors), tmp_path / "weights.pth")
 

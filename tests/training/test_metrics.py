@@ -2,7 +2,6 @@ import os
 import socket
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -12,7 +11,7 @@ from repvgg.data.batches import Batches, Stored
 from repvgg.data.module import ImageData
 from repvgg.data.sets import digits
 from repvgg.training.classifier import Classifier
-from repvgg.training.metrics import ImageMean
+from tests.support.trainers import quiet_trainer
 
 SIZES = (1, 3, 9, 21, 257)  # images: one device without any, and unequal numbers of batches
 
@@ -32,10 +31,9 @@ class Linear(nn.Module):
 def module() -> Classifier:
     torch.manual_seed(0)
     settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
-    model = {"name": "repvgg_tiny", "num_classes": 10, "in_channels": 1}
-    made = Classifier(model, num_steps=1, num_warmup_steps=0, **settings)
-    made.net = Linear().double()
-    return made.double()
+    return Classifier(
+        Linear(), num_classes=10, num_steps=1, num_warmup_steps=0, **settings
+    ).double()
 
 
 def data(count: int) -> ImageData:
@@ -49,15 +47,7 @@ def data(count: int) -> ImageData:
 
 
 def evaluate(count: int, **options) -> dict[str, float]:
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        **options,
-    )
-    (values,) = trainer.test(module(), datamodule=data(count), verbose=False)
+    (values,) = quiet_trainer(**options).test(module(), datamodule=data(count), verbose=False)
     return values
 
 
@@ -94,23 +84,28 @@ def test_metrics_are_exact_means_over_images(count):
     logits = module().net(source.images.double() / 32)
     loss = nn.functional.cross_entropy(logits, source.labels).item()
     hits = (logits.argmax(1) == source.labels).sum().item()
+    hits5 = (logits.topk(5).indices == source.labels[:, None]).sum().item()
     calibration = MulticlassCalibrationError(10, n_bins=15)(logits.softmax(1), source.labels)
 
     assert found["test/accuracy"] == torch.tensor(hits / count, dtype=torch.float32).item()
+    assert found["test/accuracy_top5"] == pytest.approx(hits5 / count, rel=1e-6)
     assert found["test/loss"] == pytest.approx(loss, rel=1e-6)
     assert found["test/calibration_error"] == pytest.approx(calibration.item(), rel=1e-6)
 
 
-def test_the_mean_does_not_depend_on_the_batches():
-    values = torch.rand(1000, generator=torch.Generator().manual_seed(0)) > 0.3
-    found = set()
-    for size in (1, 7, 1000):
-        mean = ImageMean()
-        for part in values.split(size):
-            mean.update(part)
-        found.add(mean.compute().item())
+@pytest.mark.parametrize(("num_classes", "measured"), [(5, False), (6, True)])
+def test_top_5_accuracy_needs_more_than_five_classes(num_classes, measured):
+    made = Classifier(
+        Linear(),
+        num_classes=num_classes,
+        lr=0.1,
+        momentum=0.9,
+        weight_decay=0.0,
+        num_steps=1,
+        num_warmup_steps=0,
+    )
 
-    assert found == {(values.sum() / 1000).item()}
+    assert ("accuracy_top5" in made.evaluation["test"]) == measured
 
 
 def test_metrics_add_no_keys_to_a_checkpoint():

@@ -62,7 +62,7 @@ def test_a_resumed_run_has_its_recorded_configuration_whatever_today_composes(he
     assert found == CONFIG | changed
 
 
-def test_hydra_sees_the_folder_alone_and_other_processes_what_was_typed(here):
+def test_hydra_sees_the_folder_alone_and_other_processes_what_was_passed(here):
     folder = make(here / "runs" / "one")
 
     found = plan("resume=auto", "trainer.max_epochs=9")
@@ -79,7 +79,7 @@ def test_hydra_sees_the_folder_alone_and_other_processes_what_was_typed(here):
         *("model.strides=[1, 1, 2,2,1]", "hydra/job_logging=none"),
     ],
 )
-def test_what_was_recorded_may_be_typed_again_in_any_words(typed, here):
+def test_what_was_recorded_may_be_passed_again_in_any_words(typed, here):
     make(here / "job")
 
     found = resumed(typed, "hydra.run.dir=job", "resume=auto")
@@ -88,7 +88,7 @@ def test_what_was_recorded_may_be_typed_again_in_any_words(typed, here):
 
 
 @pytest.mark.parametrize("given", ["/d/a b", "~/d", "d=e"])
-def test_a_path_may_be_typed_again(given, here):
+def test_a_path_may_be_passed_again(given, here):
     make(here / "job", init=os.path.expanduser(given))
 
     assert resumed(f"init={given}", "hydra.run.dir=job", "resume=auto")["init"]
@@ -103,14 +103,14 @@ def test_a_path_may_be_typed_again(given, here):
         ("experiment=cifar10", "the run was started with experiment=None"),
         ("init=a.ckpt", "the run was started with init=None"),
         ("+mixup=0.2", "the run was started with mixup=None"),
-        ("~seed", "~seed: beside resume type key=value"),
-        ("seed=3,4", "seed=3,4: beside resume type key=value, with one value"),
+        ("~seed", "~seed: beside resume pass key=value"),
+        ("seed=3,4", "seed=3,4: beside resume pass key=value, with one value"),
         ("-m", "-m: a sweep starts new runs"),
-        ("--cfg=job", "it goes on as"),
-        ("hydra.run.dir=other", "hydra.run.dir=other: a resumed run goes on in its own folder"),
+        ("--cfg=job", "its configuration is in"),
+        ("hydra.run.dir=other", "hydra.run.dir=other: a resumed run stays in its own folder"),
     ],
 )
-def test_what_would_change_the_run_is_refused(typed, message, here):
+def test_what_would_change_the_run_is_rejected(typed, message, here):
     make(here / "job")
 
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -128,15 +128,15 @@ def test_what_may_change_is_listed(typed, here):
 
     before = {"optim.lr": 0.1, "trainer.devices": 1}.get(key, "not set")
     assert runs.describe_changes(found, folder) == [
-        f"goes on from job/{runs.LAST}, as job/{runs.CONFIG} says",
+        f"resumes job/{runs.LAST}, with the configuration job/{runs.CONFIG}",
         f"{key}={value}, before {before}",
     ]
 
 
-def test_code_that_only_a_run_folder_names_has_to_be_typed(here):
+def test_code_that_only_a_run_folder_names_has_to_be_passed(here):
     make(here / "job", data={"_target_": "os.system", "command": "true"})
 
-    with pytest.raises(ValueError, match=r"not this project's; .* type data\._target_=os\.system"):
+    with pytest.raises(ValueError, match=r"not this project's; .* pass data\._target_=os\.system"):
         resumed(f"resume=job/{runs.LAST}")
 
     assert resumed(f"resume=job/{runs.LAST}", "data._target_=os.system")["data"]["command"]
@@ -152,7 +152,7 @@ def test_code_that_only_a_run_folder_names_has_to_be_typed(here):
     ],
 )
 @pytest.mark.parametrize("place", ["data", "nested"])
-def test_a_name_that_only_begins_as_ours_is_not_ours(target, place, here):
+def test_a_name_that_only_starts_as_ours_is_not_ours(target, place, here):
     called = {"_target_": target}
     sections = {
         "data": {"data": called},
@@ -229,14 +229,14 @@ def test_processes_that_were_started_together_need_a_folder(here, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
 
-    with pytest.raises(ValueError, match=r"type hydra\.run\.dir=runs/NAME"):
+    with pytest.raises(ValueError, match=r"pass hydra\.run\.dir=runs/NAME"):
         runs.check_folder(here / "runs" / "now", resumed=False, chosen=False)
     runs.check_folder(here / "runs" / "chosen", resumed=False, chosen=True)
 
 
-def test_the_first_process_alone_judges_the_folder(here, monkeypatch):
+def test_the_first_process_alone_checks_the_folder(here, monkeypatch):
     folder = make(here / "runs" / "one")
-    with pytest.raises(ValueError, match="belongs to another run: type resume=runs/one/"):
+    with pytest.raises(ValueError, match="belongs to another run: pass resume=runs/one/"):
         runs.check_folder(folder, resumed=False, chosen=True)
 
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from repvgg.training.schedule import Schedule, from_trainer_settings, optimizer_steps
+from repvgg.training.schedule import Schedule, from_trainer_arguments, optimizer_steps
+from tests.support.trainers import quiet_trainer
 
 BATCHES = 10
 
@@ -59,14 +60,7 @@ class Count(L.LightningModule):
 @pytest.mark.filterwarnings("ignore:You requested to overfit but enabled:UserWarning")
 def test_the_steps_are_those_that_a_trainer_takes(options, expected):
     module = Count()
-    trainer = L.Trainer(
-        **options,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(**options)
     trainer.fit(module)
 
     counted = optimizer_steps(BATCHES, **options)
@@ -94,4 +88,4 @@ def test_a_run_without_steps_is_an_error(options, message):
 def test_settings_of_a_trainer_that_are_null_or_others_do_not_count():
     settings = {"max_epochs": 2, "max_steps": None, "devices": 2, "accumulate_grad_batches": 3}
 
-    assert from_trainer_settings(BATCHES, settings) == Schedule(8, 4, 10)
+    assert from_trainer_arguments(BATCHES, settings) == Schedule(8, 4, 10)

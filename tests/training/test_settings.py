@@ -31,7 +31,7 @@ def test_the_settings_are_the_keys_of_the_configuration():
     ],
 )
 def test_short_names_of_precisions_are_lightnings(typed, precision):
-    assert read(f"trainer.precision={typed}").trainer["precision"] == precision
+    assert read(f"trainer.precision={typed}").trainer.precision == precision
 
 
 @pytest.mark.parametrize(
@@ -39,16 +39,41 @@ def test_short_names_of_precisions_are_lightnings(typed, precision):
     [
         ("data.batch_size=soon", "data.batch_size='soon': must be an integer of at least 1"),
         ("mixup=-1", "mixup=-1: must be a number of at least 0"),
+        ("rdrop=-1", "rdrop=-1: must be a number of at least 0"),
+        ("rdrop=maybe", "rdrop='maybe': must be a number of at least 0"),
+        ("rdrop=true model.dropout=0", "model.dropout=0: .*pass rdrop=false"),
+        ("trainer.log_every_n_steps=soon", "trainer.log_every_n_steps='soon': must be an integer"),
         ("trainer.max_epochs=0", "trainer.max_epochs=0: must be an integer of at least 1"),
         ("optim.warmup_epochs=99", "optim.warmup_epochs=99: must be at most trainer.max_epochs=24"),
-        ("+trainer.use_distributed_sampler=true", "the data deals its batches out"),
+        ("+trainer.use_distributed_sampler=true", "the data module splits the batches"),
         ("+trainer.enable_checkpointing=false", "always keeps best.ckpt and last.ckpt"),
         ("+trainer.min_epochs=2", "nothing here stops a run early"),
     ],
 )
-def test_a_mistake_is_told_before_data_is_read(typed, message):
+def test_a_mistake_is_an_error_before_data_is_read(typed, message):
     with pytest.raises(ValueError, match=message):
-        read(typed)
+        read(*typed.split())
+
+
+@pytest.mark.parametrize(
+    ("typed", "rdrop"), [("true", 1.0), ("false", 0.0), ("0.3", 0.3), ("2", 2.0)]
+)
+def test_rdrop_is_one_number_whose_zero_is_off(typed, rdrop):
+    assert read(f"rdrop={typed}").rdrop == rdrop
+
+
+@pytest.mark.parametrize(
+    ("passed", "message"),
+    [
+        ("+loss=focal", "loss: there is no such key; .*allowed are rdrop"),
+        ("+rdrop_warmpu=1", "rdrop_warmpu: .*did you mean rdrop_warmup?"),
+        ("+optim.momentun=1", "optim.momentun: .*did you mean optim.momentum?"),
+        ("+trainer.max_step=1", "trainer.max_step: .*did you mean max_steps?"),
+    ],
+)
+def test_an_added_key_that_nothing_reads_is_an_error(passed, message):
+    with pytest.raises(ValueError, match=message):
+        read(passed)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +86,8 @@ def test_a_mistake_is_told_before_data_is_read(typed, message):
 )
 def test_what_lightning_takes_is_passed_on(typed):
     key = typed.lstrip("+").partition("=")[0].removeprefix("trainer.")
-    trainer = {**read(typed).trainer, "accelerator": "cpu", "log_every_n_steps": 1}
+    arguments = read(typed).trainer
+    trainer = {**arguments.scalars(), "logger": arguments.logger, "accelerator": "cpu"}
     trainer.pop("_target_")
 
     L.Trainer(**trainer)

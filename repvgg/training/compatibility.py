@@ -1,0 +1,181 @@
+"""Checks that the settings, the data, the network and a resumed run fit each other.
+
+What can be checked before the data is read is checked then.
+"""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from torch import Tensor, nn
+
+from repvgg import checkpoint
+from repvgg.checks import did_you_mean, refusal
+from repvgg.data.module import ImageData
+from repvgg.models.network import RepVGG
+from repvgg.models.registry import build_model
+from repvgg.training import callbacks, processes, runs, schedule
+from repvgg.training.schedule import Steps
+from repvgg.training.settings import Config, Settings, TrainerArguments, section
+from repvgg.training.setup import build_classifier
+
+
+def check_sweep(num_devices: int) -> None:
+    """Check that a sweep trains on one device: Lightning would start the whole sweep for each.
+
+    Raises:
+        ValueError: a sweep trains on several devices.
+    """
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweep and num_devices > 1 and not processes.started_together():
+        raise ValueError(
+            f"trainer.devices={num_devices}: a sweep trains on one device; start each run "
+            "separately, without -m"
+        )
+
+
+def check_trainer(arguments: TrainerArguments) -> None:
+    """Build a trainer without parts: an error in its arguments shows before data is read."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    instantiate({**arguments.scalars(), **quiet, "enable_model_summary": False}, _convert_="all")
+
+
+def check_network(settings: Settings) -> None:
+    """Build the network without its weights: an error in its arguments shows before data is read.
+
+    Raises:
+        ValueError: an argument of the network or of the training is unknown or out of its range.
+    """
+    assumed = {"num_classes": 2, "in_channels": 3}
+    missing = {key: n for key, n in assumed.items() if settings.model.get(key) is None}
+    model: dict[str, Any] = {**settings.model, **missing}
+    if model.get("library", "repvgg") == "repvgg":
+        known = ["name", "library", *inspect.signature(RepVGG).parameters]
+        for key in (key for key in model if key not in known):
+            raise ValueError(
+                f"model.{key}: there is no such key; {did_you_mean(key, known)}"
+                f"allowed are {', '.join(known)}"
+            )
+    try:
+        with torch.device("meta"):
+            network = build_model(**model)
+            steps = Steps(1, 1, 0, 0, 1, 1)
+            build_classifier(settings, network, model["num_classes"], steps, settings.optim.lr)
+    except (NotImplementedError, RuntimeError):  # of a network that cannot be built like this
+        return
+    if settings.deployed_validation and not callbacks.is_foldable(network):
+        allowed = f"{model['name']} has nothing to fold while it trains"
+        raise refusal("deployed_validation", True, allowed, "false")
+
+
+def check_resumed(resume: str, model: Config, data: ImageData, images: Tensor) -> list[str]:
+    """Check that a checkpoint holds this network and these classes; lines on what else differs.
+
+    Raises:
+        ValueError: it is of another network or of other classes.
+    """
+    recorded = checkpoint.load(resume)
+    if recorded.config != model:
+        raise ValueError(f"resume={resume}: it holds {recorded.config}, this run builds {model}")
+    before, now = recorded.data.classes, data.contract.classes
+    if before != now:
+        raise ValueError(
+            f"resume={resume}: its classes are {show(before)}, those of the data are {show(now)}; "
+            "rename the folders back, or start a new run with init="
+        )
+    if torch.equal(recorded.probe.images, images):
+        return []
+    return ["the validation images are not those that the run started with"]
+
+
+def check_same_steps(
+    resume: str, config: Config, num_images: int, steps: Steps, folder: Path
+) -> None:
+    """Check that a resumed run with other batches or devices takes the same steps.
+
+    Raises:
+        ValueError: a step or an epoch differs, or the run stopped within an epoch.
+    """
+    recorded = runs.read_config(folder)
+    before, now = _step_keys(recorded), _step_keys(config)
+    if before == now:
+        return
+    passed = " ".join(f"{key}={value}" for key, value in before.items())
+    numbers = [value for value in before.values() if isinstance(value, int) and value > 0]
+    if len(numbers) < len(before):
+        raise ValueError(f"resume={resume}: the run started with {passed}; pass these")
+    size, devices, nodes, accumulated = numbers
+    step = size * devices * nodes * accumulated
+    batches = num_images // (size * devices * nodes)
+    epoch = schedule.from_trainer_arguments(batches, section(recorded, "trainer")).epoch
+    if (step, epoch) != (steps.images, steps.epoch):
+        raise ValueError(
+            f"resume={resume}: a step had {step} images and an epoch {epoch} steps ({passed}), now "
+            f"{steps.images} and {steps.epoch}; keep data.batch_size * devices * nodes * "
+            "accumulate_grad_batches"
+        )
+    loops = torch.load(resume, weights_only=True, map_location="cpu")["loops"]
+    if not loops["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]:
+        raise ValueError(
+            f"resume={resume}: the run stopped within an epoch, whose batches are counted for "
+            f"{passed}; pass these"
+        )
+
+
+def check_runs(network: nn.Module, images: Tensor, name: object) -> None:
+    """Check that a network runs on the images: most need a minimum size.
+
+    Raises:
+        ValueError: the network raised an error.
+    """
+    network.eval()
+    try:
+        with torch.no_grad():
+            network(images)
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError) as error:
+        size = "x".join(map(str, images.shape[2:]))
+        detail = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"model.name={name}: does not run on images of {size} ({detail}); "
+            "pass another model.name, or other data"
+        ) from error
+    network.train()
+
+
+def check_batch_of_one(network: nn.Module, image: Tensor, batch_size: int) -> None:
+    """Check that no BatchNorm sees a single value for each channel in a batch of one image.
+
+    Raises:
+        ValueError: one does.
+    """
+    if batch_size > 1:
+        return
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            copy.deepcopy(network).train()(image)
+    except ValueError as error:
+        raise ValueError(
+            f"data.batch_size=1: BatchNorm cannot normalize one value for each channel ({error}); "
+            "pass data.batch_size=2 or more"
+        ) from error
+
+
+def show(names: Sequence[str]) -> str:
+    """Up to twenty names."""
+    return ", ".join(names if len(names) <= 20 else [*names[:19], f"... ({len(names)})"])
+
+
+def _step_keys(config: Config) -> dict[str, object]:
+    """The values that set the images of an optimizer step."""
+    trainer = section(config, "trainer")
+    return {
+        "data.batch_size": section(config, "data").get("batch_size"),
+        **{f"trainer.{key}": trainer[key] for key in ("devices", "num_nodes")},
+        "trainer.accumulate_grad_batches": trainer["accumulate_grad_batches"],
+    }

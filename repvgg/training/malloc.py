@@ -13,9 +13,9 @@ _TOP_PAD = (-2, 64 * 2**20)  # bytes by which the heap grows beyond a request
 def keep_memory() -> bool:
     """Let this process keep the memory that it frees, until it ends.
 
-    The system then need not clear the same pages in each step: a fifth of the time of a float32
-    step of RepVGG-A0 at 224 pixels (`scripts/studies/benchmark_training.py`), a tenth in bf16 (12 steps,
-    twice).
+    The system then need not clear the same pages in each step. That is a fifth of a float32 step of
+    RepVGG-A0 at 224 pixels, and a tenth in bf16 (12 steps, twice; see
+    `scripts/studies/benchmark_training.py`).
 
     Results stay the same. Within a few steps the process settles at a size above its usual peak,
     because not every block fits into free memory: 5 to 17 % above for runs of RepVGG-A0, and up to

@@ -1,15 +1,18 @@
-"""What images a network takes, and what a file says of itself."""
+"""The preprocessing of a network's images, and the description that a file carries."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from types import UnionType
 
 import torch
 from torch import Tensor, nn
 
-from repvgg.checks import refusal
+from repvgg.checks import ArgumentError
+
+Plain = None | bool | int | float | str | Sequence["Plain"] | Mapping[str, "Plain"]
+ModelConfig = Mapping[str, Plain]  # the arguments of `repvgg.models.registry.build_model`
 
 METADATA_KEY = "repvgg"
 INPUTS = ("float32", "uint8")
@@ -18,16 +21,19 @@ OUTPUTS = ("logits", "probabilities")
 
 @dataclass(frozen=True)
 class DataContract:
-    """What a network was trained to see, and what its logits mean.
+    """The preprocessing of a network's images, and the names of its classes.
 
     Attributes:
         classes: names, in the order of the logits.
         in_channels: of an image.
         image_size: height and width in pixels.
         mean, std: by channel, of images in [0, 1].
-        interpolation: how images are resized to that size.
-        resize_size: length in pixels that the shorter side is scaled to, before the centre is cut
-            out; None scales as little as covers the size.
+        interpolation: how images are resized.
+        resize_size: the shorter side in pixels before the center crop; None is the smallest size
+            that covers `image_size`.
+
+    Raises:
+        ValueError: a value does not describe images; every such argument is named.
     """
 
     classes: Sequence[str]
@@ -39,7 +45,6 @@ class DataContract:
     resize_size: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what no network could have been trained on: a file may say anything."""
         wrong = [
             key
             for key, fits in (
@@ -55,12 +60,18 @@ class DataContract:
         if wrong:
             shown = ", ".join(f"{key}={str(getattr(self, key))[:60]}" for key in wrong)
             raise ValueError(
-                f"{shown}: no description of images of {self.in_channels} channels; classes are "
-                "names, image_size is height and width, mean and std are numbers by channel"
+                f"{shown}: not a description of images of {self.in_channels} channels; classes "
+                "are names, image_size is height and width, mean and std have a number a channel"
             )
 
 
-def _are(values: object, kind: Any, *, length: int | None = None, above: float = -math.inf) -> bool:
+def _are(
+    values: object,
+    kind: type | UnionType,
+    *,
+    length: int | None = None,
+    above: float = -math.inf,
+) -> bool:
     """Whether values are a sequence of a kind, of a length, each above a bound."""
     return (
         isinstance(values, Sequence)
@@ -72,14 +83,14 @@ def _are(values: object, kind: Any, *, length: int | None = None, above: float =
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Scale stored images to what predictors take: uint8 in 0..255 to float32 in [0, 1]."""
+    """Scale stored images, uint8 in 0..255, to float32 in [0, 1], which predictors take."""
     return images.float() / 255
 
 
 class Normalize(nn.Module):
-    """(images - mean) / std by channel: the preprocessing in front of a network, as a module.
+    """(images - mean) / std by channel, as a module in front of a network.
 
-    It is never folded into the stem: the border is padded with zeros after it, not before.
+    It cannot be folded into the stem, which pads with zeros after the normalization.
 
     Shapes: (..., C, H, W) -> (..., C, H, W); images in [0, 1].
 
@@ -101,28 +112,30 @@ class Normalize(nn.Module):
 
 @dataclass(frozen=True)
 class Description:
-    """What a file says of itself beside the weights.
+    """What a file records beside the weights.
 
     Attributes:
         config: the arguments of `repvgg.models.registry.build_model`.
-        data: what the network expects and what its outputs mean.
+        data: the preprocessing and the classes.
         input: "float32", images (N, C, H, W) in [0, 1]; or "uint8", images (N, H, W, C) in 0..255.
         output: "logits", or "probabilities" behind a softmax; (N, K).
 
     Raises:
-        ValueError: an input or output of another name.
+        ArgumentError: an input or output of another name.
     """
 
-    config: Mapping[str, Any]
+    config: ModelConfig
     data: DataContract
     input: str = "float32"
     output: str = "logits"
 
     def __post_init__(self) -> None:
         if self.input not in INPUTS:
-            raise refusal("input", self.input, f"must be one of {', '.join(INPUTS)}", "uint8")
+            allowed = f"must be one of {', '.join(INPUTS)}"
+            raise ArgumentError("input", self.input, allowed, "uint8")
         if self.output not in OUTPUTS:
-            raise refusal("output", self.output, f"must be one of {', '.join(OUTPUTS)}", "logits")
+            allowed = f"must be one of {', '.join(OUTPUTS)}"
+            raise ArgumentError("output", self.output, allowed, "logits")
 
     def to_json(self) -> str:
         return json.dumps(
@@ -146,14 +159,14 @@ class Description:
         )
 
     def encode(self, images: Tensor) -> Tensor:
-        """Turn images (N, C, H, W) in [0, 1] into what the file takes; contiguous.
+        """Convert images (N, C, H, W) in [0, 1] to the file's input format; contiguous.
 
-        Images that were stored as uint8 come back as they were stored.
+        Images that were stored as uint8 get their stored values back.
         """
         if self.input == "uint8":
             images = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
         return images.contiguous()
 
     def example(self, count: int = 2) -> Tensor:
-        """Black images as the file takes them."""
+        """Black images in the file's input format."""
         return self.encode(torch.zeros(count, self.data.in_channels, *self.data.image_size))

@@ -211,7 +211,7 @@ def test_an_unset_setting_of_another_kind_is_refused_with_its_example(monkeypatc
 
     signal.signal(signal.SIGTERM, before)
     assert capsys.readouterr().err == (
-        "script.py: mean='0.5': must be a list; type for example mean=[0.4]\n"
+        "script.py: mean='0.5': must be a list; for example mean=[0.4]\n"
     )
 
 

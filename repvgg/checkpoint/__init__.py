@@ -1,8 +1,8 @@
-"""Checkpoints: our self-describing format, and third-party files.
+"""Checkpoints: our format, which describes itself, and third-party files.
 
-`native` is our format and opens every file, `warm_start` begins a new network with one. `tensors`
-reads weights of any container, `recognize` and `layouts` find which network third-party weights
-belong to, `standins` opens pickles without running their code.
+`native` is our format and opens every file; `warm_start` initializes a new network from one.
+`tensors` reads files, and `standins` their pickles without running code. `locate` finds a RepVGG by
+its keys (`layouts`), `shapes` derives its arguments, `recognize` loads its weights.
 """
 
 from repvgg.checkpoint.native import (

@@ -1,26 +1,26 @@
-"""The key layouts of third-party checkpoints of RepVGG, and how their names become ours.
+"""The key layouts of third-party RepVGG checkpoints, and the mapping of their keys to ours.
 
-Seven beside ours are known: the authors' (RepVGG, arXiv:2101.03697), those of their RepVGGplus and
-of their PSPNet example, timm's, that of timm's features_only, mmpretrain's and QARepVGG's
-(arXiv:2212.01593).
+There are seven beside ours: the authors' (RepVGG, arXiv:2101.03697), their RepVGGplus's, their
+PSPNet example's, timm's, timm's for features_only, mmpretrain's and QARepVGG's (arXiv:2212.01593).
 """
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 AUXILIARY = ("stage1", "stage2", "stage3_half")
 
 
 class Layout(NamedTuple):
-    """How one source names the tensors of a RepVGG.
+    """The names of the tensors of a RepVGG in one source.
 
     Attributes:
         name: of the source.
         stem: the stem's name.
-        block: the name of a block after it, with {stage} and {number}.
-        stages: what stands for {stage}, in order; five where the third stage is in two halves.
-        parts: names inside a block, and ours.
-        heads: names outside of blocks, and ours.
+        block: the name of any other block, with {stage} and {number}.
+        stages: the values of {stage}, in order; five if the third stage is in two halves.
+        parts: names inside a block -> ours.
+        heads: names outside blocks -> ours.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Layout(NamedTuple):
     heads: dict[str, str]
 
     def pattern(self) -> re.Pattern[str]:
-        """Matches a key of a block, behind any prefix."""
+        """A pattern that matches the keys of blocks, with any prefix."""
         block = re.escape(self.block).replace(r"\{number\}", r"(?P<number>\d+)")
         block = block.replace(r"\{stage\}", f"(?P<stage>{'|'.join(self.stages)})")
         parts = "|".join(map(re.escape, self.parts))
@@ -41,12 +41,12 @@ class Layout(NamedTuple):
         )
 
     def owns(self, key: str) -> bool:
-        """Whether a key, without prefix, stands where this layout has blocks, known or not."""
+        """Whether a key, without prefix, is among the blocks, even if it is unknown."""
         before = re.escape(self.block.partition("{")[0])
         return re.match(rf"{re.escape(self.stem)}\.|{before}\d", key) is not None
 
     def to_ours(self, keys: list[str]) -> dict[str, str]:
-        """Those keys, without prefix, that this layout knows, and our names of them."""
+        """The keys, without prefix, that this layout knows, and our names for them."""
         pattern = self.pattern()
         matches = {key: match for key in keys if (match := pattern.fullmatch(key))}
         halved = len(self.stages) == 5
@@ -73,7 +73,7 @@ class Layout(NamedTuple):
         return ours
 
     def to_theirs(self, key: str, depths: list[int]) -> str:
-        """The name of one of our keys in this layout."""
+        """The key in this layout for one of ours."""
         place, part, leaf = split_key(key)
         if place is None:
             named = {ours: theirs for theirs, ours in self.heads.items()}
@@ -205,8 +205,21 @@ LAYOUTS = (
 )
 
 
+def holds_folded(keys: Iterable[str]) -> bool:
+    """Whether keys, in our names, are those of a folded RepVGG."""
+    return any(".reparam." in key for key in keys)
+
+
+def has_classifier(keys: Iterable[str]) -> bool:
+    """Whether keys, in our names, include any of a classifier."""
+    return any(key.startswith(("linear.", "auxiliary.")) for key in keys)
+
+
 def split_key(key: str) -> tuple[tuple[int, ...] | None, str, str]:
-    """One of our keys: the stem's place is (), a block's its stage and number, a head's None."""
+    """Split one of our keys into place, part and leaf.
+
+    The place is () for the stem, stage and number for a block, and None for a head.
+    """
     path, _, leaf = key.rpartition(".")
     if match := re.fullmatch(r"stages\.(\d+)\.(\d+)\.(.+)", path):
         return (int(match[1]), int(match[2])), match[3], leaf

@@ -1,14 +1,14 @@
-"""Files of tensors, by torch, safetensors or numpy, opened without running what they say.
+"""Read files of torch, safetensors or numpy without running code from them.
 
-What else stands in a file of torch (paths, times, configs, whole objects) is an inert stand-in: see
+Other objects in a file of torch (paths, times, configs, modules) become inert stand-ins: see
 `repvgg.checkpoint.standins`.
 """
 
 import pickle
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,24 +16,25 @@ import torch
 from repvgg.checkpoint import standins
 from repvgg.checkpoint.standins import StandIn
 
-SAFETENSORS = b"{"  # ninth byte of a file of that format
-METADATA = "__metadata__"  # where such a file says more
+Content = Mapping[str, object]  # of a file
+
+SAFETENSORS = b"{"  # the ninth byte of such a file
+METADATA = "__metadata__"  # the key of its metadata
 STORE = "store its weights alone: torch.save(model.state_dict(), FILE)"
 
 
-def read(path: Path) -> dict[str, Any]:
-    """What a file of torch, safetensors or numpy (.npz) holds; nothing that it says is run.
+def read(path: Path) -> dict[str, object]:
+    """Read the content of a file of torch, safetensors or numpy (.npz), without running its code.
 
     Raises:
-        ValueError: the file is missing, truncated, of another kind, needs code to load or names
-            what could run some.
+        ValueError: the file is missing, truncated or of another kind, or loading it could run code.
     """
     if not path.exists():
-        raise ValueError(f"'{path}' does not exist; give the path of a best.ckpt or last.ckpt")
+        raise ValueError(f"'{path}' does not exist; pass the path of a best.ckpt or last.ckpt")
     if path.is_dir():
-        raise ValueError(f"'{path}' is a folder; give the file in it, e.g. checkpoints/best.ckpt")
+        raise ValueError(f"'{path}' is a folder; pass a file in it, e.g. checkpoints/best.ckpt")
     if not path.is_file():
-        raise ValueError(f"'{path}' is no file that could be read; give that of a checkpoint")
+        raise ValueError(f"'{path}' is not a regular file; pass the path of a checkpoint")
     if _is_safetensors(path):
         from safetensors import SafetensorError, safe_open
 
@@ -46,8 +47,8 @@ def read(path: Path) -> dict[str, Any]:
     content = _read_arrays(path) if _is_archive_of_arrays(path) else _read_torch(path)
     if isinstance(content, StandIn):
         raise ValueError(
-            f"'{path}' holds a {content.name}, whose loading could run code of the file, which is "
-            f"not done; where it is trusted, {STORE}"
+            f"'{path}' holds a {content.name}, and loading that could run code from the file; if "
+            f"you trust it, {STORE}"
         )
     if isinstance(content, list | tuple):
         content = {str(number): part for number, part in enumerate(content)}
@@ -56,38 +57,39 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_torch(path: Path) -> Any:
-    """By torch's own reader of plain tensors; what that rejects, with stand-ins."""
+def _read_torch(path: Path) -> object:
+    """Read with torch's weights-only reader; if it rejects the file, again with stand-ins."""
     with path.open("rb") as file:
         for plain in (True, False):
             file.seek(0)
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of torch's reader, on what is not its own
-                    return torch.load(
+                    warnings.simplefilter("ignore")  # of torch, on other programs' files
+                    content: object = torch.load(
                         file,
                         map_location="cpu",
                         weights_only=plain,
                         pickle_module=None if plain else standins,
                     )
+                    return content
             except standins.HostileError as error:
                 raise ValueError(
-                    f"'{path}' names {error}, which could run code and has no place in a "
-                    f"checkpoint, so it is not opened; where it is trusted, {STORE}"
+                    f"'{path}' names {error}, which could run code and does not belong in a "
+                    f"checkpoint, so it is not opened; if you trust it, {STORE}"
                 ) from error
             except standins.DamagedError as error:
                 raise ValueError(f"'{path}' cannot be read: {error}") from error
             except pickle.UnpicklingError as error:
                 if not plain:
                     raise _unreadable(path, error) from error
-            except Exception as error:  # in many ways, on what is not a torch file
+            except Exception as error:  # of many kinds, if it is not a torch file
                 raise _unreadable(path, error) from error
     raise AssertionError  # the second reader returns or raises
 
 
-def _read_arrays(path: Path) -> dict[str, Any]:
-    """An archive of numpy's; an array of objects is a stand-in."""
-    content: dict[str, Any] = {}
+def _read_arrays(path: Path) -> dict[str, object]:
+    """Read an archive of NumPy; arrays of objects become stand-ins."""
+    content: dict[str, object] = {}
     try:
         with np.load(path, allow_pickle=False) as archive:
             for key in archive.files:
@@ -97,7 +99,7 @@ def _read_arrays(path: Path) -> dict[str, Any]:
                     if "Object arrays" not in str(error):
                         raise
                     content[key] = StandIn("numpy.ndarray")
-    except Exception as error:  # in many ways, on what is damaged
+    except Exception as error:  # of many kinds, if the file is damaged
         raise ValueError(f"'{path}' cannot be read: its arrays are damaged ({error})") from error
     return content
 
@@ -121,7 +123,7 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
             f"or {STORE}"
         )
     elif "TorchScript" in str(error):
-        said = "it is a program of TorchScript; store the weights alone, of its state_dict()"
+        said = "it is a TorchScript program; store its state_dict() instead"
     elif head.startswith(b"PK"):
         said = "it is a zip archive that is truncated, or that torch did not write"
     elif _is_text(path):

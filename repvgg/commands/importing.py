@@ -32,8 +32,8 @@ def convert(path: Path, settings: Settings) -> None:
     print(f"  {len(data.classes)} classes, the first is {data.classes[0]}")
     print(f"  {data.image_size[0]} pixels, shorter side {data.resize_size}, {data.interpolation}")
     print(f"  mean {[*data.mean]}, std {[*data.std]}")
-    strides = [*config.get("strides", (2, 2, 2, 2, 2))]
-    print(f"  strides {strides}, bn_eps {config.get('bn_eps', 1e-5):g}")
+    strides, bn_eps = config.get("strides", [2, 2, 2, 2, 2]), config.get("bn_eps", 1e-5)
+    print(f"  strides {strides}, bn_eps {bn_eps}")
     quoted = shlex.quote(str(out))
     print(f"written to {out}; deploy it: {cli.command('deploy')} ckpt={quoted}")
     print(f"train it further: {cli.command('train')} init={quoted} {overrides(config)} data=...")
@@ -50,7 +50,7 @@ def check_out(out: Path, *, overwrite: bool) -> None:
 
 def data_contract(settings: Settings, network: checkpoint.Network) -> DataContract:
     """The preprocessing: as passed, else as in the file, else ImageNet's."""
-    channels = network.config["in_channels"]
+    channels = network.in_channels
     usual = network.data or checkpoint.imagenet(network.config | {"in_channels": 3})
     mean = usual.mean if settings.mean is None else settings.mean
     std = usual.std if settings.std is None else settings.std

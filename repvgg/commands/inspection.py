@@ -9,6 +9,7 @@ from torch import Tensor
 
 from repvgg import checkpoint, cli
 from repvgg.checkpoint import recognize
+from repvgg.checkpoint.layouts import holds_folded
 from repvgg.checkpoint.standins import StandIn
 from repvgg.checkpoint.tensors import read
 from repvgg.contract import Description
@@ -31,7 +32,7 @@ def inspect(path: Path, strides: Sequence[int] | None) -> None:
     found = recognize.find(content)
     for network in found:
         print_network(network, checkpoint.description(content), strides)
-    places = [recognize.place(network) for network in found] if len(found) > 1 else [None]
+    places = [network.place for network in found] if len(found) > 1 else [None]
     errors = [try_to_load(path, place, strides) for place in places]
     if all(errors):
         raise ValueError(f"{errors[0]}")
@@ -39,9 +40,9 @@ def inspect(path: Path, strides: Sequence[int] | None) -> None:
 
 def print_ours(path: Path, strides: Sequence[int] | None) -> None:
     opened = checkpoint.load(path, strides=strides)
-    deployed = recognize.holds_deployed(opened.model.state_dict())
+    folded = holds_folded(opened.model.state_dict())
     data = opened.data
-    print(f"a checkpoint of ours, {'folded' if deployed else 'multi-branch'}: {opened.config}")
+    print(f"a checkpoint of ours, {'folded' if folded else 'multi-branch'}: {opened.config}")
     print(f"{len(data.classes)} classes: {shorten([*data.classes])}")
     print(f"images of {data.image_size[0]} pixels, mean {data.mean}, std {data.std}")
     print(f"would load: {cli.command('deploy')} ckpt={shlex.quote(str(path))}")
@@ -54,15 +55,14 @@ def try_to_load(path: Path, weights: str | None, strides: Sequence[int] | None) 
     file, train = shlex.quote(str(path)), cli.command("train")
     try:
         opened = checkpoint.open_network(path, weights=weights, strides=strides)
-        channels = opened.config["in_channels"]
         if opened.config["num_classes"] == 0:
             if keys:
                 print(f"\nwould load: repvgg.checkpoint.open_network({str(path)!r}, ...) as passed")
             else:
                 print(f"\nwould load: {train} init={file} ... (deploying needs a classifier)")
             return ""
-        if channels != 3 and opened.data is None:
-            keys += [f"{key}=[{','.join(['0.5'] * channels)}]" for key in ("mean", "std")]
+        if opened.in_channels != 3 and opened.data is None:
+            keys += [f"{key}=[{','.join(['0.5'] * opened.in_channels)}]" for key in ("mean", "std")]
         else:
             checkpoint.with_noise(opened, opened.data or checkpoint.imagenet(opened.config))
     except ValueError as error:
@@ -80,7 +80,7 @@ def print_network(
     """Print what a network is and what does not fit."""
     tensors = found.weights.values()
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
-    print(f"\nat '{recognize.place(found)}': {found.layout.name} layout, {found.form} form")
+    print(f"\nat '{found.place}': {found.layout.name} layout, {found.form}")
     count = sum(tensor.numel() for tensor in tensors)
     print(f"  {len(tensors)} tensors, {count:,} numbers, {', '.join(sorted(dtypes))}")
     if found.outside:
@@ -103,7 +103,7 @@ def print_network(
     if misfit.is_about_identities(found):
         print(f"  {recognize.OTHER_STRIDES}")
     if not any(misfit):
-        shown = [*config.get("strides", (2, 2, 2, 2, 2))]
+        shown = config.get("strides", [2, 2, 2, 2, 2])
         source = "from the file" if described else "assumed, because weights do not tell"
         print(f"  complete: nothing missing, nothing unknown; strides {shown}, {source}")
 

@@ -1,30 +1,32 @@
-"""The RepVGG block: parallel branches while it trains, one 3x3 convolution when it is deployed.
+"""The RepVGG block: parallel branches in training, one 3x3 convolution when deployed.
 
 RepVGG (Ding et al., 2021, arXiv:2101.03697), section 3.2 and figure 4:
 
     y = ReLU(BN3(W3 * x) + BN1(W1 * x) + BN0(x))
 
-The identity branch exists where channels and size stay. The only way to the deployed form is to
-build the block and call `switch_to_deploy()`. While it trains, a block can drop branches at random;
-the deployed convolution is the expectation over what was dropped.
+The identity branch exists where channels and size stay. The only way to the folded block is to
+build the multi-branch block and call `switch_to_deploy()`. In training a block can drop branches at
+random. The folded convolution is the expectation over the dropped branches.
 
-QARepVGG (Chu et al., 2022, arXiv:2212.01593) moves two of the three BatchNorms behind the sum, so
-that the deployed kernels survive 8-bit quantization: `QARepVGGBlock`.
+`QARepVGGBlock` (Chu et al., 2022, arXiv:2212.01593) has one BatchNorm behind the sum in place of
+two inside the branches. Its folded kernels lose less in int8.
 """
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.jit import (  # type: ignore[attr-defined, unused-ignore]  # not in __all__
+    is_scripting,
+    is_tracing,
+)
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from repvgg.checks import check_number
-from repvgg.fusion.copying import (
-    present_value,
-)
+from repvgg.fusion.copying import present_value
 from repvgg.models.branches import (
     Branch,
     DropRows,
@@ -39,16 +41,17 @@ from repvgg.models.branches import (
 from repvgg.reparam import Affine, bare_affine, merge
 
 KERNEL_SIZE = 3
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class SqueezeExcite(nn.Module):
-    """Reweights channels by a gate computed from their means (Hu et al., 2018, arXiv:1709.01507).
+    """Squeeze-and-excite: scale channels by their means (Hu et al., 2018, arXiv:1709.01507).
 
     Shapes: (N, C, H, W) -> (N, C, H, W).
 
     Args:
         channels: C.
-        reduction: the gate's hidden layer has C // reduction channels, at least one.
+        reduction: the hidden layer has C // reduction channels, at least one.
     """
 
     def __init__(self, channels: int, reduction: int) -> None:
@@ -58,13 +61,13 @@ class SqueezeExcite(nn.Module):
         self.excite = nn.Conv2d(hidden, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = x.mean((2, 3), keepdim=True)  # (N, C, 1, 1)
-        gate = self.excite(self.squeeze(gate).relu()).sigmoid()
-        return x * gate
+        scale: Tensor = x.mean((2, 3), keepdim=True)  # (N, C, 1, 1)
+        scale = self.excite(self.squeeze(scale).relu()).sigmoid()
+        return x * scale
 
 
 class RepVGGBlock(nn.Module):
-    """A 3x3 + 1x1 + identity block that collapses, exactly, into one 3x3 convolution.
+    """A 3x3 + 1x1 + identity block that folds, exactly, into one 3x3 convolution.
 
     Shapes: (N, C, H, W) -> (N, O, ceil(H / stride), ceil(W / stride)).
 
@@ -72,35 +75,35 @@ class RepVGGBlock(nn.Module):
         in_channels: C.
         out_channels: O.
         stride: 1 or more. The identity branch needs stride 1 and O equal to C.
-        groups: divides C and O. Holds for all branches.
-        dilation: of the 3x3 branch, which is padded by as much.
+        groups: divides C and O; of all branches.
+        dilation: of the 3x3 branch, and its padding.
         padding_mode: "zeros", "reflect", "replicate" or "circular".
         bn: normalize every branch. Without it the block is the plain residual sum
             ReLU(W3 * x + W1 * x + x).
         bias: give the two convolutions a bias.
         bn_eps: added to the variance by every BatchNorm.
-        branch_drop: probability with which the 1x1 and the identity branch are dropped, each by
-            itself and for each image, while the block trains; 0 is off.
-        drop_path: probability with which the 3x3 and 1x1 branches are dropped together, so that
-            the identity remains; 0 is off. Needs the identity branch.
-        se_before_relu: reduction of a squeeze-and-excite gate between the sum and the ReLU
-            (RepVGG-D2se); 0 is none.
-        se_after_relu: reduction of one behind the ReLU (RepVGGplus); 0 is none.
+        branch_drop: probability of dropping the 1x1 branch in training, separately for each image;
+            the same for the identity branch; 0 is off.
+        drop_path: probability of dropping the 3x3 and 1x1 branches together, so that the identity
+            remains; 0 is off. Needs the identity branch.
+        se_before_relu: reduction of squeeze-and-excite between the sum and the ReLU (RepVGG-D2se);
+            0 is none.
+        se_after_relu: reduction of squeeze-and-excite after the ReLU (RepVGGplus); 0 is none.
 
-    The fold reads what the layers are at that time, so they may be replaced or changed: other
-    channels, strides, dilations, padding modes, a SyncBatchNorm or a frozen one, pruned weights.
+    Layers may be replaced or changed before the fold: other channels, strides, dilations or padding
+    modes, a SyncBatchNorm or a frozen BatchNorm, pruned weights.
 
     Attributes:
-        stride: of the subsampling in front of the 1x1 branch.
-        in_channels, out_channels, groups, dilation, padding_mode, bn_eps: what the 3x3 branch or
-            the deployed convolution says; they cannot be set.
-        recompute: set it to keep only the block's input for the backward pass and to compute the
-            rest again there (Chen et al., 2016, arXiv:1604.06174): less memory, a third more time,
-            the same numbers. BatchNorm's running statistics advance once.
+        stride: of the subsampling before the 1x1 branch.
+        in_channels, out_channels, groups, dilation, padding_mode, bn_eps: read-only, from the 3x3
+            branch or the folded convolution.
+        recompute: activation checkpointing. True keeps only the block's input for the backward
+            pass, which computes the rest again (Chen et al., 2016, arXiv:1604.06174). It takes less
+            memory and a third more time; the numbers and the BatchNorm statistics are the same.
 
     Raises:
-        ValueError: `drop_path` without an identity branch; a probability outside [0, 1); torch's,
-            where groups do not divide the channels or a padding mode is unknown.
+        ValueError: `drop_path` without an identity branch; a probability outside [0, 1); torch's
+            own, where groups do not divide the channels or a padding mode is unknown.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class RepVGGBlock(nn.Module):
         stride: int = 1,
         groups: int = 1,
         dilation: int = 1,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         bn: bool = True,
         bias: bool = False,
         bn_eps: float = 1e-5,
@@ -125,7 +128,7 @@ class RepVGGBlock(nn.Module):
         check_number("drop_path", drop_path, below=1, example=0.1)
         self.recompute = False
         self.stride = stride
-        self._bn_eps = bn_eps  # once there is no BatchNorm that says it
+        self._bn_eps = bn_eps  # for a block without BatchNorm
 
         def normalization() -> nn.BatchNorm2d | None:
             return nn.BatchNorm2d(out_channels, eps=bn_eps) if bn else None
@@ -140,11 +143,11 @@ class RepVGGBlock(nn.Module):
                 dilation=dilation,
                 groups=groups,
                 bias=bias,
-                padding_mode=padding_mode,  # type: ignore[arg-type]
+                padding_mode=padding_mode,
             ),
             normalization(),
         )
-        # The stride of this branch is taken by subsampling its input in `forward`.
+        # `forward` subsamples the input of this branch by the stride.
         self.branch_1x1: Branch | None = Branch(
             nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=bias), normalization()
         )
@@ -154,7 +157,7 @@ class RepVGGBlock(nn.Module):
         elif drop_path > 0:
             raise ValueError(
                 f"drop_path={drop_path}: a block from {in_channels} to {out_channels} channels "
-                f"with stride {stride} has no identity branch to fall back on; give drop_path=0"
+                f"with stride {stride} has no identity branch to keep; pass drop_path=0"
             )
         self.branch_drop = DropRows(branch_drop) if branch_drop else nn.Identity()
         self.drop_path = DropRows(drop_path) if drop_path else nn.Identity()
@@ -167,27 +170,28 @@ class RepVGGBlock(nn.Module):
         self.se_after_relu = (
             SqueezeExcite(out_channels, se_after_relu) if se_after_relu else nn.Identity()
         )
+        self._place_norms(out_channels, bn_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        recompute = self.recompute and self.training and not torch.jit.is_scripting()
+        recompute = self.recompute and self.training and not is_scripting()
         if recompute and torch.is_grad_enabled():
             return self._recomputed(x)
         return self._forward(x)
 
     def equivalent_kernel_bias(self) -> Affine:
-        """Compute the one convolution that equals the sum of the branches in eval mode.
+        """Compute the convolution that equals the sum of the branches in eval mode.
 
-        Summed in float64 and cast once to the dtype of the block's parameters; gradients flow to
-        the parameters of every branch (RepVGG, section 3.3).
+        The sum is in float64 and cast once to the dtype of the block's parameters. Gradients flow
+        to the parameters of every branch (RepVGG, section 3.3).
 
         Returns:
-            kernel (O, C / groups, 3, 3) and bias (O,). A 3x3 branch that was given another size
-            has that.
+            kernel (O, C / groups, 3, 3) and bias (O,). The kernel has the size of the 3x3 branch,
+            if that was changed.
 
         Raises:
-            ValueError: a branch is not linear in eval mode, or cannot be read: its normalization
-                has no running statistics or is no BatchNorm, a layer has hooks or code of its own,
-                or its stride, padding or channels do not fit those of the 3x3 branch.
+            ValueError: a branch is not linear in eval mode or cannot be folded. Its normalization
+                has no running statistics or is not a BatchNorm, a layer has hooks or overrides
+                torch's code, or stride, padding or channels do not match the 3x3 branch.
         """
         if self.reparam is not None:
             return bare_affine(self.reparam.weight, self.reparam.bias)
@@ -197,22 +201,22 @@ class RepVGGBlock(nn.Module):
         return Affine(kernel.to(dtype), bias.to(dtype))
 
     def switch_to_deploy(self) -> None:
-        """Replace the branches by their one convolution, in place, and go to eval mode.
+        """Replace the branches by one convolution, in place, and set eval mode.
 
-        The block computes what it computed in eval mode. Calling it again changes nothing. The
+        The block's outputs in eval mode stay the same. Calling it again changes nothing. The
         convolution has the stride, padding, dtype, device, memory format and `requires_grad` of
-        the 3x3 branch. An optimizer, EMA or DDP wrapper that holds the old parameters keeps them:
-        to go on training, switch a copy (`repvgg.switch_to_deploy`).
+        the 3x3 branch. An optimizer, EMA or DDP wrapper keeps the old parameters: if training
+        continues, switch a copy (`repvgg.switch_to_deploy`).
 
         Raises:
-            ValueError: as `equivalent_kernel_bias`; nothing was changed.
+            ValueError: as `equivalent_kernel_bias`; the block is then unchanged.
         """
         if self.reparam is None:
             with torch.inference_mode(False), torch.no_grad():
                 reparam = self._convolution()
             eps = self.bn_eps
             self.reparam = reparam
-            self.stride = reparam.stride[0]  # of both dimensions, as that of the 1x1 branch fits
+            self.stride = reparam.stride[0]  # the same in both dimensions, or the 1x1 fails to fit
             self._bn_eps = eps
             self.branch_3x3 = self.branch_1x1 = self.branch_identity = None
             self.branch_drop = self.drop_path = nn.Identity()
@@ -236,15 +240,15 @@ class RepVGGBlock(nn.Module):
         return pair(self._main().dilation)[0]
 
     @property
-    def padding_mode(self) -> str:
+    def padding_mode(self) -> PaddingMode:
         return self._main().padding_mode
 
     @property
     def bn_eps(self) -> float:
-        norm = self._main_norm()
-        return getattr(norm, "eps", self._bn_eps)
+        eps: float = getattr(self._main_norm(), "eps", self._bn_eps)
+        return eps
 
-    # Not compiled by torch.jit.script, which compiles properties otherwise.
+    # torch.jit.script compiles properties unless they are listed here.
     __jit_unused_properties__ = (
         "in_channels",
         "out_channels",
@@ -254,12 +258,15 @@ class RepVGGBlock(nn.Module):
         "bn_eps",
     )
 
+    def _place_norms(self, out_channels: int, bn_eps: float) -> None:
+        """For subclasses whose BatchNorms are elsewhere."""
+
     def extra_repr(self) -> str:
-        form = "training form" if self.reparam is None else "deployed"
+        form = "multi-branch" if self.reparam is None else "folded"
         return f"{self.in_channels}, {self.out_channels}, stride={self.stride}, {form}"
 
     def _main(self) -> nn.Conv2d:
-        """The convolution that says what the block's shapes are."""
+        """The convolution that determines the block's shapes."""
         if self.reparam is not None:
             return self.reparam
         assert self.branch_3x3 is not None
@@ -269,7 +276,7 @@ class RepVGGBlock(nn.Module):
         return None if self.branch_3x3 is None else self.branch_3x3.bn
 
     def _convolution(self) -> nn.Conv2d:
-        """The deployed convolution."""
+        """The folded convolution."""
         assert self.branch_3x3 is not None
         conv, bn = self.branch_3x3.conv, self._main_norm()
         kernel, bias = self.equivalent_kernel_bias()
@@ -308,20 +315,21 @@ class RepVGGBlock(nn.Module):
         return merge(*branches)
 
     def _forward(self, x: Tensor) -> Tensor:
-        y = self._sum_of_branches(x) if self.reparam is None else self.reparam(x)
-        return self.se_after_relu(self.relu(self.se_before_relu(y)))
+        x = self._sum_of_branches(x) if self.reparam is None else self.reparam(x)
+        y: Tensor = self.se_after_relu(self.relu(self.se_before_relu(x)))
+        return y
 
     @torch.jit.unused
     def _recomputed(self, x: Tensor) -> Tensor:
-        tracing = isinstance(x, fx.Proxy) or torch.jit.is_tracing()
-        if tracing or torch.compiler.is_exporting():  # a graph holds the plain forward
+        if is_traced(x) or torch.compiler.is_exporting():  # a graph holds the plain forward
             return self._forward(x)
-        return checkpoint(
+        y: Tensor = checkpoint(
             self._forward,
             x,
             use_reentrant=False,
             context_fn=lambda: (contextlib.nullcontext(), _without_statistics(self._norms())),
         )
+        return y
 
     @torch.jit.unused
     def _norms(self) -> list[_BatchNorm]:
@@ -333,57 +341,30 @@ class RepVGGBlock(nn.Module):
     def _sum(self, x: Tensor) -> Tensor:
         assert self.branch_3x3 is not None
         assert self.branch_1x1 is not None
-        # A 1x1 convolution of stride s in channels_last corrupts the heap in its weight gradient
-        # on CPU (torch 2.13 and 2.15). Subsampling first is the same function, and safe.
+        # On CPU the weight gradient of a strided 1x1 convolution in channels_last corrupts the heap
+        # (torch 2.13 and 2.15). Subsampling first is the same function, and safe.
         point = x if self.stride == 1 else x[..., :: self.stride, :: self.stride]
-        y = self.branch_3x3(x) + self.branch_drop(self.branch_1x1(point))
-        if self.branch_identity is None:
-            return y
-        return self.drop_path(y) + self.branch_drop(self.branch_identity(x))
+        y: Tensor = self.branch_3x3(x) + self.branch_drop(self.branch_1x1(point))
+        if self.branch_identity is not None:
+            y = self.drop_path(y) + self.branch_drop(self.branch_identity(x))
+        return y
 
 
 class QARepVGGBlock(RepVGGBlock):
-    """The quantization-friendly sibling: a bare 1x1, a bare identity, one BatchNorm behind the sum.
+    """The block for int8: a plain 1x1, a plain identity, and a BatchNorm behind the sum.
 
     QARepVGG (Chu et al., 2022, arXiv:2212.01593), section 3 ("S4"):
 
         y = ReLU(BN(BN3(W3 * x) + W1 * x + x))
 
-    The variance of the deployed kernels stays small without the BatchNorms of the two thin
-    branches, and the one behind the sum keeps training stable. Squeeze-and-excite gates stand
-    behind that BatchNorm, as the fold would not be exact otherwise.
+    Without the BatchNorms of the 1x1 and the identity branch, the variance of the folded kernels
+    stays small. The BatchNorm behind the sum keeps training stable. Squeeze-and-excite follows that
+    BatchNorm; the fold would not be exact otherwise.
 
-    Shapes, arguments, errors: those of `RepVGGBlock`, which has `bn` and `bias` besides.
+    Shapes, arguments and errors are those of `RepVGGBlock`; `bn` is of the 3x3 branch.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        stride: int = 1,
-        groups: int = 1,
-        dilation: int = 1,
-        padding_mode: str = "zeros",
-        bn_eps: float = 1e-5,
-        branch_drop: float = 0.0,
-        drop_path: float = 0.0,
-        se_before_relu: int = 0,
-        se_after_relu: int = 0,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            stride=stride,
-            groups=groups,
-            dilation=dilation,
-            padding_mode=padding_mode,
-            bn_eps=bn_eps,
-            branch_drop=branch_drop,
-            drop_path=drop_path,
-            se_before_relu=se_before_relu,
-            se_after_relu=se_after_relu,
-        )
+    def _place_norms(self, out_channels: int, bn_eps: float) -> None:
         assert self.branch_1x1 is not None
         self.branch_1x1.bn = None
         if self.branch_identity is not None:
@@ -405,33 +386,39 @@ class QARepVGGBlock(RepVGGBlock):
         return y if self.post_bn is None else self.post_bn(y)
 
 
-def compile_blocks(network: nn.Module, **options: Any) -> int:
-    """Compile every block of a network by itself, in place; names of weights do not change.
+def compile_blocks(network: nn.Module, *, backend: str | Callable[..., object] = "inductor") -> int:
+    """Compile every block of a network separately, in place; the keys of its weights stay.
 
     Blocks of one shape share their code, so a deep network compiles as fast as a shallow one.
 
     Args:
-        options: of `torch.compile`.
+        backend: of `torch.compile`.
 
     Returns:
-        how many blocks there are.
+        the number of blocks.
     """
     blocks = [module for module in network.modules() if isinstance(module, RepVGGBlock)]
-    # All are calls of one function, which torch compiles eight times and then gives up: for each
-    # shape, to train and to evaluate.
+    # All blocks call one function, and torch stops compiling a function after eight variants. Each
+    # shape needs one for training and one for evaluation.
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, 8 + 4 * len(blocks))
     for block in blocks:
-        block.compile(**options)
+        block.compile(backend=backend)
     return len(blocks)
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether torch.fx or torch.jit.trace records the operations on a tensor."""
+    tracing: bool = is_tracing()  # type: ignore[no-untyped-call, unused-ignore]
+    return isinstance(x, fx.Proxy) or tracing
 
 
 @contextlib.contextmanager
 def _without_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Let no BatchNorm of a block count the images that it sees a second time."""
+    """Keep the running statistics of BatchNorms, also while they compute a batch again."""
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.momentum = 0.0  # the running statistics stay; a forward must save as many tensors
+        norm.momentum = 0.0  # in eval mode it would save other tensors for the backward pass
     try:
         yield
     finally:

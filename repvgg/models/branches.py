@@ -1,10 +1,11 @@
-"""The branches of a block: their layers, and the convolution that each is in eval mode.
+"""The branches of a block: their layers, and the convolution that equals each in eval mode.
 
-What a branch is, its layers say at that time: they may have been replaced or changed. What one
-convolution cannot hold is a ValueError that names the layer.
+Branches are read from their layers at the time of the fold, as layers may have been replaced or
+changed. If a layer cannot be folded, a ValueError names it.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,9 @@ from repvgg.reparam import Affine, bare_affine, bn_affine, identity_kernel, scal
 
 
 class DropRows(nn.Module):
-    """Zeroes whole images of a batch at random while it trains, and scales up the others.
+    """Drop whole images of a batch at random in training, and scale up the others.
 
-    A kept image is multiplied by 1 / (1 - p): the expectation is the input. On a residual branch
+    Kept images are multiplied by 1 / (1 - p), so the expectation is the input. On a residual branch
     this is stochastic depth (Huang et al., 2016, arXiv:1603.09382), "drop path".
 
     Shapes: (N, ...) -> (N, ...).
@@ -62,12 +63,14 @@ class Branch(nn.Module):
         self.bn = bn
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        return y if self.bn is None else self.bn(y)
+        y: Tensor = self.conv(x)
+        if self.bn is not None:
+            y = self.bn(y)
+        return y
 
 
 class Linear(NamedTuple):
-    """A branch in eval mode: one convolution, in float64, and how it moves over its input."""
+    """A branch in eval mode as one convolution, in float64."""
 
     affine: Affine
     geometry: Geometry
@@ -75,10 +78,15 @@ class Linear(NamedTuple):
 
 
 def read_branch(name: str, branch: nn.Module) -> Linear:
+    """Fold a convolution and its BatchNorm.
+
+    Raises:
+        ValueError: the branch or one of its layers cannot be folded.
+    """
     if type(branch) is not Branch or "forward" in vars(branch):
         raise ValueError(
-            f"{name} is of {type(branch).__name__} with code of its own, which cannot be folded: "
-            "it must be a convolution and a BatchNorm, repvgg.models.branches.Branch"
+            f"{name} is a {type(branch).__name__} with its own code, which cannot be folded: it "
+            "must be a convolution and a BatchNorm, repvgg.models.branches.Branch"
         )
     check_hooks(name, branch)
     conv = branch.conv
@@ -91,15 +99,15 @@ def read_branch(name: str, branch: nn.Module) -> Linear:
         and not {"forward", "_conv_forward"} & vars(conv).keys()
     )
     if not plain:
-        what = "has code of its own" if isinstance(conv, nn.Conv2d) else "is no torch.nn.Conv2d"
+        what = "has its own code" if isinstance(conv, nn.Conv2d) else "is not a torch.nn.Conv2d"
         raise ValueError(f"{name}.conv, a {kind}, {what}, so it cannot be folded")
     check_hooks(f"{name}.conv", conv)
     weight, bias = present_value(conv, "weight"), present_value(conv, "bias")
     assert weight is not None
     if not weight.is_floating_point() or weight.ndim != 4:
         raise ValueError(
-            f"{name}.conv has a weight of {weight.dtype} and shape {tuple(weight.shape)}; only "
-            "four dimensions of floating-point numbers can be folded"
+            f"{name}.conv has a weight of {weight.dtype} and shape {tuple(weight.shape)}; only a "
+            "floating-point weight of four dimensions can be folded"
         )
     wide = bare_affine(weight.double(), None if bias is None else bias.double())
     affine = normalize(f"{name}.bn", wide, branch.bn, weight.dtype)
@@ -107,12 +115,13 @@ def read_branch(name: str, branch: nn.Module) -> Linear:
 
 
 def read_identity(name: str, module: nn.Module, dense: Linear) -> Linear:
+    """Fold an identity branch, with or without a BatchNorm, as a 1x1 convolution."""
     kernel = dense.affine.kernel
     out, width = kernel.shape[0], kernel.shape[1] * dense.groups
     if out != width:
         raise ValueError(
-            f"{name} adds the block's input of {width} channels to the {out} that branch_3x3 "
-            "gives: replace it by None, or give branch_3x3.conv as many output channels"
+            f"{name} adds the block's input of {width} channels to the {out} output channels of "
+            "branch_3x3: replace it by None, or let branch_3x3.conv have as many"
         )
     eye = bare_affine(identity_kernel(width, dense.groups, device=kernel.device))
     one, zero = (1, 1), (0, 0)
@@ -123,7 +132,7 @@ def read_identity(name: str, module: nn.Module, dense: Linear) -> Linear:
 def normalize(
     name: str, value: Affine, module: nn.Module | None, dtype: torch.dtype | None = None
 ) -> Affine:
-    """The affine map behind which a normalization stands; in float64."""
+    """Fold a normalization into the affine map before it, in float64."""
     if module is None:
         return value
     kind = type(module).__name__
@@ -132,8 +141,8 @@ def normalize(
         return value
     if not is_normalization(module):
         raise ValueError(
-            f"{name} is of {kind}, which cannot be folded: only a BatchNorm, synchronized and "
-            "frozen ones too, is linear in eval mode"
+            f"{name} is a {kind}, which cannot be folded: only BatchNorms, SyncBatchNorm and "
+            "frozen ones too, are linear in eval mode"
         )
     if has_computed_weights(module):
         module = copied(module)
@@ -143,16 +152,16 @@ def normalize(
         raise ValueError(f"{name}, a {kind}, cannot be folded: {found}")
     if found.tail or found.dims not in (2, None):
         tail = ", ".join(found.tail)
-        what = f"does more than normalize ({tail})" if tail else "is not for images"
+        what = f"does more than normalize ({tail})" if tail else "does not normalize images"
         raise ValueError(f"{name}, a {kind}, {what}, so it cannot be folded")
     if found.dtype is not None and dtype is not None and found.dtype != dtype:
         raise ValueError(
-            f"{name}, a {kind}, is of {found.dtype} and the convolution of {dtype}: call .to() on "
-            "the block before it is folded"
+            f"{name}, a {kind}, has {found.dtype} and the convolution {dtype}: call .to() on the "
+            "block before the fold"
         )
     channels, given = len(found.scale), value.kernel.shape[0]
     if channels != given:
-        raise ValueError(f"{name} normalizes {channels} channels and is given {given}")
+        raise ValueError(f"{name} normalizes {channels} channels, but its input has {given}")
     scale, shift = found.scale, found.shift
     if isinstance(module, _BatchNorm) and not has_own_code(module, _torch_base(module)):
         scale, shift = bn_affine(module)  # gradients reach its weights
@@ -160,7 +169,7 @@ def normalize(
 
 
 def embed(name: str, branch: Linear, dense: Linear) -> Affine:
-    """Write a branch as a convolution of the same geometry as the 3x3 one."""
+    """Write a branch as a convolution with the geometry of the 3x3 branch."""
     kernel, target = branch.affine.kernel, dense.affine.kernel
     channels = (kernel.shape[0], kernel.shape[1] * branch.groups, branch.groups)
     wanted = (target.shape[0], target.shape[1] * dense.groups, dense.groups)
@@ -172,32 +181,32 @@ def embed(name: str, branch: Linear, dense: Linear) -> Affine:
     taps = embedding(branch.geometry, dense.geometry)
     if taps is None:
         raise ValueError(
-            f"{name} ({_said(branch.geometry)}) does not fit into branch_3x3 "
-            f"({_said(dense.geometry)}): give both the same stride and padding mode, and "
-            "branch_3x3 a padding of its dilation"
+            f"{name} ({_described(branch.geometry)}) does not fit into branch_3x3 "
+            f"({_described(dense.geometry)}): give both the same stride and padding mode, and "
+            "branch_3x3 a padding equal to its dilation"
         )
     padding = [amount for pair in reversed(taps) for amount in pair]
     return Affine(F.pad(kernel, padding), branch.affine.bias)
 
 
 def convolution_like(conv: nn.Conv2d, kernel: Tensor) -> nn.Conv2d:
-    """Make a convolution with a bias that moves over its input as another one does.
+    """Make a convolution with a bias and the geometry of another one.
 
     Args:
-        conv: its stride, padding, dilation, padding mode and groups are taken as they are now.
+        conv: gives stride, padding, dilation, padding mode and groups, from its attributes.
         kernel: (O, I / groups, kH, kW), the new weight.
     """
     out, width, height, length = kernel.shape
-    # On the meta device: its numbers are replaced, and no random state is consumed.
+    # On the meta device, which draws no random numbers: the weights are replaced below.
     new = nn.Conv2d(width * conv.groups, out, (height, length), groups=conv.groups, device="meta")
-    give_geometry(new, conv)
+    set_geometry(new, conv)
     new.weight = nn.Parameter(kernel)
     new.bias = nn.Parameter(kernel.new_zeros(out))
     return new
 
 
-def give_geometry(conv: nn.Conv2d, like: nn.Conv2d) -> None:
-    """Let a convolution move over its input as another one does."""
+def set_geometry(conv: nn.Conv2d, like: nn.Conv2d) -> None:
+    """Set stride, dilation and padding of a convolution to those of another one."""
     conv.stride, conv.dilation = pair(like.stride), pair(like.dilation)
     conv.padding = like.padding if isinstance(like.padding, str) else pair(like.padding)
     conv.padding_mode = like.padding_mode
@@ -205,7 +214,7 @@ def give_geometry(conv: nn.Conv2d, like: nn.Conv2d) -> None:
 
 
 def conv_geometry(conv: nn.Conv2d) -> Geometry:
-    """How a convolution moves over its input, by what its forward reads."""
+    """The geometry of a convolution, from the attributes that its forward reads."""
     size = tuple(conv.weight.shape[2:])
     stride, dilation = pair(conv.stride), pair(conv.dilation)
     if conv.padding_mode != "zeros":
@@ -215,30 +224,32 @@ def conv_geometry(conv: nn.Conv2d) -> Geometry:
         total = [d * (k - 1) for k, d in zip(size, dilation, strict=True)]
         before = (total[0] // 2, total[1] // 2)
         after = (total[0] - before[0], total[1] - before[1])
-    else:
-        before = after = (0, 0) if conv.padding == "valid" else pair(conv.padding)
+    else:  # a text is "valid"
+        before = after = (0, 0) if isinstance(conv.padding, str) else pair(conv.padding)
     return Geometry(size, stride, dilation, before, after, conv.padding_mode)
 
 
-def pair(value: Any) -> tuple[int, int]:
-    """torch takes one number for both dimensions where a layer's attribute was set to one."""
-    numbers = tuple(int(v) for v in value) if isinstance(value, tuple | list) else (int(value),) * 2
-    return numbers * 2 if len(numbers) == 1 else numbers  # type: ignore[return-value]
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of a layer's attribute, which may be one number for both."""
+    numbers = [int(number) for number in (value if isinstance(value, Sequence) else [value])]
+    height, width = numbers * 2 if len(numbers) == 1 else numbers
+    return height, width
 
 
 def check_drop(name: str, module: nn.Module) -> None:
-    """Only what does nothing in eval mode may stand there."""
+    """Raise ValueError unless a module is known to do nothing in eval mode."""
     if type(module) not in (DropRows, nn.Identity) and (
         not isinstance(module, _DropoutNd) or has_own_code(module, _torch_base(module))
     ):
         raise ValueError(
-            f"{name} is of {type(module).__name__}, of which it is not known that it does nothing "
-            "in eval mode: replace it by torch.nn.Identity() before the block is folded"
+            f"{name} is a {type(module).__name__}, which may change its input in eval mode: "
+            "replace it by torch.nn.Identity() before the fold"
         )
     check_hooks(name, module)
 
 
 def check_hooks(name: str, module: nn.Module) -> None:
+    """Raise ValueError if a module has hooks, apart from those that compute its weights."""
     hooks = [
         hook
         for key in HOOKS
@@ -248,7 +259,7 @@ def check_hooks(name: str, module: nn.Module) -> None:
     if hooks:
         raise ValueError(
             f"{name} has a hook, {getattr(hooks[0], '__qualname__', type(hooks[0]).__name__)}, "
-            "which would be lost: remove it before the block is folded"
+            "which would be lost: remove it before the fold"
         )
 
 
@@ -256,7 +267,7 @@ def _torch_base(module: nn.Module) -> type[nn.Module]:
     return next(base for base in type(module).__mro__ if base.__module__.startswith("torch.nn."))
 
 
-def _said(geometry: Geometry) -> str:
+def _described(geometry: Geometry) -> str:
     shown = {
         "kernel": geometry.kernel,
         "stride": geometry.stride,

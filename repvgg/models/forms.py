@@ -1,8 +1,8 @@
-"""Whole networks of blocks: from the form that trains to the form that is deployed."""
+"""Fold whole networks: from multi-branch to deployed."""
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,24 +37,24 @@ def is_deployed(model: nn.Module) -> bool:
 def switch_to_deploy(model: Model, images: Tensor | None = None) -> Model:
     """Copy a network and fold every re-parameterizable block of the copy.
 
-    Every module that has a method `switch_to_deploy()` is switched, innermost first. Blocks that
-    were made by `over_parameterize` give their place back to the layers that they replaced; then
-    modules of other libraries are left alone. The copy computes what `model` computes in eval mode;
-    `model` itself does not change, so its optimizer and EMA stay valid.
+    Every module with a method `switch_to_deploy()` is switched, innermost first. Blocks that
+    `over_parameterize` made are replaced by the original layers; modules of other libraries then
+    stay as they are. The outputs in eval mode stay the same. `model` does not change, so its
+    optimizer and EMA stay valid.
 
-    The methods of other libraries, and of subclasses of the blocks here, are tested: the module is
-    compared before and after, in float64 (in float32 where it cannot run so), on random inputs.
+    Methods of other libraries, and of subclasses of RepVGG's blocks, are tested. The module is
+    compared before and after on random inputs, in float64, or float32 if it cannot run in float64.
 
     Args:
-        images: (N, C, H, W), as the network takes them. If they are given, the whole network is
-            compared on them instead, and module by module.
+        images: (N, C, H, W), preprocessed. The whole network is then compared on them, module by
+            module, in place of the tests on random inputs.
 
     Returns:
         the copy, in eval mode, without `DistributedDataParallel` and `torch.compile` around it.
 
     Raises:
-        ValueError: the network has nothing to switch; a block cannot be folded, or its own method
-            fails, changes what it computes or cannot be tested; the block is named.
+        ValueError: the network has nothing to switch; a block cannot be folded; or the method of
+            another library fails, changes the outputs or cannot be tested. The block is named.
     """
     require_images(images)
     return cast(Model, _switched(model, images, check=True))
@@ -65,9 +65,9 @@ def _switched(model: nn.Module, images: Tensor | None, *, check: bool) -> nn.Mod
     plain_weights(model)
     if not _switches(model):
         raise ValueError(
-            f"{type(model).__name__} has no block to switch: "
-            "no module of it has a method switch_to_deploy(); repvgg.fuse_conv_bn folds the "
-            "BatchNorms of other networks, traced ones too"
+            f"{type(model).__name__} has no block to switch: none of its modules has a method "
+            "switch_to_deploy(); repvgg.fuse_conv_bn folds the BatchNorms of other networks, "
+            "traced ones too"
         )
     if images is not None:
         _compare_networks(model, images)
@@ -102,7 +102,7 @@ def _in_words(error: Exception, module: nn.Module) -> str:
 
 
 def _is_trusted(module: nn.Module) -> bool:
-    """Whether the method of a module is one of this library that nothing can have changed."""
+    """Whether a module's `switch_to_deploy` and `forward` are those of this library."""
     if isinstance(module, RepVGG):
         return type(module).switch_to_deploy is RepVGG.switch_to_deploy
     known = type(module) in (RepVGGBlock, QARepVGGBlock, RepVGGConv)
@@ -111,10 +111,14 @@ def _is_trusted(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _compare_blocks(name: str, module: nn.Module) -> None:
-    """Run a module's method on a copy and compare what the copy computes on random inputs."""
+    """Switch a copy of a module and compare its outputs on random inputs.
+
+    Raises:
+        ValueError: the outputs differ, or the module cannot run on such inputs.
+    """
     kind = type(module).__name__
     otherwise = (
-        "give images= to compare the whole network on, or fold it with repvgg.fuse_conv_bn instead"
+        "pass images= to compare the whole network, or fold it with repvgg.fuse_conv_bn instead"
     )
     failed: Exception | None = None
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -145,9 +149,8 @@ def _compare_blocks(name: str, module: nn.Module) -> None:
                 worst = max(verify.relative_error(*p) for p in pairs) if same else math.inf
                 if not worst <= tolerance:
                     raise ValueError(
-                        f"{name}: switch_to_deploy() of {kind} changes what it computes, by "
-                        f"{worst:.1e} of the largest value: fold the network with "
-                        "repvgg.fuse_conv_bn instead"
+                        f"{name}: switch_to_deploy() of {kind} changes its outputs by {worst:.1e} "
+                        "of the largest value: fold the network with repvgg.fuse_conv_bn instead"
                     )
             return
     raise ValueError(
@@ -157,7 +160,7 @@ def _compare_blocks(name: str, module: nn.Module) -> None:
 
 
 def _random_inputs(module: nn.Module) -> list[Tensor]:
-    """Two images each, of odd and even sizes, small and large, by the first convolution."""
+    """Batches of two for the first convolution, of odd and even, small and large sizes."""
     convs = [part for part in module.modules() if isinstance(part, _ConvNd)]
     if not convs:
         return []
@@ -181,9 +184,13 @@ def _random_inputs(module: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def _compare_networks(model: nn.Module, images: Tensor) -> None:
-    """Switch a copy of a network and compare it on images."""
+    """Switch a copy of a network and compare it on images, module by module.
+
+    Raises:
+        ValueError: the outputs of a block differ, or the network cannot run on the images.
+    """
     failed: Exception | None = None
-    # Where layers of its own come back, a name stands for less.
+    # RepVGGConv is left out: after the switch its name is that of a convolution alone.
     blocks = {name for name, module in _switches(model) if not isinstance(module, RepVGGConv)}
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         for dtype, tolerance in SAME.items():
@@ -205,7 +212,7 @@ def _compare_networks(model: nn.Module, images: Tensor) -> None:
                 return
             name, worst = found
             raise ValueError(
-                f"{name or type(model).__name__}: after switch_to_deploy() it differs on these "
+                f"{name or type(model).__name__}: switch_to_deploy() changes its outputs on these "
                 f"images by {worst:.1e} of the largest value: fold the network with "
                 "repvgg.fuse_conv_bn instead"
             )
@@ -219,10 +226,10 @@ def _compare_networks(model: nn.Module, images: Tensor) -> None:
 
 
 def deployed_form(model: nn.Module) -> tuple[nn.Module, FusionReport]:
-    """Copy a network, switch its blocks and fold every other BatchNorm that allows it.
+    """Copy a network, fold its blocks and then every other BatchNorm that can be folded.
 
-    Unlike `fuse_conv_bn` this folds statistics that were never updated, and on the meta device it
-    gives the form alone: what a file of deployed weights is loaded into.
+    Unlike `fuse_conv_bn` this folds statistics that were never updated. It works on the meta device
+    too: a file of folded weights is loaded into the result.
 
     Returns:
         the copy, in eval mode, and the report of `fuse_conv_bn`.
@@ -231,7 +238,7 @@ def deployed_form(model: nn.Module) -> tuple[nn.Module, FusionReport]:
         ValueError: as `switch_to_deploy` and `fuse_conv_bn`.
     """
     if _switches(model):
-        # On the meta device there are no numbers to compare.
+        # On the meta device there is nothing to compare.
         model = _switched(model, None, check=not any(p.is_meta for p in model.parameters()))
     else:
         model = copied(model).eval()
@@ -246,36 +253,34 @@ def _switches(model: nn.Module) -> Sequence[tuple[str, nn.Module]]:
     modules: Iterable[tuple[str, nn.Module]] = model.named_modules()
     found = [(name, module) for name, module in modules if isinstance(module, Reparameterizable)]
     if any(isinstance(module, RepVGGConv) for _, module in found):
-        # The network gets its own layers back; what others made of theirs is not to be changed.
+        # The network gets its original layers back, so modules of other libraries stay as well.
         return [(name, one) for name, one in found if isinstance(one, RepVGGBlock | RepVGG)]
     return found
 
 
 @torch.no_grad()
-def reestimate_bn(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Replace the running statistics of every BatchNorm by those of given images, in place.
+def reestimate_bn(model: nn.Module, batches: Iterable[object]) -> None:
+    """Compute the running statistics of every BatchNorm from images, in place.
 
-    All but the BatchNorms is in eval mode meanwhile (torch's `update_bn` leaves dropout on), so the
-    statistics are those of the network without its training noise: what is folded after training
-    with `branch_drop` or `drop_path`.
-    They are plain averages over the batches ("precise BN", Wu and Johnson, 2021, arXiv:2105.07576,
-    section 3). Weights, modes and momenta stay, and the statistics of a BatchNorm that no image
-    reaches.
+    All other layers are in eval mode meanwhile; torch's `update_bn` leaves dropout on. So these are
+    the statistics without stochastic layers, to fold after training with `branch_drop` or
+    `drop_path`. They are plain averages over the batches ("precise BN", Wu and Johnson, 2021,
+    arXiv:2105.07576, section 3). Weights, modes and momenta stay. So do the statistics of a
+    BatchNorm that does not run, as in an auxiliary classifier.
 
     Args:
-        batches: of images (N, C, H, W), as the network takes them; a few thousand images suffice.
-            Of a batch that is a list or tuple, as a DataLoader of images and labels gives, the
-            first item is taken, as torch's `update_bn` does. A network without BatchNorm needs
-            none.
+        batches: of images (N, C, H, W), preprocessed; a few thousand images suffice. If a batch is
+            a list or tuple, as from a DataLoader of images and labels, its first item is used, as
+            in torch's `update_bn`.
 
     Raises:
-        ValueError: there is no batch, or one that is no floating-point tensor of the network's
-            precision, or that the network cannot run on; every normalization is frozen. Whatever
-            is raised, the statistics are then the old ones.
+        ValueError: there is no batch; a batch is not a floating-point tensor of the network's
+            precision; the network cannot run on one; or every normalization is frozen. After any
+            error the statistics are the old ones.
     """
     if isinstance(batches, Tensor):
         raise ValueError(
-            f"batches is a tensor of shape {tuple(batches.shape)}: give a list of batches, [images]"
+            f"batches is a tensor of shape {tuple(batches.shape)}: pass a list of batches, [images]"
         )
     norms = [
         module
@@ -289,8 +294,8 @@ def reestimate_bn(model: nn.Module, batches: Iterable[Any]) -> None:
     }
     if kinds and not norms:
         raise ValueError(
-            f"{type(model).__name__} has no BatchNorm whose statistics can be estimated: "
-            f"all of its normalizations are {', '.join(sorted(kinds))}"
+            f"{type(model).__name__} has no BatchNorm whose statistics can be estimated: all its "
+            f"normalizations are {', '.join(sorted(kinds))}"
         )
     modes = {module: module.training for module in model.modules()}
     momenta = [bn.momentum for bn in norms]
@@ -309,14 +314,14 @@ def reestimate_bn(model: nn.Module, batches: Iterable[Any]) -> None:
             except (RuntimeError, TypeError, ValueError) as error:
                 shape = tuple(images.shape)
                 few = "Expected more than 1 value per channel" in str(error)
-                advice = "; statistics need more than one value: give a larger batch" if few else ""
+                advice = "; statistics need more than one value: use a larger batch" if few else ""
                 raise ValueError(
-                    f"{type(model).__name__} cannot run on batch {number} of shape {shape} in "
-                    f"training mode of its BatchNorms: {in_a_line(error)}{advice}"
+                    f"{type(model).__name__} cannot run on batch {number} of shape {shape} with "
+                    f"its BatchNorms in training mode: {in_a_line(error)}{advice}"
                 ) from error
             done = True
         if not done:
-            raise ValueError("there is no batch of images to estimate statistics from")
+            raise ValueError("batches is empty: statistics need at least one batch of images")
     except BaseException:
         done = False
         raise
@@ -325,32 +330,31 @@ def reestimate_bn(model: nn.Module, batches: Iterable[Any]) -> None:
             module.training = training
         for bn, momentum, buffers in zip(norms, momenta, old, strict=True):
             bn.momentum = momentum
-            if not done or bn.num_batches_tracked == 0:  # an auxiliary classifier's did not run
+            if not done or bn.num_batches_tracked == 0:  # it did not run
                 for buffer, before in zip(bn.buffers(), buffers, strict=True):
                     buffer.copy_(before)
 
 
-def _images_of(batch: Any, model: nn.Module, number: int) -> Tensor:
-    """The images of a batch, as `reestimate_bn` takes it."""
+def _images_of(batch: object, model: nn.Module, number: int) -> Tensor:
+    """The images of a batch of `reestimate_bn`.
+
+    Raises:
+        ValueError: the batch is not a tensor, list or tuple, or its dtype is not the network's.
+    """
     given = batch[0] if isinstance(batch, list | tuple) and batch else batch
     if not isinstance(given, Tensor):
-        inside = " whose first item" if given is not batch else ", which"
-        kind = type(given).__name__
+        kind = type(batch).__name__
+        what = f"{kind} of {type(given).__name__}" if given is not batch else kind
         raise ValueError(
-            f"batch {number} is a {type(batch).__name__}{inside} is no tensor of images"
-            + (f" but a {kind}" if given is not batch else "")
-            + ": give tensors (N, C, H, W), or lists or tuples that begin with one"
+            f"batch {number} is a {what}: pass tensors (N, C, H, W), or lists or tuples whose "
+            "first item is one"
         )
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if dtypes and given.dtype not in dtypes and not torch.is_autocast_enabled(given.device.type):
         wanted = ", ".join(sorted(str(dtype) for dtype in dtypes))
-        advice = (
-            "scale them to what the network was trained on and "
-            if given.dtype in (torch.uint8,)
-            else ""
-        )
+        advice = "scale the images as in training and " if given.dtype == torch.uint8 else ""
         raise ValueError(
-            f"batch {number} is of {given.dtype} and the network of {wanted}: {advice}"
-            f"call .to({wanted.split(', ')[0]}) on the images"
+            f"batch {number} has {given.dtype} and the network {wanted}: {advice}"
+            f"call .to({wanted.split(', ')[0]}) on them"
         )
     return given

@@ -1,8 +1,8 @@
 """RepVGG: a plain stack of RepVGG blocks, pooled and classified.
 
 RepVGG (Ding et al., 2021, arXiv:2101.03697), section 3.4 and table 2: a stem block, four stages,
-global average pooling, dropout, a linear layer. RepVGGplus adds auxiliary classifiers that exist
-while it trains. The named variants are in `repvgg.models.registry`.
+global average pooling, dropout, a linear layer. RepVGGplus adds auxiliary classifiers for training.
+`repvgg.models.registry` has the named variants.
 """
 
 import warnings
@@ -11,9 +11,16 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, fx, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined, unused-ignore]  # not in __all__
 
-from repvgg.checks import check_integer, check_integers, check_number, refusal
-from repvgg.models.block import BLOCKS, RepVGGBlock
+from repvgg.checks import (
+    ArgumentError,
+    check_boolean,
+    check_integer,
+    check_integers,
+    check_number,
+)
+from repvgg.models.block import BLOCKS, RepVGGBlock, is_traced
 
 MAX_STEM_WIDTH = 64
 
@@ -26,28 +33,28 @@ class RepVGG(nn.Module):
     Args:
         depths: blocks in each of the four stages.
         widths: channels of each stage. The stem has min(64, widths[0]).
-        block: "repvgg", or "qarepvgg" for blocks that survive 8-bit quantization.
+        block: "repvgg", or "qarepvgg" for blocks that suit int8 quantization.
         strides: of the stem and of the first block of each stage. The paper's five twos divide
-            the resolution by 32; small images want ones in front.
-        groups: of the 3x3 and 1x1 convolutions of every second block after the stem, the second
-            first (section 3.4); the other blocks have 1.
-        num_classes: K; 0 is a network without a classifier, which returns the pooled features
+            the resolution by 32. For small images the first ones should be 1.
+        groups: of the convolutions of every second block after the stem: blocks 2, 4, ... (section
+            3.4). The other blocks have 1.
+        num_classes: K. With 0 there is no classifier, and the network returns the pooled features
             (N, widths[3]).
         in_channels: channels of the images.
         dropout: probability in front of the linear layer; 0 is off.
         branch_drop: of every block: see `RepVGGBlock`; 0 is off.
-        drop_path: of the last block; it grows linearly from the stem, as in stochastic depth
-            (Huang et al., 2016, arXiv:1603.09382). Blocks without identity branch have none; 0 is
-            off. This and `branch_drop` are noise in front of BatchNorms, whose statistics are to be
-            re-estimated without it before folding: see `repvgg.reestimate_bn`.
+        drop_path: of the last block. It grows linearly from the stem, as in stochastic depth
+            (Huang et al., 2016, arXiv:1603.09382); 0 is off. Blocks without an identity branch
+            have none. `drop_path` and `branch_drop` change the statistics of BatchNorms:
+            re-estimate them before folding (`repvgg.reestimate_bn`).
         bn_eps: added to the variance by every BatchNorm.
-        se_before_relu: reduction of the squeeze-and-excite gates in front of the ReLUs; 0 is none.
-        se_after_relu: reduction of those behind the ReLUs; 0 is none.
+        se_before_relu: reduction of squeeze-and-excite before the ReLUs; 0 is none.
+        se_after_relu: reduction of squeeze-and-excite after the ReLUs; 0 is none.
         auxiliary_heads: classifiers after stage 1, stage 2 and the first half of stage 3, as in
             RepVGGplus: see `forward_auxiliary`.
 
     Raises:
-        ValueError: a value is outside its range; the message names it.
+        ArgumentError: a value is outside its range.
     """
 
     def __init__(
@@ -69,36 +76,35 @@ class RepVGG(nn.Module):
         auxiliary_heads: bool = False,
     ) -> None:
         super().__init__()
-        depths = check_integers("model.depths", depths, length=4, example="[2,4,14,1]")
-        widths = check_integers("model.widths", widths, length=4, example="[48,96,192,1280]")
-        strides = check_integers("model.strides", strides, length=5, example="[2,2,2,2,2]")
-        check_integer("model.num_classes", num_classes, minimum=0, example=10)
-        check_integer("model.in_channels", in_channels, minimum=1, example=3)
-        check_integer("model.groups", groups, minimum=1, example=2)
-        check_number("model.dropout", dropout, below=1, example=0.2)
-        check_number("model.branch_drop", branch_drop, below=1, example=0.1)
-        check_number("model.drop_path", drop_path, below=1, example=0.1)
-        check_number("model.bn_eps", bn_eps, example=1e-5)
-        check_integer("model.se_before_relu", se_before_relu, minimum=0, example=16)
-        check_integer("model.se_after_relu", se_after_relu, minimum=0, example=4)
-        if not isinstance(auxiliary_heads, bool):
-            raise refusal("model.auxiliary_heads", auxiliary_heads, "must be true or false", "true")
+        depths = check_integers("depths", depths, length=4, example="[2,4,14,1]")
+        widths = check_integers("widths", widths, length=4, example="[48,96,192,1280]")
+        strides = check_integers("strides", strides, length=5, example="[2,2,2,2,2]")
+        check_integer("num_classes", num_classes, minimum=0, example=10)
+        check_integer("in_channels", in_channels, minimum=1, example=3)
+        check_integer("groups", groups, minimum=1, example=2)
+        check_number("dropout", dropout, below=1, example=0.2)
+        check_number("branch_drop", branch_drop, below=1, example=0.1)
+        check_number("drop_path", drop_path, below=1, example=0.1)
+        check_number("bn_eps", bn_eps, example=1e-5)
+        check_integer("se_before_relu", se_before_relu, minimum=0, example=16)
+        check_integer("se_after_relu", se_after_relu, minimum=0, example=4)
+        check_boolean("auxiliary_heads", auxiliary_heads)
         if auxiliary_heads and num_classes == 0:
-            allowed = "these heads are classifiers, of which model.num_classes=0 has none"
-            raise refusal("model.auxiliary_heads", auxiliary_heads, allowed, "false")
+            allowed = "are classifiers, which a network of num_classes=0 does not have"
+            raise ArgumentError("auxiliary_heads", auxiliary_heads, allowed, "false")
         if auxiliary_heads and depths[2] < 2:
-            raise refusal(
-                "model.depths", depths, "auxiliary heads halve stage 3, so it needs 2", "[1,1,2,1]"
+            raise ArgumentError(
+                "depths", depths, "stage 3 needs 2 blocks or more for auxiliary heads", "[1,1,2,1]"
             )
         if any(width % groups for width in widths):
-            raise refusal("model.groups", groups, f"must divide all of widths {widths}", 1)
+            raise ArgumentError("groups", groups, f"must divide all widths {widths}", 1)
         if block not in BLOCKS:
-            raise refusal("model.block", block, f"must be one of {', '.join(BLOCKS)}", "repvgg")
+            raise ArgumentError("block", block, f"must be one of {', '.join(BLOCKS)}", "repvgg")
         self.num_classes = num_classes
         self.in_channels = in_channels
 
         def build(number: int, in_width: int, out_width: int, stride: int) -> RepVGGBlock:
-            """The stem has number 0."""
+            """Build block `number`; the stem is block 0."""
             has_identity = in_width == out_width and stride == 1
             return BLOCKS[block](
                 in_width,
@@ -128,13 +134,13 @@ class RepVGG(nn.Module):
             isinstance(module, RepVGGBlock) and module.branch_identity is not None
             for module in self.modules()
         ):
-            raise refusal(
-                "model.drop_path", drop_path, "this network has no block with an identity branch", 0
+            raise ArgumentError(
+                "drop_path", drop_path, "this network has no block with an identity branch", 0
             )
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(width, num_classes) if num_classes else nn.Identity()
 
-        # After which block each auxiliary classifier reads the features.
+        # The block after which each auxiliary classifier reads the features.
         self._taps: dict[int, str] = {}
         self._has_warned = False
         self.auxiliary = nn.ModuleDict()
@@ -148,31 +154,35 @@ class RepVGG(nn.Module):
                 self.auxiliary[name] = _auxiliary_head(channels, num_classes, bn_eps)
 
     def forward(self, images: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
+        if not is_scripting():
             self._warn_of_idle_heads(images)
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Run the trunk: (N, C, H, W) -> (N, widths[3], h, w).
+        """Run the backbone: (N, C, H, W) -> (N, widths[3], h, w).
 
-        Deterministic, unless `branch_drop` or `drop_path` is on in training mode.
+        It is random in training mode if `branch_drop` or `drop_path` is on.
         """
-        return self.stages(self.stem(images))
+        features: Tensor = self.stages(self.stem(images))
+        return features
 
     def forward_head(self, features: Tensor) -> Tensor:
-        """Pool, drop out, classify: (N, widths[3], h, w) -> (N, K). Random in training mode."""
-        if torch.jit.is_scripting():
-            return self.linear(self.dropout(features.mean((2, 3))))
-        return self.linear(self.dropout(_pool(features)))  # of (N, widths[3])
+        """Pool, drop out, classify: (N, widths[3], h, w) -> (N, K).
+
+        It is random in training mode if `dropout` is on.
+        """
+        pooled = features.mean((2, 3)) if is_scripting() else _pool(features)  # (N, widths[3])
+        logits: Tensor = self.linear(self.dropout(pooled))
+        return logits
 
     def forward_auxiliary(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Run the trunk and, on the way, the auxiliary classifiers.
+        """Run the backbone and the auxiliary classifiers.
 
         The training loss adds their cross-entropies, each weighted 0.1 in the RepVGGplus recipe.
 
         Returns:
-            what `forward_features` returns, and logits (N, K) of each auxiliary classifier (an
-            empty list for a network without, or after `switch_to_deploy`).
+            the features, as `forward_features`, and logits (N, K) of each auxiliary classifier. The
+            list is empty for a network without them, and after `switch_to_deploy`.
         """
         x = self.stem(images)
         logits = []
@@ -184,11 +194,10 @@ class RepVGG(nn.Module):
 
     @torch.jit.unused
     def _warn_of_idle_heads(self, images: Tensor) -> None:
-        """Say once that a training forward gives the auxiliary classifiers no gradient."""
+        """Warn once that a plain forward does not train the auxiliary classifiers."""
         if not (self._taps and self.training) or self._has_warned:
             return
-        recorded = isinstance(images, fx.Proxy) or torch.jit.is_tracing()
-        if recorded or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if is_traced(images) or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         if any(parameter.requires_grad for parameter in self.auxiliary.parameters()):
             self._has_warned = True
@@ -204,10 +213,10 @@ class RepVGG(nn.Module):
             yield from stage.children()
 
     def switch_to_deploy(self) -> None:
-        """Fold every block and drop the auxiliary classifiers, in place; go to eval mode.
+        """Fold every block and remove the auxiliary classifiers, in place; set eval mode.
 
         Raises:
-            ValueError: a block cannot be folded; it is named. The blocks before it are folded.
+            ValueError: a block cannot be folded; the error names it. Earlier blocks are folded.
         """
         for name, module in self.named_modules():
             if isinstance(module, RepVGGBlock):
@@ -221,10 +230,10 @@ class RepVGG(nn.Module):
 
 
 def _pool(features: Tensor) -> Tensor:
-    """The mean over H and W, which exports as one node; adaptive pooling does not.
+    """Average over H and W; unlike adaptive pooling this exports as one node.
 
-    In a graph of torch.fx it keeps four dimensions first: torch's quantized tensors in
-    channels_last need them.
+    In a graph of torch.fx the mean keeps four dimensions, which torch's quantized tensors in
+    channels_last need.
     """
     if isinstance(features, fx.Proxy):
         return features.mean((2, 3), keepdim=True).flatten(1)

@@ -1,11 +1,10 @@
-"""RepVGG training for any network: eligible 3x3 convolutions become RepVGG blocks while it trains.
+"""RepVGG training for any network: eligible 3x3 convolutions become RepVGG blocks.
 
-The way back is `repvgg.switch_to_deploy`: every block is again the convolution, and the BatchNorm
-behind it, that it came from, so the network has its own layers, names and shapes.
+After training, `repvgg.switch_to_deploy` turns every block into a convolution and BatchNorm again.
+The network then has its original layers, names and shapes.
 """
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +15,20 @@ from repvgg.fusion.copying import copied
 from repvgg.fusion.normalizations import Normalization, is_never_updated, read_normalization
 from repvgg.fusion.surgery import put
 from repvgg.models.block import KERNEL_SIZE, RepVGGBlock
-from repvgg.models.branches import conv_geometry, give_geometry
+from repvgg.models.branches import conv_geometry, set_geometry
 from repvgg.models.network import RepVGG
 from repvgg.reparam import Reparameterizable, identity_kernel, pad_kernel
 
 
 class RepVGGConv(RepVGGBlock):
-    """A RepVGG block without ReLU in the place of a convolution and its BatchNorm.
+    """A RepVGG block without ReLU that replaces a convolution and its BatchNorm.
 
-    Shapes: as of the convolution.
+    Shapes: those of the convolution.
 
     Args:
-        conv: a 3x3 convolution that is padded by its dilation.
-        bn: the BatchNorm behind it, or None.
-        slot: what stands in the place of `bn`.
+        conv: a 3x3 convolution whose padding equals its dilation.
+        bn: the BatchNorm after it, or None.
+        slot: the module that replaces `bn` in the network.
         branch_drop: as in `RepVGGBlock`.
     """
 
@@ -59,15 +58,15 @@ class RepVGGConv(RepVGGBlock):
             self._start(conv, bn)
         self.requires_grad_(conv.weight.requires_grad)
         self.train(conv.training)
-        # Not registered: they hold no weights that train, and come back by `originals`.
+        # In tuples, so that torch does not register them: `originals` restores them.
         self._conv = (_without_weights(conv),)
         self._bn = (bn, slot)
 
     def originals(self) -> list[tuple[nn.Module, nn.Module]]:
-        """After the switch: what is to be replaced in the network, and by what.
+        """After the switch: pairs of a module in the network and its replacement.
 
-        Where there was a BatchNorm, the convolution takes the kernel and the BatchNorm the bias;
-        it has mean 0 and standard deviation 1.
+        The convolution gets the kernel. If there was a BatchNorm, it gets the bias, with mean 0 and
+        standard deviation 1.
         """
         assert self.reparam is not None
         kernel, bias = self.reparam.weight, self.reparam.bias
@@ -75,12 +74,12 @@ class RepVGGConv(RepVGGBlock):
         conv = copy.deepcopy(self._conv[0])
         conv.weight = kernel
         if conv_geometry(conv) != conv_geometry(self.reparam):  # changed after the block was made
-            give_geometry(conv, self.reparam)
+            set_geometry(conv, self.reparam)
         conv.in_channels, conv.out_channels = self.in_channels, self.out_channels
         conv.kernel_size, conv.groups = self.reparam.kernel_size, self.groups
         bn, slot = self._bn
         if bn is None or slot is None:
-            if conv.bias is not None:  # else no branch has one
+            if conv.bias is not None:  # otherwise no branch has a bias
                 conv.bias = bias
             return [(self, conv.eval())]
         bn = copy.deepcopy(bn).to(kernel)
@@ -101,7 +100,7 @@ class RepVGGConv(RepVGGBlock):
         return [(self, conv.eval()), (slot, bn.eval())]
 
     def _start(self, conv: nn.Conv2d, bn: _BatchNorm | None) -> None:
-        """Begin as the function of `conv` and `bn`, or as a fresh block if `bn` is fresh."""
+        """Initialize from `conv` and `bn`; like a new block if `bn` was never updated."""
         assert self.branch_3x3 is not None
         assert self.branch_1x1 is not None
         dense, point = self.branch_3x3, self.branch_1x1
@@ -129,31 +128,31 @@ class RepVGGConv(RepVGGBlock):
         own = dense.bn.state_dict()
         dense.bn.load_state_dict({key: bn.state_dict().get(key, own[key]) for key in own})
         for norm in others:
-            norm.weight.zero_()  # it adds nothing until it has learned to, in both modes
+            norm.weight.zero_()  # the branch is zero at first, in both modes
 
 
 def over_parameterize(model: nn.Module, *, branch_drop: float = 0.0) -> nn.Module:
-    """Copy a network and make every eligible 3x3 convolution of the copy a RepVGG block.
+    """Copy a network and replace every eligible 3x3 convolution by a RepVGG block.
 
-    Eligible is a convolution padded by its dilation, of any stride, groups and padding mode, that
-    has no code or hooks of its own. The BatchNorm behind it joins the block where the dataflow
-    proves that it normalizes this convolution and nothing else; without one, the block has none.
+    A convolution is eligible if its padding equals its dilation, and it has no hooks and no code
+    but torch's. Stride, groups and padding mode may be any. The BatchNorm after it joins the block
+    if the dataflow proves that it normalizes only this convolution. It stays outside if its mode is
+    not that of the convolution.
 
-    A block starts as the function of what it replaces (in training mode if `branch_drop` is 0, and
-    but for a BatchNorm in another mode than its convolution, which stays outside): the branches
-    that it adds begin at zero (Goyal et al., 2017, arXiv:1706.02677, section 5.1, for their gamma).
-    Where the BatchNorm was never updated, it starts as a fresh RepVGG block does.
+    The copy computes the same function at first: new branches start at zero (Goyal et al., 2017,
+    arXiv:1706.02677, section 5.1, for their gamma). In training mode this needs `branch_drop` 0. If
+    the BatchNorm was never updated, the block starts like any new RepVGG block.
 
     Args:
         model: in either mode; it is not changed.
         branch_drop: of the blocks, as in `RepVGGBlock`; 0 is off.
 
     Returns:
-        the copy, to be trained. `repvgg.switch_to_deploy` gives the original layers back.
+        the copy. After training, `repvgg.switch_to_deploy` restores the original layers.
 
     Raises:
-        ValueError: the network has no eligible convolution, a forward of it depends on what its
-            layers are, it cannot be copied, or `branch_drop` is out of range.
+        ValueError: the network has no eligible convolution, its forward depends on the classes of
+            its layers, it cannot be copied, or `branch_drop` is out of range.
     """
     model = copied(model)
     modules: dict[str, nn.Module] = dict(model.named_modules())
@@ -181,8 +180,8 @@ def over_parameterize(model: nn.Module, *, branch_drop: float = 0.0) -> nn.Modul
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no convolution to over-parameterize: none is 3x3, padded "
-            "by its dilation, called on one argument where that can be followed, and without "
-            "code, hooks or tied weights"
+            "by its dilation, called on one argument in traceable code, and without hooks, tied "
+            "weights or code of its class"
         )
     replaced: set[str] = set()
     for name, conv in found:
@@ -206,30 +205,30 @@ def over_parameterize(model: nn.Module, *, branch_drop: float = 0.0) -> nn.Modul
         if not dataflow.equal(before, after, apart_from=[name for name, _ in found]):
             raise ValueError(
                 f"{type(model).__name__} cannot be over-parameterized: some forward depends on "
-                "what its layers are, or on what they say of themselves"
+                "the classes or attributes of its layers"
             )
     return model
 
 
 def _flows(model: nn.Module) -> list[dataflow.Dataflow]:
-    """What feeds what, in eval and in training mode."""
+    """The dataflow in eval and in training mode."""
     modes = {module: module.training for module in model.modules()}
     flows = [
-        dataflow.trace(model.eval(), _is_step),
-        dataflow.trace(model.train(), _is_step),
+        dataflow.trace(model.eval(), _is_node),
+        dataflow.trace(model.train(), _is_node),
     ]
     for module, training in modes.items():
         module.training = training
     return flows
 
 
-def _is_step(module: nn.Module) -> bool:
-    """As for fusing, and the blocks that are made here."""
+def _is_node(module: nn.Module) -> bool:
+    """Whether a module is one node of the dataflow: those of fusion, and the new blocks."""
     return isinstance(module, RepVGGConv) or foldable.is_leaf(module)
 
 
 def _is_called_plainly(name: str, flow: dataflow.Dataflow) -> bool:
-    """Whether all that is done with a module is to call it, on one argument."""
+    """Whether a module is only called, and on one argument."""
     calls = flow.calls.get(name, [])
     plain = all(not call.kwargs and len(call.args) == 1 for call in calls)
     return bool(calls) and plain and name not in flow.reached
@@ -250,7 +249,7 @@ def _is_eligible(conv: nn.Conv2d) -> bool:
 def _bn_behind(
     name: str, conv: nn.Conv2d, flow: dataflow.Dataflow, modules: dict[str, nn.Module]
 ) -> str | None:
-    """The BatchNorm that normalizes all that a convolution gives, and nothing else."""
+    """The BatchNorm that normalizes all outputs of a convolution, and nothing else."""
     users = {user for call in flow.calls[name] for user in dataflow.uses(call)}
     names = {flow.called(user) for user in users}
     if len(names) != 1:
@@ -269,8 +268,8 @@ def _bn_behind(
 
 
 def _without_weights(conv: nn.Conv2d) -> nn.Conv2d:
-    """The convolution's shape and class alone."""
-    memo: dict[int, Any] = {
+    """Copy a convolution without its weights, which are then on the meta device."""
+    memo: dict[int, nn.Parameter] = {
         id(parameter): nn.Parameter(_meta(parameter)) for parameter in conv.parameters()
     }
     return copy.deepcopy(conv, memo)

@@ -1,17 +1,18 @@
-"""The variants of the family, by name, and torchvision's classifiers.
+"""Networks by name: the variants of RepVGG, and torchvision's classifiers.
 
 A0 to B3g4: RepVGG (Ding et al., 2021, arXiv:2101.03697), tables 2 and 3. D2se and RepVGGplus-L2pse:
 the authors' later releases. `repvgg_tiny` is ours, for images of 8 to 32 pixels. `qarepvgg_*`:
-QARepVGG (Chu et al., 2022, arXiv:2212.01593) has the shapes of its RepVGG namesake.
+QARepVGG (Chu et al., 2022, arXiv:2212.01593), with the depths and widths of RepVGG.
 """
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
-from repvgg.checks import check_integer, check_number, did_you_mean, refusal
+from repvgg.checks import ArgumentError, check_boolean, check_integer, check_number, did_you_mean
+from repvgg.contract import Plain
+from repvgg.models.branches import pair
 from repvgg.models.network import RepVGG
 from repvgg.models.over_parameterize import over_parameterize as expand
 
@@ -20,7 +21,7 @@ _B = (4, 6, 16, 1)
 _DEEP = (8, 14, 24, 1)
 
 # name: blocks by stage, width multipliers of (64, 128, 256, 512), what else differs
-_VARIANTS: dict[str, tuple[tuple[int, ...], tuple[float, ...], dict[str, Any]]] = {
+_VARIANTS: dict[str, tuple[tuple[int, ...], tuple[float, ...], dict[str, Plain]]] = {
     "repvgg_tiny": ((1, 2, 2, 1), (0.25, 0.25, 0.25, 0.125), {}),
     "repvgg_a0": (_A, (0.75, 0.75, 0.75, 2.5), {}),
     "repvgg_a1": (_A, (1, 1, 1, 2.5), {}),
@@ -50,18 +51,18 @@ _VARIANTS |= {
 
 
 def list_models() -> list[str]:
-    """The names `create_model` knows, small to large within each series."""
+    """The names that `create_model` takes, from small to large within each series."""
     return list(_VARIANTS)
 
 
-def create_model(name: str, **overrides: Any) -> RepVGG:
-    """Build a network of the family, in its training form and with fresh weights.
+def create_model(name: str, **overrides: Plain) -> RepVGG:
+    """Build a multi-branch network of the family, with fresh weights.
 
     Args:
         name: one of `list_models()`.
         overrides: any argument of `RepVGG`, in place of the variant's: num_classes, in_channels,
-            dropout, strides, widths, depths, groups, bn_eps, ... With num_classes=0 it has no
-            classifier, as in timm, and returns pooled features; RepVGGplus then needs
+            dropout, strides, widths, depths, groups, bn_eps, ... With num_classes=0 the network has
+            no classifier, as in timm, and returns pooled features. RepVGGplus then needs
             auxiliary_heads=False too.
 
     Raises:
@@ -75,21 +76,27 @@ def create_model(name: str, **overrides: Any) -> RepVGG:
     for key in overrides:
         if key not in allowed:
             raise ValueError(_unknown("override", key, allowed))
-    return RepVGG(**{"depths": depths, "widths": widths, **extra, **overrides})
+    build: Callable[..., RepVGG] = RepVGG  # which checks its arguments
+    return build(**{"depths": depths, "widths": widths, **extra, **overrides})
 
 
-def identify(shape: dict[str, Any], *, deployed: bool = False) -> dict[str, Any]:
-    """The shortest arguments of `create_model` for a network of some shape.
+def identify(shape: Mapping[str, Plain], *, deployed: bool = False) -> dict[str, Plain]:
+    """Find the variant that has a shape, as arguments of `create_model`.
 
     Args:
-        shape: depths, widths and whatever else differs from RepVGG's defaults.
-        deployed: it has no auxiliary classifiers any more, whatever its variant has.
+        shape: depths, widths and every other argument that differs from RepVGG's defaults.
+        deployed: the network is folded, so it has lost its auxiliary classifiers.
 
     Returns:
-        the name of a variant alone; or the name of one and what replaces its arguments.
+        the name of the variant; for a shape that no variant has, a name and overrides.
     """
     for name, (depths, multipliers, extra) in _VARIANTS.items():
-        own = {"depths": [*depths], "widths": _widths(multipliers), "groups": 1, **extra}
+        own: dict[str, Plain] = {
+            "depths": [*depths],
+            "widths": _widths(multipliers),
+            "groups": 1,
+            **extra,
+        }
         if deployed:
             own.pop("auxiliary_heads", None)
         if own == {"groups": 1, **shape}:
@@ -100,14 +107,14 @@ def identify(shape: dict[str, Any], *, deployed: bool = False) -> dict[str, Any]
 
 
 def imagenet_classes() -> list[str]:
-    """Names of ImageNet's 1000 classes, in the order of the field's networks, from torchvision."""
+    """The names of ImageNet's 1000 classes, in the usual order of logits, from torchvision."""
     from torchvision.models import ResNet18_Weights
 
     return list(ResNet18_Weights.DEFAULT.meta["categories"])
 
 
-def build_model(*, library: str = "repvgg", **config: Any) -> nn.Module:
-    """Build the network that a model config describes, in its training form.
+def build_model(*, library: Plain = "repvgg", **config: Plain) -> nn.Module:
+    """Build the network of a config, multi-branch and with fresh weights.
 
     Args:
         library: "repvgg", with the arguments of `create_model`, or "torchvision", with those of
@@ -120,8 +127,8 @@ def build_model(*, library: str = "repvgg", **config: Any) -> nn.Module:
         "repvgg": create_model,
         "torchvision": build_torchvision,
     }
-    if library not in builders:
-        raise refusal("model.library", library, f"must be one of {', '.join(builders)}", "repvgg")
+    if not isinstance(library, str) or library not in builders:
+        raise ArgumentError("library", library, f"must be one of {', '.join(builders)}", "repvgg")
     return builders[library](**config)
 
 
@@ -132,59 +139,57 @@ def build_torchvision(
     in_channels: int = 3,
     over_parameterize: bool = False,
     branch_drop: float | None = None,
-    strides: None = None,
-    drop_path: None = None,
-    **arguments: Any,
+    strides: Sequence[int] | None = None,
+    drop_path: float | None = None,
+    **arguments: Plain,
 ) -> nn.Module:
     """Build a classifier of torchvision, with fresh weights.
 
     Args:
         name: as in `torchvision.models.list_models(torchvision.models)`.
         num_classes: K.
-        in_channels: channels of the images. Where it is not 3, the first convolution is a new one.
+        in_channels: channels of the images. If not 3, the first convolution is replaced.
         over_parameterize: see `repvgg.over_parameterize`.
-        branch_drop: of the RepVGG blocks that this makes.
-        strides, drop_path: of RepVGG's networks alone.
-        arguments: of the network's own builder; None leaves the builder's default.
+        branch_drop: of the RepVGG blocks that `over_parameterize` makes.
+        strides, drop_path: must be None; only RepVGG's networks have them.
+        arguments: of torchvision's builder; None leaves its default.
 
     Raises:
-        ValueError: torchvision has no such classifier, it does not take an argument, or nothing in
-            it can be over-parameterized.
+        ValueError: torchvision has no such classifier, the builder does not take an argument, or
+            the network has no convolution that can be over-parameterized.
     """
     from torchvision import models
 
     names = models.list_models(models)
     if name not in names:
-        raise ValueError(_unknown("model.name", str(name), names))
+        raise ValueError(_unknown("name", str(name), names))
     for key, value in (("strides", strides), ("drop_path", drop_path)):
         if value:
-            raise refusal(f"model.{key}", value, "torchvision's networks have none", "null")
-    if not isinstance(over_parameterize, bool):
-        raise refusal("model.over_parameterize", over_parameterize, "must be true or false", "true")
-    check_number("model.branch_drop", branch_drop or 0.0, below=1, example=0.1)
+            raise ArgumentError(key, value, "must be None: torchvision's networks have none")
+    check_boolean("over_parameterize", over_parameterize)
+    check_number("branch_drop", branch_drop or 0.0, below=1, example=0.1)
     if branch_drop and not over_parameterize:
-        allowed = "drops branches of RepVGG blocks, so it needs model.over_parameterize=true"
-        raise refusal("model.branch_drop", branch_drop, allowed, "null")
+        allowed = "drops branches of RepVGG blocks, so it needs over_parameterize=true"
+        raise ArgumentError("branch_drop", branch_drop, allowed, 0)
     given = {key: value for key, value in arguments.items() if value is not None}
     # Their auxiliary outputs are not logits alone, and they warn of the default of init_weights.
     if name in ("googlenet", "inception_v3"):
         given = {"aux_logits": False, "init_weights": True} | given
-    check_integer("model.num_classes", num_classes, minimum=1, example=10)
+    check_integer("num_classes", num_classes, minimum=1, example=10)
+    network: nn.Module
     try:
         network = models.get_model(name, weights=None, num_classes=num_classes, **given)
     except TypeError as error:
-        keys = ", ".join(f"model.{key}={value}" for key, value in given.items())
-        raise ValueError(
-            f"{keys}: torchvision's {name} does not take this ({error}); type model.KEY=null"
-        ) from error
-    if check_integer("model.in_channels", in_channels, minimum=1, example=3) != 3:
+        shown = ", ".join(f"{key}={value}" for key, value in given.items())
+        raise ValueError(f"{shown}: torchvision's {name} does not take this ({error})") from error
+    if check_integer("in_channels", in_channels, minimum=1, example=3) != 3:
         _replace_stem(network, in_channels)
     if not over_parameterize:
         return network
     try:
         return expand(network, branch_drop=branch_drop or 0.0)
     except ValueError as error:
-        raise ValueError(f"{error}; type model.over_parameterize=false") from error
+        raise ValueError(f"over_parameterize=true: {error}") from error
 
 
 def _widths(multipliers: tuple[float, ...]) -> list[int]:
@@ -192,21 +197,21 @@ def _widths(multipliers: tuple[float, ...]) -> list[int]:
 
 
 def _replace_stem(network: nn.Module, in_channels: int) -> None:
-    """Replace the convolution that was declared first: other input channels, fresh weights."""
+    """Replace the convolution that was declared first, with fresh weights."""
     for path, conv in network.named_modules():
         if type(conv) is nn.Conv2d:
             stem = nn.Conv2d(
                 in_channels,
                 conv.out_channels,
-                conv.kernel_size,  # type: ignore[arg-type]
-                stride=conv.stride,  # type: ignore[arg-type]
-                padding=conv.padding,  # type: ignore[arg-type]
+                pair(conv.kernel_size),
+                stride=pair(conv.stride),
+                padding=conv.padding if isinstance(conv.padding, str) else pair(conv.padding),
                 bias=conv.bias is not None,
             )
             parent, _, leaf = path.rpartition(".")
             setattr(network.get_submodule(parent), leaf, stem)
             return
-    raise refusal("model.in_channels", in_channels, "this network has no convolution to change", 3)
+    raise ArgumentError("in_channels", in_channels, "this network has no convolution to change", 3)
 
 
 def _unknown(what: str, given: str, allowed: list[str]) -> str:

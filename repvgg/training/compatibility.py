@@ -19,11 +19,10 @@ from repvgg import checkpoint
 from repvgg.checks import did_you_mean, refusal
 from repvgg.data.module import ImageData
 from repvgg.models.network import RepVGG
-from repvgg.models.registry import build_model
 from repvgg.training import callbacks, processes, runs, schedule
 from repvgg.training.schedule import Steps
 from repvgg.training.settings import Config, Settings, TrainerArguments, section
-from repvgg.training.setup import build_classifier
+from repvgg.training.setup import build_classifier, build_network
 
 
 def check_sweep(num_devices: int) -> None:
@@ -64,7 +63,7 @@ def check_network(settings: Settings) -> None:
             )
     try:
         with torch.device("meta"):
-            network = build_model(**model)
+            network = build_network(model)
             steps = Steps(1, 1, 0, 0, 1, 1)
             build_classifier(settings, network, model["num_classes"], steps, settings.optim.lr)
     except (NotImplementedError, RuntimeError):  # of a network that cannot be built like this

@@ -10,7 +10,6 @@ from hydra.core.hydra_config import HydraConfig
 from repvgg import checkpoint
 from repvgg.contract import to_float
 from repvgg.data.batches import WorkersDied
-from repvgg.models.registry import build_model
 from repvgg.signals import Interrupted, interruptible
 from repvgg.training import compatibility, lock, processes, report, runs, setup
 from repvgg.training.divergence import Diverged
@@ -66,7 +65,7 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> Non
     steps = count_steps(settings, data, devices)
     rate = scale_learning_rate(settings.optim, steps.images)
 
-    network = build_model(**model)
+    network = setup.build_network(model)
     notes = []
     if start is not None:
         notes = setup.initialize(network, start, data, str(settings.init))

@@ -63,7 +63,7 @@ def test_a_probe_is_saved_without_the_data_set_it_was_cut_from():
     assert [tensor.untyped_storage().nbytes() for tensor in probe.values()] == [256, 32, 48]
 
 
-def test_describing_leaves_mode_statistics_and_random_state_alone():
+def test_describing_keeps_mode_statistics_and_random_state():
     model = settle(create_model(**CONFIG)).train()
     model.stem.eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -120,7 +120,7 @@ def without_a_block(path):
     torch.save(changed, path)
 
 
-def a_zip_of_others(path):
+def another_zip(path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("hello.txt", "world")
 
@@ -135,8 +135,8 @@ BAD = {
     "missing": (lambda path: None, "does not exist"),
     "a folder": (lambda path: path.mkdir(), "is a folder"),
     "empty": (lambda path: path.write_bytes(b""), "cannot be read: it is empty"),
-    "a zip of others": (a_zip_of_others, "a zip archive that is truncated, or that torch did not"),
-    "a program": (a_program, "a program of TorchScript; store the weights alone"),
+    "another zip": (another_zip, "a zip archive that is truncated, or that torch did not"),
+    "a program": (a_program, "a TorchScript program; store its state_dict"),
     "a list": (lambda path: torch.save([1, 2], path), "no tensors in it; its first keys: 0, 1"),
     "text": (lambda path: path.write_text("hello, world\n" * 9), "not a torch file"),
     "truncated": (truncated, "truncated"),
@@ -156,7 +156,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_file_is_refused_with_what_is_wrong(case, tmp_path, capfd):
+def test_a_bad_file_is_an_error_that_says_what_is_wrong(case, tmp_path, capfd):
     write, message = BAD[case]
     write(tmp_path / "bad.ckpt")
 
@@ -169,17 +169,17 @@ def test_a_bad_file_is_refused_with_what_is_wrong(case, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("key", "value"), [("bn_eps", 1e-3), ("strides", [2] * 5), ("weights", "net")]
 )
-def test_a_checkpoint_of_ours_says_by_itself_what_it_is(key, value, tmp_path):
+def test_a_checkpoint_of_ours_takes_no_assumptions(key, value, tmp_path):
     torch.save(content(), tmp_path / "best.ckpt")
 
     for load in (checkpoint.load, checkpoint.open_network):
-        with pytest.raises(ValueError, match=f"says by itself what it is: leave out {key}"):
+        with pytest.raises(ValueError, match=f"which records this: leave out {key}"):
             load(tmp_path / "best.ckpt", **{key: value})
 
 
 @pytest.mark.parametrize("block", ["repvgg", "qarepvgg"])
 @torch.no_grad()
-def test_a_deployed_file_of_ours_is_opened_as_it_says(block, tmp_path):
+def test_a_deployed_file_is_opened_by_its_description(block, tmp_path):
     config = CONFIG | {"name": f"{block}_tiny", "bn_eps": 1e-3}
     torch.manual_seed(0)
     network = repvgg.switch_to_deploy(settle(create_model(**config)))
@@ -194,7 +194,7 @@ def test_a_deployed_file_of_ours_is_opened_as_it_says(block, tmp_path):
     branched = repvgg.switch_to_train(opened.model, images).eval()
     assert branched.stem.branch_3x3.bn.eps == 1e-3
     assert relative_error(network(images), branched(images)) < 1e-5
-    with pytest.raises(ValueError, match="says by itself what it is: leave out bn_eps and strides"):
+    with pytest.raises(ValueError, match="it records these: leave out bn_eps and strides"):
         checkpoint.load(tmp_path / "model.safetensors", strides=[2] * 5)
 
 
@@ -208,7 +208,7 @@ def test_a_deployed_file_of_ours_is_opened_as_it_says(block, tmp_path):
         Description({"name": "repvgg_tiny"}, CONTRACT).to_json().replace("[8, 8]", "[8]"),
     ],
 )
-def test_what_is_no_description_of_ours_is_not_taken_for_one(text):
+def test_other_metadata_is_not_a_description(text):
     assert checkpoint.description({"__metadata__": {"repvgg": text}}) is None
 
 
@@ -223,7 +223,7 @@ def fresh(**overrides) -> torch.nn.Module:
 
 @pytest.mark.parametrize("form", ["training", "deployed"])
 @torch.no_grad()
-def test_a_network_begins_as_a_checkpoint_of_either_form(form):
+def test_a_network_is_initialized_from_a_checkpoint_of_either_form(form):
     torch.manual_seed(0)
     source = settle(create_model(**CONFIG))
     images = torch.randn(16, 1, 8, 8)
@@ -242,7 +242,7 @@ def test_a_network_begins_as_a_checkpoint_of_either_form(form):
     "overrides", [{"strides": [2, 2, 1, 2, 2]}, {"bn_eps": 1e-3}, {"name": "qarepvgg_tiny"}]
 )
 @torch.no_grad()
-def test_a_deployed_checkpoint_becomes_what_the_network_is(overrides):
+def test_a_folded_checkpoint_is_divided_among_the_networks_branches(overrides):
     torch.manual_seed(0)
     deployed = repvgg.switch_to_deploy(settle(create_model(**CONFIG)))
     images = torch.randn(16, 1, 16, 16)
@@ -258,8 +258,8 @@ def test_a_deployed_checkpoint_becomes_what_the_network_is(overrides):
     assert all(torch.equal(expected[key], value) for key, value in network.state_dict().items())
 
 
-def test_another_epsilon_of_the_batchnorms_is_refused():
-    with pytest.raises(ValueError, match=r"this network's of 0\.001: type \+\+model\.bn_eps"):
+def test_another_batchnorm_epsilon_is_an_error():
+    with pytest.raises(ValueError, match=r"this network's have 0\.001: build .* bn_eps=1e-05"):
         checkpoint.initialize(
             fresh(bn_eps=1e-3), network_of(create_model(**CONFIG)), torch.zeros(2, 1, 8, 8)
         )
@@ -278,7 +278,7 @@ def test_another_number_of_classes_gets_a_new_classifier():
 
 
 @torch.no_grad()
-def test_an_identity_branch_that_other_strides_bring_adds_nothing_at_first():
+def test_a_new_identity_branch_is_zero_at_first():
     source = settle(create_model(**CONFIG | {"strides": [1, 2, 2, 2, 2]}))
     network = fresh()
 
@@ -291,7 +291,7 @@ def test_an_identity_branch_that_other_strides_bring_adds_nothing_at_first():
     assert relative_error(theirs(x), block(x)[..., ::2, ::2]) < 1e-6
 
 
-def test_a_network_that_is_another_is_refused_and_left_alone():
+def test_another_network_is_an_error_and_stays_unchanged():
     network = fresh(widths=[8, 16, 16, 32])
     before = {key: value.clone() for key, value in network.state_dict().items()}
 
@@ -319,7 +319,7 @@ NAMES = [f"class {i}" for i in range(CONFIG["num_classes"])]
 @pytest.mark.parametrize("form", ["training", "deployed"])
 @pytest.mark.parametrize("order", ["reversed", "one more", "one renamed", "none known"])
 @torch.no_grad()
-def test_a_classifier_is_matched_by_the_names_of_its_classes(order, form):
+def test_a_classifier_is_matched_by_class_names(order, form):
     torch.manual_seed(0)
     source = settle(create_model(**CONFIG))
     if form == "deployed":

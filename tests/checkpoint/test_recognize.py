@@ -101,7 +101,7 @@ def test_every_variant_is_recognised_by_its_shapes_and_fully_covered(name, form)
     ["repvgg_a0", "repvgg_b1g2", "repvgg_b1g4", "repvgg_d2se", "repvggplus_l2pse", "qarepvgg_a0"],
 )
 @torch.no_grad()
-def test_a_round_trip_gives_equal_logits_for_other_depths_and_widths_too(name, form):
+def test_a_round_trip_gives_equal_logits_for_any_depths_and_widths(name, form):
     network = narrow(name)
     if form == "deployed":
         network.switch_to_deploy()
@@ -115,7 +115,7 @@ def test_a_round_trip_gives_equal_logits_for_other_depths_and_widths_too(name, f
 
 @torch.no_grad()
 @pytest.mark.parametrize("reduction", [3, 16])
-def test_the_reduction_of_gates_is_one_that_fits_all_of_them(reduction):
+def test_the_squeeze_and_excite_reduction_fits_all_blocks(reduction):
     network = narrow("repvgg_d2se", widths=[64, 64, 64, 40], se_before_relu=reduction)
     images = torch.randn(2, 3, 48, 48)
 
@@ -137,7 +137,7 @@ def test_both_halves_of_the_third_stage_are_needed_and_equal():
     }
 
     for unequal in ({k: v for k, v in weights.items() if "second" not in k}, moved):
-        with pytest.raises(ValueError, match="of which the first half is"):
+        with pytest.raises(ValueError, match="so its first half has"):
             checkpoint.from_state_dict(unequal)
 
 
@@ -156,7 +156,7 @@ def test_both_halves_of_the_third_stage_are_needed_and_equal():
     ],
 )
 @pytest.mark.parametrize("naming", [foreign.authors, foreign.timm, foreign.mmpretrain])
-def test_any_wrapper_and_any_prefix_are_seen_through(naming, wrap):
+def test_any_wrapper_and_any_prefix_are_recognized(naming, wrap):
     network = narrow("repvgg_a0")
 
     restored = checkpoint.from_state_dict(wrap(foreign.renamed(network, naming)))
@@ -165,7 +165,7 @@ def test_any_wrapper_and_any_prefix_are_seen_through(naming, wrap):
     assert torch.equal(restored(images), network(images))
 
 
-def test_keys_that_contain_a_prefix_inside_are_left_alone():
+def test_keys_that_repeat_a_prefix_are_unknown():
     network = narrow("repvgg_a0")
     weights = {
         f"model.{key}": value for key, value in foreign.renamed(network, foreign.timm).items()
@@ -194,7 +194,7 @@ def test_a_network_beside_another_has_to_be_chosen():
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])
-def test_an_average_may_stand_behind_the_prefix_of_the_weights(prefix):
+def test_an_average_may_share_the_prefix_of_the_weights(prefix):
     network, average = narrow("repvgg_a0"), narrow("repvgg_a0")
     with torch.no_grad():
         average.linear.bias += 1
@@ -212,22 +212,22 @@ def test_a_wrapper_that_holds_itself_is_walked_once():
 
     content["again"] = content["state_dict"]
 
-    assert [recognize.place(one) for one in recognize.find(content)] == ["state_dict"]
+    assert [one.place for one in recognize.find(content)] == ["state_dict"]
 
 
-def test_two_networks_at_one_place_are_told_apart_by_nobody():
+def test_two_networks_at_one_place_are_an_error():
     weights = foreign.renamed(narrow("repvgg_a0"), foreign.authors)
 
-    with pytest.raises(ValueError, match=r"two networks at 'a\.b': store one of them by itself"):
+    with pytest.raises(ValueError, match=r"two networks at 'a\.b': store one of them alone"):
         recognize.choose({"a.b": weights, "a": {"b": dict(weights)}})
 
 
-def test_what_is_no_state_dict_is_refused():
-    with pytest.raises(ValueError, match="a RepVGG is no state_dict"):
+def test_a_module_in_place_of_its_state_dict_is_an_error():
+    with pytest.raises(ValueError, match="a RepVGG is not a state_dict"):
         checkpoint.from_state_dict(narrow("repvgg_a0"))
 
 
-def test_strides_are_given_where_no_weights_tell_and_an_identity_branch_gives_them_away():
+def test_other_strides_are_suggested_by_an_identity_branch():
     network = narrow("repvgg_a0", strides=[1, 1, 2, 2, 2])
     weights = foreign.renamed(network, foreign.authors)
 
@@ -248,7 +248,7 @@ def test_the_epsilon_of_the_import_is_kept():
     assert restored.stem.branch_3x3.bn.eps == 1e-3
 
 
-def test_counters_of_batches_may_be_missing_and_half_precision_becomes_float():
+def test_batch_counters_may_be_missing_and_half_becomes_float32():
     network = narrow("repvgg_a0").half()
     weights = {
         key: value
@@ -327,10 +327,10 @@ def spoil(weights: dict, how: str) -> dict:
     [
         ("a missing tensor", r"depths \[2, 3, 5, 1\].*1 missing: stage3\.2\.rbr_1x1\.bn\.bias$"),
         ("a missing block", r"14 missing: stage3\.2\.rbr_dense\.conv\.weight, .*, \.\.\.$"),
-        ("a missing stage", r"training form, has no stage 2: it is not a whole RepVGG"),
+        ("a missing stage", r"multi-branch\) has no stage 2: it is not a whole RepVGG"),
         ("no stem", r"has no stem: it is not a whole RepVGG"),
         ("half a classifier", r"1 missing: linear\.bias$"),
-        ("another classifier", r"has no linear, but beside it fc\.weight reads .* 64: if that is"),
+        ("another classifier", r"has no linear, but beside it fc\.weight takes .* 64: rename it"),
         (
             "a wrong shape",
             r"1 of another shape: stage3\.2\.rbr_dense\.conv\.weight \(32, 31, 3, 3\)",
@@ -346,7 +346,7 @@ def spoil(weights: dict, how: str) -> dict:
         ("no channels", r"1 of another shape: stage1\.1\.rbr_dense\.conv\.weight \(16, 0, 3, 3\)"),
         (
             "two forms",
-            r"mixes the forms: 1 blocks are deployed \(stage2\.1\.rbr_reparam\.weight\), 11",
+            r"mixes the forms: 1 blocks are folded \(stage2\.1\.rbr_reparam\.weight\), 11",
         ),
         ("not finite", r"1 of no use: stage2\.1\.rbr_1x1\.bn\.weight \(not finite\)"),
         ("a negative variance", r"1 of no use: stage2\.1\.rbr_1x1\.bn\.running_var \(negative\)"),
@@ -356,18 +356,18 @@ def spoil(weights: dict, how: str) -> dict:
         ("a block far away", r"depths \[2, 3, 5, 1\].*1 unknown: stage1\.3000\.rbr_1x1\.bn\.bias"),
     ],
 )
-def test_what_does_not_fit_is_named_in_the_words_of_the_file(how, message):
+def test_misfits_are_named_by_their_keys_in_the_file(how, message):
     weights = spoil(foreign.renamed(narrow("repvgg_a0"), foreign.authors), how)
 
     with pytest.raises(ValueError, match=message):
         checkpoint.from_state_dict(weights)
 
 
-def test_another_network_is_not_taken_for_a_repvgg():
+def test_another_network_is_not_recognized_as_a_repvgg():
     from torchvision import models
 
     with pytest.raises(
-        ValueError, match=r"no RepVGG in it.*62 tensors the first are conv1\.weight"
+        ValueError, match=r"no RepVGG in it.*first of its 62 tensors are conv1\.weight"
     ):
         checkpoint.from_state_dict(dict(models.resnet18().named_parameters()))
     with pytest.raises(ValueError, match="there are no tensors in it; its first keys: epoch"):
@@ -402,7 +402,7 @@ def test_a_file_is_opened_with_the_assumptions_of_imagenet(tmp_path):
     assert opened.data.classes[:2] == ["tench", "goldfish"]
     assert (opened.data.image_size, opened.data.resize_size) == ([224, 224], 256)
     assert (opened.probe.labels == checkpoint.UNKNOWN).all()
-    assert "timm's layout, training form" in opened.origin
+    assert "timm's layout, multi-branch" in opened.origin
     images = torch.rand(2, 3, 48, 48)
     torch.testing.assert_close(
         opened.predictor(images), network((images - MEAN) / STD), rtol=1e-5, atol=1e-6
@@ -440,10 +440,10 @@ def test_an_opened_file_is_stored_as_a_checkpoint_of_ours_in_its_own_form(tmp_pa
     assert torch.equal(again.model(images), network(images))
 
 
-def test_a_file_that_needs_code_says_whose(tmp_path):
+def test_a_file_that_needs_code_is_an_error_that_names_it(tmp_path):
     write(tmp_path / "module.pth", narrow("repvgg_a0"))
 
     with pytest.raises(
-        ValueError, match=r"a repvgg\.models\.network\.RepVGG, whose loading could run code"
+        ValueError, match=r"a repvgg\.models\.network\.RepVGG, and loading that could run code"
     ):
         checkpoint.load(tmp_path / "module.pth")

@@ -1,4 +1,4 @@
-"""What stands beside the weights of a file: opened by inert stand-ins, and no code is run."""
+"""Objects beside the weights of a file become inert stand-ins, and no code runs."""
 
 import argparse
 import datetime
@@ -89,7 +89,7 @@ EXTRAS = {
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_extras_beside_the_weights_leave_the_weights_alone(zipped, protocol, tmp_path):
+def test_objects_beside_the_weights_do_not_change_them(zipped, protocol, tmp_path):
     weights = network().state_dict()
     RAN.clear()
     torch.save(
@@ -152,9 +152,9 @@ HOSTILE = {
         b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR"
         b"(K\x01(L99999999999L\ntcnumpy\ndtype\n(U\x02f8I00\nI01\ntR(K\x03U\x01<NNNJ\xff\xff\xff\xff"
         b"J\xff\xff\xff\xffK\x00tbI00\nC\x01xtb.",
-        "another size than it says",
+        "does not have its recorded size",
     ),
-    "a name of the terminal": (b"ctorch\n\x1b[2J\n.", "what is no name"),
+    "a name of the terminal": (b"ctorch\n\x1b[2J\n.", "an impossible name"),
 }
 
 
@@ -219,14 +219,14 @@ def test_a_program_behind_a_pickle_is_not_loaded(tmp_path):
         warnings.simplefilter("ignore")
         torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "a.pth")
 
-    with pytest.raises(ValueError, match="a program of TorchScript"):
+    with pytest.raises(ValueError, match="a TorchScript program"):
         tensors.read(tmp_path / "a.pth")
 
 
-def test_weights_inside_a_pickled_network_are_asked_for_alone(tmp_path):
+def test_a_pickled_network_is_an_error_that_asks_for_its_weights(tmp_path):
     for content, message in (
         ({"model": network()}, r"not opened.*: model \(a repvgg\.models\.network\.RepVGG\)"),
-        (network(), r"holds a repvgg\.models\.network\.RepVGG, whose loading could run code"),
+        (network(), r"holds a repvgg\.models\.network\.RepVGG, and loading that could run code"),
     ):
         torch.save(content, tmp_path / "a.pth")
 
@@ -281,7 +281,7 @@ BACKBONES = {
 @pytest.mark.parametrize("form", ["training", "deployed"])
 @pytest.mark.parametrize("source", BACKBONES)
 @torch.no_grad()
-def test_a_backbone_gives_features_and_begins_a_training(source, form, tmp_path):
+def test_a_backbone_returns_features_and_initializes_a_network(source, form, tmp_path):
     given = network()
     features = create_model("repvgg_tiny", num_classes=0).eval()
     features.load_state_dict(
@@ -302,20 +302,22 @@ def test_a_backbone_gives_features_and_begins_a_training(source, form, tmp_path)
 
     assert relative_error(expected, start.model(images)) < 1e-5
     assert "without a classifier" in start.origin
-    assert "beside it 1 tensors that are not its own (neck.conv.weight)" in start.origin
+    assert "1 other tensors beside it (neck.conv.weight)" in start.origin
     assert new == ["linear.weight", "linear.bias"]
     pooled = begun.eval().forward_features(images).mean((2, 3))
     assert relative_error(expected, pooled) < 1e-4
-    with pytest.raises(ValueError, match=r"repvgg_tiny without a classifier.*init=FILE.*open_net"):
+    with pytest.raises(
+        ValueError, match=r"repvgg_tiny without a classifier.*train one first.*open_net"
+    ):
         checkpoint.load(tmp_path / "a.pth")
 
 
-def test_auxiliary_classifiers_need_the_classes_they_tell():
+def test_auxiliary_classifiers_need_classes():
     with pytest.raises(ValueError, match=r"auxiliary_heads=True: .*num_classes=0"):
         create_model("repvggplus_l2pse", num_classes=0)
 
 
-def test_an_extra_of_deep_nesting_is_walked_without_recursion(tmp_path):
+def test_deep_nesting_is_walked_without_recursion(tmp_path):
     archive(tmp_path / "a.pth", b"}U\x01a" + b"]" * 3000 + b"a" * 2999 + b"s.")
 
     with pytest.raises(ValueError, match="there are no tensors in it; its first keys: a"):

@@ -54,7 +54,7 @@ def test_a_file_of_the_field_becomes_a_checkpoint_that_knows_its_classes(run, tm
     assert opened.data.classes == ["cat", "dog", "owl"]
     assert (opened.data.image_size, opened.data.resize_size) == ([40, 40], 40)
     assert (opened.data.mean, opened.data.std) == ([0.5], [0.3])
-    assert "repvgg_tiny in timm's layout, training form, 3 classes, at 'state_dict'" in printed
+    assert "repvgg_tiny in timm's layout, multi-branch, 3 classes, at 'state_dict'" in printed
     assert "all 96 tensors loaded" in printed
 
 

@@ -533,7 +533,7 @@ def test_a_third_party_checkpoint_is_deployed(tmp_path, monkeypatch):
     deploy.deploy(settings(ckpt="weights.pth", formats=["onnx"]), tmp_path)
 
     report = json.loads((tmp_path / "weights-deploy" / "report.json").read_text())
-    assert report["origin"].startswith("repvgg_tiny in the authors' layout, training form")
+    assert report["origin"].startswith("repvgg_tiny in the authors' layout, multi-branch")
     assert report["data"]["classes"][0] == "tench"
     assert report["accuracy_on_probe"] == {}
     assert report["verdicts"]["model.onnx"]["error"] < 1e-5

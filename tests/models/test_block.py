@@ -244,7 +244,7 @@ SCALED = round(1 / 0.7, 6)
         ("both drops", [{0.0, SCALED}, {0.0, SCALED**2}, {0.0, SCALED}]),
     ],
 )
-def test_whole_branches_of_single_images_are_dropped_and_the_others_scaled_up(case, allowed):
+def test_branches_of_single_images_are_dropped_and_others_scaled(case, allowed):
     shares = shares_of_branches(case, 200)
 
     found = [{abs(round(share, 4)) for share in branch.tolist()} for branch in shares]
@@ -252,7 +252,7 @@ def test_whole_branches_of_single_images_are_dropped_and_the_others_scaled_up(ca
 
 
 @pytest.mark.parametrize("case", ["branch_drop", "drop_path", "both drops"])
-def test_the_deployed_convolution_is_the_expectation_over_what_is_dropped(case):
+def test_the_folded_convolution_is_the_expectation_over_dropped_branches(case):
     rows = 20_000
     shares = torch.stack(shares_of_branches(case, rows))
 
@@ -273,7 +273,7 @@ def test_drop_path_drops_both_convolutions_together():
     assert torch.equal(dense == 0, point == 0)
 
 
-def test_a_block_that_evaluates_drops_nothing():
+def test_a_block_in_eval_mode_drops_nothing():
     block, x = build("both drops").double(), images()
 
     assert torch.equal(block(x), block(x))
@@ -281,19 +281,19 @@ def test_a_block_that_evaluates_drops_nothing():
 
 @pytest.mark.parametrize("key", ["branch_drop", "drop_path"])
 @pytest.mark.parametrize("value", [1, 1.5, -0.1, "often"])
-def test_a_probability_outside_its_range_is_refused(key, value):
+def test_a_probability_outside_its_range_is_an_error(key, value):
     with pytest.raises(ValueError, match=f"{key}='?{value}'?: must be a number of at least 0"):
         RepVGGBlock(8, 8, **{key: value})
 
 
 @pytest.mark.parametrize("options", [{"stride": 2}, {"out_channels": 12}])
-def test_drop_path_without_an_identity_branch_is_refused(options):
+def test_drop_path_without_an_identity_branch_is_an_error(options):
     with pytest.raises(ValueError, match=r"drop_path=0\.1: .*no identity branch"):
         RepVGGBlock(**{"in_channels": 8, "out_channels": 8, "drop_path": 0.1, **options})
 
 
 @pytest.mark.parametrize("kind", [RepVGGBlock, QARepVGGBlock])
-def test_recomputing_changes_no_number_and_counts_no_image_twice(kind):
+def test_recomputing_changes_no_gradient_and_no_statistics(kind):
     def step(recompute: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)
         block = nn.Sequential(

@@ -81,7 +81,7 @@ def loaded(cls):
 def test_other_batchnorms_are_folded_or_named(kind, make):
     block = replace_norms(build(kind), make)
     if any(isinstance(module, nn.BatchNorm3d) for module in block.modules()):
-        with pytest.raises(ValueError, match="BatchNorm3d, is not for images"):
+        with pytest.raises(ValueError, match="BatchNorm3d, does not normalize images"):
             block.switch_to_deploy()
     else:
         same(block)
@@ -151,7 +151,7 @@ def test_a_changed_geometry_is_folded(kind, options, changes):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_block_whose_stride_was_taken_away_folds(kind):
+def test_a_block_whose_stride_was_removed_folds(kind):
     block = build(kind, stride=2)
     block.branch_3x3.conv.stride = (1, 1)
     block.stride = 1
@@ -183,7 +183,7 @@ def test_a_1x1_that_became_3x3_folds():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_replaced_stem_says_its_channels(kind):
+def test_a_replaced_stem_has_its_new_channels(kind):
     block = build(kind, out=12)
     block.branch_3x3.conv = nn.Conv2d(1, 12, 3, padding=1, bias=False).double()
     block.branch_1x1.conv = nn.Conv2d(1, 12, 1, bias=False).double()
@@ -203,14 +203,20 @@ def test_a_replaced_stem_says_its_channels(kind):
         ),
         (lambda b: setattr(b.branch_1x1, "conv", nn.Conv2d(4, 8, 1)), "4 input channels"),
         (lambda b: setattr(b.branch_1x1, "conv", nn.Conv2d(8, 8, 1, groups=2)), "2 groups"),
-        (lambda b: setattr(b.branch_1x1, "conv", nn.Linear(8, 8)), "Linear, is no torch.nn.Conv2d"),
+        (
+            lambda b: setattr(b.branch_1x1, "conv", nn.Linear(8, 8)),
+            "Linear, is not a torch.nn.Conv2d",
+        ),
         (
             lambda b: setattr(b.branch_1x1, "conv", nn.ConvTranspose2d(8, 8, 1)),
-            "ConvTranspose2d, is no",
+            "ConvTranspose2d, is not a",
         ),
-        (lambda b: setattr(b.branch_3x3, "conv", LowRank(8, 8, 3, padding=1)), "LowRank, has code"),
-        (lambda b: setattr(b, "branch_1x1", nn.Conv2d(8, 8, 1)), "branch_1x1 is of Conv2d"),
-        (lambda b: setattr(b, "branch_drop", nn.Hardtanh()), "branch_drop is of Hardtanh"),
+        (
+            lambda b: setattr(b.branch_3x3, "conv", LowRank(8, 8, 3, padding=1)),
+            "LowRank, has its own code",
+        ),
+        (lambda b: setattr(b, "branch_1x1", nn.Conv2d(8, 8, 1)), "branch_1x1 is a Conv2d"),
+        (lambda b: setattr(b, "branch_drop", nn.Hardtanh()), "branch_drop is a Hardtanh"),
         (lambda b: b.branch_3x3.conv.register_forward_hook(listen), "3x3.conv has a hook, listen"),
         (lambda b: b.branch_1x1.bn.register_forward_pre_hook(listen), "1x1.bn has a hook"),
         (lambda b: b.branch_1x1.register_forward_hook(listen), "branch_1x1 has a hook"),
@@ -288,7 +294,7 @@ def test_the_memory_format_stays(kind, options):
 
 
 @pytest.mark.parametrize("trains", [True, False])
-def test_the_deployed_convolution_trains_as_its_kernel(trains):
+def test_the_folded_convolution_requires_gradients_like_its_kernel(trains):
     block = build().requires_grad_(trains)
     switched = repvgg.switch_to_deploy(block)
     assert [p.requires_grad for p in switched.parameters()] == [trains, trains]

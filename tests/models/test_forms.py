@@ -1,4 +1,4 @@
-"""From the deployed form back to branches."""
+"""Folded networks, and the way back to branches."""
 
 import copy
 
@@ -90,7 +90,7 @@ def test_in_float64_the_function_is_exact_and_folds_to_the_same_kernels(name):
 @pytest.mark.parametrize("kind", [RepVGGBlock, QARepVGGBlock])
 @pytest.mark.parametrize("stride", [1, 2])
 @torch.no_grad()
-def test_training_mode_begins_where_eval_mode_is(kind, stride):
+def test_training_mode_starts_close_to_eval_mode(kind, stride):
     block = settle(kind(8, 8, stride=stride))
     block.switch_to_deploy()
     network = nn.Sequential(block)
@@ -117,7 +117,7 @@ def test_the_statistics_are_those_of_all_images_in_whatever_batches():
 
 
 @torch.no_grad()
-def test_every_branch_has_a_part_so_that_every_branch_learns():
+def test_every_branch_gets_a_share_and_learns():
     block = settle(RepVGGBlock(4, 4))
     block.switch_to_deploy()
     images = torch.randn(16, 4, 6, 6)
@@ -162,16 +162,16 @@ def test_the_network_that_was_given_does_not_change():
 @pytest.mark.parametrize(
     ("network", "count", "message"),
     [
-        (nn.Conv2d(3, 3, 3), 4, "Conv2d has no RepVGG block to give branches to"),
-        (nn.Sequential(RepVGGBlock(3, 3)), 4, "0 is in its training form"),
-        (deployed("repvgg_a0"), 1, "1 images: statistics need two at least"),
+        (nn.Conv2d(3, 3, 3), 4, "Conv2d has no RepVGG block"),
+        (nn.Sequential(RepVGGBlock(3, 3)), 4, "0 is a multi-branch block already"),
+        (deployed("repvgg_a0"), 1, "1 images: BatchNorm statistics need at least 2"),
     ],
 )
-def test_what_cannot_be_switched_is_refused(network, count, message):
+def test_a_network_that_cannot_be_switched_is_an_error(network, count, message):
     with pytest.raises(ValueError, match=message):
         repvgg.switch_to_train(network, torch.zeros(count, 3, 48, 48))
 
 
-def test_images_that_are_no_numbers_are_refused():
-    with pytest.raises(ValueError, match="NaN or infinite values on these images"):
+def test_images_with_nan_are_an_error():
+    with pytest.raises(ValueError, match="outputs on these images are NaN or inf"):
         repvgg.switch_to_train(deployed("repvgg_a0"), torch.full((2, 3, 48, 48), torch.nan))

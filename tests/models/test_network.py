@@ -1,4 +1,4 @@
-"""The architecture, held against logits of the reference implementations.
+"""The architecture, tested against logits of the reference implementations.
 
 tests/support/goldens.npz holds an input and the logits that the authors' code ("official/...") and
 timm 1.0.31 ("timm/...") give in float64 on weights that are a function of the parameter's name in
@@ -142,7 +142,7 @@ def test_features_and_head_compose_to_the_forward():
     assert torch.equal(model.forward_head(model.forward_features(images)), model(images))
 
 
-def test_the_trunk_is_deterministic_and_the_head_is_not_while_training():
+def test_with_dropout_the_head_is_random_and_the_backbone_is_not():
     model, images = small(dropout=0.5).train(), torch.randn(8, 3, 32, 32)
 
     features = model.forward_features(images)
@@ -151,7 +151,7 @@ def test_the_trunk_is_deterministic_and_the_head_is_not_while_training():
     assert not torch.equal(model.forward_head(features), model.forward_head(features))
 
 
-def test_auxiliary_classifiers_leave_the_features_as_they_are_and_go_with_the_switch():
+def test_auxiliary_classifiers_keep_the_features_and_vanish_in_the_switch():
     model, images = small("repvggplus_l2pse"), torch.randn(2, 3, 64, 64)
 
     features, auxiliary = model.forward_auxiliary(images)
@@ -168,7 +168,7 @@ def test_any_image_size_gives_logits(size):
     assert small()(torch.randn(2, 3, *size)).shape == (2, 5)
 
 
-def test_drop_path_grows_linearly_from_the_stem_over_blocks_with_an_identity_branch():
+def test_drop_path_grows_linearly_over_blocks_with_an_identity_branch():
     network = repvgg.create_model("repvgg_a0", drop_path=0.22)  # 22 blocks
 
     blocks = [network.stem, *network.blocks()]
@@ -187,17 +187,17 @@ def test_branch_drop_is_the_same_in_every_block():
     assert [block.branch_drop.p for block in (network.stem, *network.blocks())] == [0.1] * 22
 
 
-def test_noise_adds_no_entry_to_the_weights():
-    plain, noisy = (
+def test_stochastic_layers_add_no_weights():
+    plain, stochastic = (
         repvgg.create_model("repvgg_tiny", **options)
         for options in ({}, {"dropout": 0.1, "branch_drop": 0.1, "drop_path": 0.1})
     )
 
-    assert plain.state_dict().keys() == noisy.state_dict().keys()
+    assert plain.state_dict().keys() == stochastic.state_dict().keys()
 
 
-def test_drop_path_without_any_identity_branch_is_refused():
-    with pytest.raises(ValueError, match=r"model.drop_path=0.1: .*no block with an identity"):
+def test_drop_path_without_an_identity_branch_is_an_error():
+    with pytest.raises(ValueError, match=r"drop_path=0.1: .*no block with an identity"):
         repvgg.create_model("repvgg_a0", depths=[1, 1, 1, 1], drop_path=0.1)
 
 
@@ -216,7 +216,7 @@ def test_drop_path_without_any_identity_branch_is_refused():
         ("resize_size", -1),
     ],
 )
-def test_a_contract_of_images_that_cannot_be_is_refused(key, value):
+def test_an_impossible_description_of_images_is_an_error(key, value):
     contract = {
         "classes": ["a", "b"],
         "in_channels": 3,
@@ -227,5 +227,5 @@ def test_a_contract_of_images_that_cannot_be_is_refused(key, value):
     }
     DataContract(**contract)
 
-    with pytest.raises(ValueError, match=f"{key}=.*: no description of images of 3 channels"):
+    with pytest.raises(ValueError, match=f"{key}=.*: not a description of images of 3 channels"):
         DataContract(**contract | {key: value})

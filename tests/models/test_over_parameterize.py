@@ -107,7 +107,7 @@ def test_networks_of_torchvision_come_back_with_their_names_and_shapes(name):
     assert relative_error(expanded(x), plain.eval()(x)) < 1e-10
 
 
-def test_fused_it_is_the_fused_original():
+def test_fused_it_equals_the_fused_original():
     network = settle(torchvision.models.resnet18(num_classes=5))
 
     plain, _ = repvgg.fuse_conv_bn(network)
@@ -191,7 +191,7 @@ def test_a_convolution_that_is_also_used_without_its_batchnorm_keeps_it():
     ],
     ids=lambda network: type(network).__name__,
 )
-def test_a_network_without_such_convolutions_is_refused(network):
+def test_a_network_without_such_convolutions_is_an_error(network):
     with pytest.raises(ValueError, match="has no convolution to over-parameterize"):
         repvgg.over_parameterize(network)
 
@@ -218,7 +218,7 @@ def test_an_expanded_network_can_be_copied_and_pickled(transfer):
     assert relative_error(expanded(x), repvgg.switch_to_deploy(moved)(x)) < 1e-12
 
 
-def test_branches_can_be_dropped_while_it_trains():
+def test_branches_can_be_dropped_in_training():
     expanded = repvgg.over_parameterize(settle(conv_bn()), branch_drop=0.5).train()
     expanded[1].branch_1x1.bn.weight.data.fill_(1)
 
@@ -236,7 +236,7 @@ class TrainingSkip(nn.Module):
         return self.bn(y) + y if self.training else self.bn(y)
 
 
-def test_both_modes_count():
+def test_the_forward_of_both_modes_counts():
     network = settle(nn.Sequential(TrainingSkip())).double().train()
 
     expanded = repvgg.over_parameterize(network)
@@ -278,6 +278,6 @@ class AsksForKernel(nn.Sequential):
 
 
 @pytest.mark.parametrize("network", [AsksForClass, AsksForKernel])
-def test_a_network_that_asks_what_its_layers_are_is_refused(network):
+def test_a_forward_that_reads_its_layers_classes_is_an_error(network):
     with pytest.raises(ValueError, match="cannot be over-parameterized: some forward depends"):
         repvgg.over_parameterize(network(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)))

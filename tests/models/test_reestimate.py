@@ -1,4 +1,4 @@
-"""Batches that `reestimate_bn` takes, and what it says of the others."""
+"""Batches for `reestimate_bn`, and the errors for others."""
 
 import copy
 
@@ -44,17 +44,17 @@ def test_the_first_item_of_a_batch_is_taken(batches):
 @pytest.mark.parametrize(
     ("batches", "said"),
     [
-        (IMAGES, r"a tensor of shape \(12, 3, 16, 16\): give a list of batches"),
-        ([{"image": IMAGES}], "batch 0 is a dict, which is no tensor"),
-        ([IMAGES, ("a", IMAGES)], "batch 1 is a tuple whose first item is no tensor.* but a str"),
+        (IMAGES, r"a tensor of shape \(12, 3, 16, 16\): pass a list of batches"),
+        ([{"image": IMAGES}], "batch 0 is a dict: pass tensors"),
+        ([IMAGES, ("a", IMAGES)], "batch 1 is a tuple of str: pass tensors"),
         ([[]], "batch 0 is a list"),
         ([IMAGES.numpy()], "batch 0 is a ndarray"),
-        ([(255 * IMAGES).byte()], r"torch.uint8 and the network of torch.float32: scale them"),
-        ([IMAGES.double()], r"torch.float64 and the network of torch.float32: call .to\("),
-        ([IMAGES.bfloat16()], "torch.bfloat16 and the network of torch.float32"),
+        ([(255 * IMAGES).byte()], r"torch.uint8 and the network torch.float32: scale"),
+        ([IMAGES.double()], r"torch.float64 and the network torch.float32: call .to\("),
+        ([IMAGES.bfloat16()], "torch.bfloat16 and the network torch.float32"),
         ([IMAGES[:, :2]], r"cannot run on batch 0 of shape \(12, 2, 16, 16\)"),
         ([IMAGES[:1, :, :5, :5]], "larger batch"),
-        ([], "no batch"),
+        ([], "batches is empty"),
     ],
 )
 def test_other_batches_are_rejected_and_nothing_changes(batches, said):
@@ -66,7 +66,7 @@ def test_other_batches_are_rejected_and_nothing_changes(batches, said):
     assert not any(module.training for module in model.modules())
 
 
-def test_frozen_statistics_alone_are_rejected():
+def test_a_network_of_frozen_statistics_is_an_error():
     with pytest.raises(ValueError, match=r"no BatchNorm whose .* FrozenBatchNorm2d"):
         repvgg.reestimate_bn(nn.Sequential(FrozenBatchNorm2d(3)), [IMAGES])
 
@@ -75,7 +75,7 @@ def test_a_network_without_normalization_is_left_as_it_is():
     repvgg.reestimate_bn(nn.Conv2d(3, 4, 3), [IMAGES])
 
 
-def test_idle_auxiliary_heads_are_warned_of_once(recwarn):
+def test_untrained_auxiliary_heads_warn_once(recwarn):
     sizes = {"depths": (1, 1, 2, 1), "widths": (4, 4, 4, 4), "num_classes": 3}
     model = repvgg.create_model("repvgg_a0", **sizes, auxiliary_heads=True)
     images = torch.rand(2, 3, 64, 64)

@@ -47,7 +47,7 @@ def test_parameter_counts_of_repvggplus_are_the_published_ones():
     assert (whole, millions(model)) == (146.06, 140.10)
 
 
-def test_the_list_holds_every_published_variant_and_the_small_one():
+def test_the_list_has_every_published_variant_and_repvgg_tiny():
     plain = {name for name in PARAMETERS if name != "repvgg_d2se"} | {"repvgg_tiny"}
 
     assert set(repvgg.list_models()) == {
@@ -59,7 +59,7 @@ def test_the_list_holds_every_published_variant_and_the_small_one():
 
 
 @pytest.mark.parametrize("name", [name for name in PARAMETERS if name != "repvgg_d2se"])
-def test_a_quantization_friendly_variant_deploys_to_the_shapes_of_its_namesake(name):
+def test_qarepvgg_deploys_to_the_shapes_of_repvgg(name):
     with torch.device("meta"):
         ours, theirs = (
             repvgg.switch_to_deploy(repvgg.create_model(prefix + name)).state_dict()
@@ -71,7 +71,7 @@ def test_a_quantization_friendly_variant_deploys_to_the_shapes_of_its_namesake(n
     }
 
 
-def test_overrides_replace_what_the_variant_says():
+def test_overrides_replace_arguments_of_the_variant():
     model = repvgg.create_model(
         "repvgg_a0",
         num_classes=7,
@@ -110,19 +110,19 @@ def test_every_second_block_of_a_grouped_variant_is_grouped():
         (
             "repvgg_a0",
             {"num_classes": -1},
-            "model.num_classes=-1: must be an integer of at",
+            "num_classes=-1: must be an integer of at",
         ),
-        ("repvgg_a0", {"num_classes": True}, "model.num_classes=True"),
-        ("repvgg_a0", {"dropout": 1.0}, "model.dropout=1.0: must be a number of at least 0 and"),
-        ("repvgg_a0", {"dropout": "x"}, "model.dropout='x'"),
-        ("repvgg_a0", {"dropout": float("nan")}, "model.dropout=nan"),
-        ("repvgg_a0", {"strides": (2, 2)}, "model.strides=.*must be 5 integers"),
-        ("repvgg_a0", {"widths": "abcd"}, "model.widths='abcd'"),
-        ("repvgg_a0", {"groups": 5}, "model.groups=5: must divide"),
-        ("repvgg_a0", {"block": "qa"}, "model.block='qa': must be one of repvgg, qarepvgg"),
+        ("repvgg_a0", {"num_classes": True}, "num_classes=True"),
+        ("repvgg_a0", {"dropout": 1.0}, "dropout=1.0: must be a number of at least 0 and"),
+        ("repvgg_a0", {"dropout": "x"}, "dropout='x'"),
+        ("repvgg_a0", {"dropout": float("nan")}, "dropout=nan"),
+        ("repvgg_a0", {"strides": (2, 2)}, "strides=.*must be 5 integers"),
+        ("repvgg_a0", {"widths": "abcd"}, "widths='abcd'"),
+        ("repvgg_a0", {"groups": 5}, "groups=5: must divide"),
+        ("repvgg_a0", {"block": "qa"}, "block='qa': must be one of repvgg, qarepvgg"),
     ],
 )
-def test_a_bad_name_or_value_is_refused_with_what_to_type(name, overrides, message):
+def test_a_bad_name_or_value_is_an_error_that_names_it(name, overrides, message):
     with pytest.raises(ValueError, match=message):
         repvgg.create_model(name, **overrides)
 
@@ -156,7 +156,7 @@ def test_a_config_over_parameterizes():
     assert network.layer1[0].conv1.branch_drop.p == 0.1
 
 
-def test_an_argument_that_is_null_is_the_builders_own():
+def test_none_keeps_the_default_of_the_builder():
     network = build_model(library="torchvision", name="mobilenet_v2", dropout=None)
 
     assert [m.p for m in network.modules() if isinstance(m, nn.Dropout)] == [0.2]
@@ -165,27 +165,27 @@ def test_an_argument_that_is_null_is_the_builders_own():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "resnet19"}, "unknown model.name 'resnet19': did you mean resnet18"),
-        ({"name": "resnet18", "strides": [1] * 5}, "model.strides=.*have none"),
-        ({"name": "resnet18", "drop_path": 0.1}, "model.drop_path=0.1.*have none"),
-        ({"name": "resnet18", "dropout": 0.1}, "model.dropout=0.1: .*resnet18 does not take this"),
+        ({"name": "resnet19"}, "unknown name 'resnet19': did you mean resnet18"),
+        ({"name": "resnet18", "strides": [1] * 5}, "strides=.*must be None"),
+        ({"name": "resnet18", "drop_path": 0.1}, "drop_path=0.1: must be None"),
+        ({"name": "resnet18", "dropout": 0.1}, "dropout=0.1: .*resnet18 does not take this"),
         (
             {"name": "resnet18", "over_parameterize": True, "branch_drop": 1.5},
-            "model.branch_drop=1.5",
+            "branch_drop=1.5",
         ),
-        ({"name": "resnet18", "branch_drop": 0.1}, "needs model.over_parameterize=true"),
+        ({"name": "resnet18", "branch_drop": 0.1}, "needs over_parameterize=true"),
         ({"name": "resnet18", "over_parameterize": 1}, "must be true or false"),
-        ({"name": "resnet18", "num_classes": 0}, "model.num_classes=0"),
+        ({"name": "resnet18", "num_classes": 0}, "num_classes=0"),
         ({"name": "vit_b_32", "over_parameterize": True}, "no convolution to over-parameterize"),
     ],
 )
-def test_bad_configs_are_refused_with_what_to_type(config, message):
+def test_a_bad_config_is_an_error_that_names_it(config, message):
     with pytest.raises(ValueError, match=message):
         build_model(library="torchvision", **config)
 
 
-def test_an_unknown_library_is_refused():
-    with pytest.raises(ValueError, match=r"model.library='keras': must be one of repvgg, torch"):
+def test_an_unknown_library_is_an_error():
+    with pytest.raises(ValueError, match=r"library='keras': must be one of repvgg, torch"):
         build_model(library="keras", name="resnet18")
 
 

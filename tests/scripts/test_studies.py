@@ -67,7 +67,7 @@ def test_a_study_reads_a_folder_of_images(run, tmp_path):
         (rdrop, ["seeds=1"], "seeds=1: must be an integer of at least 2"),
         (rdrop, ["root=nowhere"], "there is no folder nowhere/train"),
         (rdrop, ["views=false"], "views=false: there is no such key"),
-        (rdrop, ["alphas=[1"], "alphas='[1': must be a list; type for example alphas=[0.3"),
+        (rdrop, ["alphas=[1"], "alphas='[1': must be a list; for example alphas=[0.3"),
         (rdrop, ["lr=true"], "lr='true': must be a number"),
         (rdrop, ["budgets=[[time]]"], "must be of epochs, time"),
         (benchmark_rdrop, ["cases=5"], "cases='5': must be a list"),

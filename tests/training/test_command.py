@@ -455,10 +455,8 @@ def test_a_run_is_initialized_from_a_third_party_file(tmp_path):
     done = run("train.py", *SHORT, "trainer.max_epochs=1", "init=weights.pth", cwd=tmp_path)
 
     assert done.returncode == 0, done.stderr
-    said = "initialized from repvgg_tiny in timm's layout, deployed form, 4 classes, at 'model'"
-    assert (
-        done.stdout.partition(f"{said}; new: ")[2].splitlines()[0] == "linear.weight, linear.bias"
-    )
+    said = "initialized from repvgg_tiny in timm's layout, folded, 4 classes, at 'model'; new: "
+    assert done.stdout.partition(said)[2].splitlines()[0] == "linear.weight, linear.bias"
 
 
 def test_a_run_is_not_initialized_from_another_network(tmp_path):

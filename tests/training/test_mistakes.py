@@ -33,7 +33,7 @@ def fail(monkeypatch, tmp_path, capfd):
     [
         ("train.py", ["model=repvgg_a"], "did you mean repvgg_a"),
         ("train.py", ["trainer.max_epoch=3"], "did you mean trainer.max_epochs?"),
-        ("train.py", ["rdrop=true", "model.dropout=0"], "type for example model.dropout=0.2"),
+        ("train.py", ["rdrop=true", "model.dropout=0"], "for example model.dropout=0.2"),
         ("train.py", ["+loss=focal"], "loss: there is no such key; allowed are rdrop,"),
         ("train.py", ["+labelsmoothing=.1"], "did you mean label_smoothing?"),
         (
@@ -101,7 +101,7 @@ def fail(monkeypatch, tmp_path, capfd):
         ("train.py", ["trainer.accelerator=abacus"], "accelerator='abacus'"),
         ("train.py", ["optim=5"], "optim=5: must be keys"),
         ("train.py", ["resume=nowhere.ckpt"], "resume=nowhere.ckpt: there is no such file"),
-        ("train.py", ["init=nowhere.pth"], "'nowhere.pth' does not exist; give the path of a"),
+        ("train.py", ["init=nowhere.pth"], "'nowhere.pth' does not exist; pass the path of a"),
         ("import", [], "path is missing: pass path=FILE"),
         ("import", ["path=."], "'.' is a folder; give the file in it"),
         ("import", ["mean=3"], "mean='3': must be a list"),

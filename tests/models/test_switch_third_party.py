@@ -1,4 +1,4 @@
-"""Blocks of other libraries and subclasses of ours: their own method is tested."""
+"""Blocks of other libraries, and subclasses: their switch_to_deploy() is tested."""
 
 import threading
 import types
@@ -144,7 +144,7 @@ def test_a_method_in_an_instance_is_tested():
         repvgg.switch_to_deploy(network)
 
 
-def test_strangers_stay_beside_over_parameterized_layers():
+def test_blocks_of_other_libraries_stay_beside_over_parameterized_layers():
     network = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), WrongEps())
     wide = settle(repvgg.over_parameterize(settle(network))).double()
     given = repvgg.switch_to_deploy(wide)
@@ -162,7 +162,7 @@ def test_testing_draws_no_random_numbers_for_others():
 
 
 @pytest.mark.parametrize("form", ["ours", "features", "lock", "channels_last", "compiled"])
-def test_whole_networks_are_switched_whatever_they_hold(form):
+def test_whole_networks_are_switched_whatever_they_contain(form):
     torch.manual_seed(0)
     small = {"depths": (1, 1, 1, 1), "widths": (4, 8, 8, 8), "num_classes": 3}
     network = settle(repvgg.create_model("repvgg_a0", **small)).double()

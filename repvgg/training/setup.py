@@ -138,7 +138,7 @@ def open_images(settings: Settings) -> ImageData:
         return open_data(given, mixup=settings.mixup, cutmix=settings.cutmix, seed=settings.seed)
     except InstantiationException as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error.__cause__))
-        if unknown is None:
+        if unknown is None or "full_key: " in str(error):  # of a transform
             raise
         key, target = unknown[1], str(given["_target_"])
         named = inspect.signature(get_method(target)).parameters.values()

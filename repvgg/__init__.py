@@ -1,12 +1,12 @@
 """RepVGG: train it with branches, deploy it as plain 3x3 convolutions, verify every step.
 
-The public names below load torch, and `data` and `export` what they need, when the first of them is
-used, so that a command line can answer `--help` without it. Training (`repvgg.training.classifier`,
-`repvgg.training.callbacks`) needs lightning and is imported by name.
+The names below import torch, and `data` and `export` their libraries, at first use, so `--help` is
+fast. Training (`repvgg.training.classifier`, `repvgg.training.callbacks`) needs lightning; import
+it by name.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from repvgg import checkpoint, data, export, losses, rdrop, reparam, verify
@@ -54,7 +54,7 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOME:
         return getattr(importlib.import_module(f"repvgg.{_HOME[name]}"), name)
     if name in __all__:

@@ -1,7 +1,7 @@
 """The training losses.
 
-R-Drop (Liang et al., 2021, arXiv:2106.14448): two predictions of one network for one image, made
-under different noise, are pulled together. `repvgg.rdrop` makes the two predictions.
+R-Drop (Liang et al., 2021, arXiv:2106.14448) adds the KL divergence between two predictions of one
+image with different dropout masks. `repvgg.rdrop` makes the two predictions.
 """
 
 import math
@@ -31,9 +31,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0
         a scalar, in nats.
 
     Raises:
-        ValueError: the targets are no classes or probabilities of these logits. Their values are
-            looked at on the CPU alone: on a GPU that would stall each step; there a wrong index
-            ends in the GPU's own error, and NaN in a loss that is NaN.
+        ValueError: the targets are not classes or probabilities of these logits. Values are only
+            checked on the CPU, as on a GPU that would stall each step. There a wrong index is an
+            error of the GPU, and NaN gives a loss of NaN.
     """
     _check_targets(logits, targets)
     return F.cross_entropy(_at_least_float32(logits), targets, label_smoothing=label_smoothing)
@@ -42,9 +42,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0
 def symmetric_kl(logits1: Tensor, logits2: Tensor) -> Tensor:
     """Average the two directed Kullback-Leibler divergences of two predictions (R-Drop, eq. 2).
 
-    1/2 (KL(p1 || p2) + KL(p2 || p1)), averaged over the batch. Both directions carry gradient. It
-    works on log-probabilities throughout, in float32 at least, so that neither an underflowing
-    probability nor a half-precision autocast gives NaN.
+    1/2 (KL(p1 || p2) + KL(p2 || p1)), averaged over the batch. Both directions carry gradient. All
+    is computed from log-probabilities, in float32 at least. So neither probabilities that underflow
+    nor half-precision autocast give NaN.
 
     Args:
         logits1, logits2: (N, K).
@@ -57,7 +57,7 @@ def symmetric_kl(logits1: Tensor, logits2: Tensor) -> Tensor:
     """
     if logits1.shape != logits2.shape:
         raise ValueError(
-            f"the two predictions differ in shape: {tuple(logits1.shape)}, {tuple(logits2.shape)}"
+            f"logits1 and logits2 differ in shape: {tuple(logits1.shape)}, {tuple(logits2.shape)}"
         )
     log_p = F.log_softmax(_at_least_float32(logits1), dim=1)
     log_q = F.log_softmax(_at_least_float32(logits2), dim=1)
@@ -74,12 +74,11 @@ def rdrop_loss(
     alpha: float,
     label_smoothing: float = 0.0,
 ) -> RDropLoss:
-    """Add the consistency of two predictions to their mean cross-entropy (R-Drop, eq. 3 and 4).
+    """Add the KL divergence of two predictions to their mean cross-entropy (R-Drop, eq. 3 and 4).
 
-    L = 1/2 (CE1 + CE2) + alpha * 1/2 (KL(p1 || p2) + KL(p2 || p1)), every term a mean over the
-    batch, so that alpha means the same for every batch size, every way to accumulate a batch and
-    every number of devices. The paper and its authors' programs scale the terms in other ways. For
-    the strength of theirs, alpha here is
+    L = 1/2 (CE1 + CE2) + alpha * 1/2 (KL(p1 || p2) + KL(p2 || p1)). Every term is a mean over the
+    batch, so alpha does not depend on batch size, accumulation or the number of devices. The paper
+    and its authors' programs scale the terms differently. The same strength here is alpha =
 
         the paper's (it sums the two cross-entropies)                  its alpha / 2
         the snippet in their README (its KL sums over the batch)       its alpha * batch size
@@ -87,7 +86,7 @@ def rdrop_loss(
                                                                        (0.3 with 32 images: 9.6)
 
     Args:
-        logits1, logits2: (N, K), of the same images under different noise.
+        logits1, logits2: (N, K), of the same images, with different dropout masks.
         targets: (N,) class indices, or (N, K) probabilities.
         alpha: weight of the divergence, 0 or more.
         label_smoothing: of both cross-entropies, in [0, 1).
@@ -110,18 +109,18 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 
 
 def _check_targets(logits: Tensor, targets: Tensor) -> None:
-    """Refuse what torch would train on, or tell in words that do not name the mistake."""
+    """Raise ValueError on targets that torch accepts silently or rejects without a reason."""
     num_classes = logits.shape[1]
     if targets.is_floating_point():
         if targets.shape != logits.shape:
             raise ValueError(
                 f"targets of shape {tuple(targets.shape)} do not fit logits of shape "
-                f"{tuple(logits.shape)}: probabilities need one column for each of "
-                f"model.num_classes={num_classes}"
+                f"{tuple(logits.shape)}: probabilities need a column for each of the {num_classes} "
+                "classes"
             )
         if targets.device.type == "cpu":
             if not ((targets >= 0) & (targets < math.inf)).all():
-                raise ValueError("targets hold NaN, infinity or a negative number: no probability")
+                raise ValueError("targets hold NaN, inf or negative numbers, not probabilities")
             sums = targets.sum(1)
             if ((sums - 1).abs() > 0.01).any():
                 raise ValueError(
@@ -132,12 +131,12 @@ def _check_targets(logits: Tensor, targets: Tensor) -> None:
     if targets.shape != logits.shape[:1]:
         raise ValueError(
             f"targets of shape {tuple(targets.shape)} do not fit logits of shape "
-            f"{tuple(logits.shape)}: class indices need one for each image"
+            f"{tuple(logits.shape)}: there must be one class index for each image"
         )
     if targets.device.type == "cpu" and len(targets):
         low, high = (int(bound) for bound in targets.aminmax())
         if low < 0 or high >= num_classes:
             raise ValueError(
-                f"targets hold class {low if low < 0 else high}: model.num_classes={num_classes} "
-                f"allows 0 to {num_classes - 1}"
+                f"targets hold class {low if low < 0 else high}: {num_classes} logits allow 0 to "
+                f"{num_classes - 1}"
             )

@@ -1,32 +1,33 @@
 """Two predictions of one network for each image, in one forward.
 
-R-Drop (Liang et al., 2021, arXiv:2106.14448) compares two predictions made under different noise,
-and its authors run the network twice. What comes before the first random operation is the same in
-both: here that trunk runs once and its features enter the head twice, at about the price of a
-plain step. A network with noise in its trunk takes every image twice in one batch. There are never
-two calls: BatchNorm's running statistics advance once, and DDP sees one forward.
+R-Drop (Liang et al., 2021, arXiv:2106.14448) compares two predictions with different random masks
+of stochastic layers such as dropout. Its authors run the network twice. Here, if only the head is
+stochastic, the backbone runs once and its features enter the head twice. That costs about as much
+as a plain step. Otherwise each image appears twice in one batch. There is only one call, so the
+statistics of BatchNorms advance once, and DDP sees one forward.
 
-A network is cut at `forward_features` and `forward_head` where it has them (ours, timm's), and in
-front of its last child otherwise (torchvision's).
+A network is split at `forward_features` and `forward_head` if it has them (ours, timm's), otherwise
+before its last child (torchvision's).
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Noise(NamedTuple):
+class StochasticLayers(NamedTuple):
     """Where a network draws random numbers in its present mode.
 
     Attributes:
-        trunk: before the head, or anywhere in a network that cannot be cut.
+        backbone: before the head, or anywhere in a network that cannot be split.
         head: in the head.
     """
 
-    trunk: bool
+    backbone: bool
     head: bool
 
 
@@ -43,14 +44,30 @@ class Predictions(NamedTuple):
     auxiliary: list[Tensor]
 
 
+@runtime_checkable
+class _Split(Protocol):
+    """A network in two parts, as ours and timm's."""
+
+    def forward_features(self, images: Tensor, /) -> Tensor: ...
+
+    def forward_head(self, features: Tensor, /) -> Tensor: ...
+
+
+@runtime_checkable
+class _HasAuxiliary(Protocol):
+    """A network with auxiliary classifiers: see `repvgg.RepVGG.forward_auxiliary`."""
+
+    def forward_auxiliary(self, images: Tensor, /) -> tuple[Tensor, list[Tensor]]: ...
+
+
 def predict(
-    network: Any, images: Tensor, *, between: Callable[[Tensor], Tensor] | None = None
+    network: nn.Module, images: Tensor, *, between: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """Run a network once, with its auxiliary classifiers if it has `forward_auxiliary`.
 
     Args:
         images: (N, C, H, W).
-        between: changes what goes from the trunk into the head.
+        between: changes the features before the head.
 
     Returns:
         logits (N, K) and those of the auxiliary classifiers.
@@ -59,8 +76,8 @@ def predict(
         ValueError: the network returns something other than one tensor of logits.
     """
     auxiliary: list[Tensor] = []
-    if hasattr(network, "forward_features") and hasattr(network, "forward_head"):
-        if hasattr(network, "forward_auxiliary"):
+    if isinstance(network, _Split):
+        if isinstance(network, _HasAuxiliary):
             features, auxiliary = network.forward_auxiliary(images)
         else:
             features = network.forward_features(images)
@@ -76,78 +93,82 @@ def predict(
             hook.remove()
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise ValueError(
-            f"{type(network).__name__} returns {type(logits).__name__} where one tensor of logits "
-            "(N, K) is needed; switch its auxiliary outputs off"
+            f"{type(network).__name__} returns {type(logits).__name__}, but one tensor of logits "
+            "(N, K) is needed; switch off its auxiliary outputs"
         )
     return logits, auxiliary
 
 
-def find_noise(network: nn.Module, images: Tensor) -> Noise:
-    """Ask a network where it is random, by watching a forward that has no data.
+def find_stochastic_layers(network: nn.Module, images: Tensor) -> StochasticLayers:
+    """Find out where a network is random, from a forward on the meta device.
 
-    It runs on the meta device: nothing is computed, no random number is drawn and no statistics
-    change. Random is every operation that torch declares to depend on its generators, in modules
-    and functions alike; Python's `random` and NumPy are not seen. A network that does not run there
-    cannot be asked and counts as random in its trunk: twice the price, and right if it is random
-    anywhere.
+    That computes nothing, draws no random number and changes no statistics. Every operation counts
+    that depends on torch's generators, in modules and functions; Python's `random` and NumPy are
+    not detected. A network that does not run on the meta device counts as random in its backbone:
+    this is always correct, and costs twice the time.
 
     Args:
-        images: (N, C, H, W), of which shape and type matter.
+        images: (N, C, H, W); only shape and dtype matter.
     """
     rows = 3
     probe = torch.empty((rows, *images.shape[1:]), dtype=images.dtype, device="meta")
     operations = _RandomOperations()
-    in_trunk = None
+    in_backbone = None
 
-    def cut(features: Tensor) -> Tensor:
-        nonlocal in_trunk
-        in_trunk = operations.count
+    def split(features: Tensor) -> Tensor:
+        nonlocal in_backbone
+        in_backbone = operations.count
         return _twice(features)
 
-    logits = _run_on_meta(network, probe, operations, cut)
-    if in_trunk is not None and logits is not None and len(logits) == 2 * rows:
-        return Noise(in_trunk > 0, operations.count > in_trunk)
+    logits = _run_on_meta(network, probe, operations, split)
+    if in_backbone is not None and logits is not None and len(logits) == 2 * rows:
+        return StochasticLayers(in_backbone > 0, operations.count > in_backbone)
     operations.count = 0
     runs = _run_on_meta(network, probe, operations, None) is not None
-    return Noise(operations.count > 0 or not runs, False)
+    return StochasticLayers(operations.count > 0 or not runs, False)
 
 
-def predict_twice(network: nn.Module, images: Tensor, *, noise: Noise | None = None) -> Predictions:
-    """Predict every image twice, under different noise, in one forward.
+def predict_twice(
+    network: nn.Module, images: Tensor, *, stochastic: StochasticLayers | None = None
+) -> Predictions:
+    """Predict every image twice, with different random masks, in one forward.
 
     Args:
         network: in training mode.
         images: (N, C, H, W).
-        noise: of the network, from `find_noise`; None asks anew, which takes milliseconds.
+        stochastic: from `find_stochastic_layers`; None calls it, which takes milliseconds.
 
     Raises:
-        ValueError: the network says that nothing in it is random: the predictions would be equal.
+        ValueError: the network has no stochastic layer, so the predictions would be equal.
     """
-    noise = find_noise(network, images) if noise is None else noise
-    if noise.trunk:
+    stochastic = find_stochastic_layers(network, images) if stochastic is None else stochastic
+    if stochastic.backbone:
         logits, auxiliary = predict(network, _twice(images))
-    elif noise.head:
+    elif stochastic.head:
         logits, auxiliary = predict(network, images, between=_twice)
     else:
         raise ValueError(
-            f"nothing in this {type(network).__name__} is random, so two predictions are equal and "
-            "R-Drop has nothing to compare: give it dropout, as with model.dropout=0.2, or set "
-            "rdrop=false"
+            f"this {type(network).__name__} has no stochastic layer, so two predictions are equal: "
+            "R-Drop needs one, for example dropout=0.2"
         )
     first, second = logits.chunk(2)
     return Predictions(first, second, auxiliary)
 
 
-class _RandomOperations(TorchDispatchMode):
+class _RandomOperations(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
     """Counts operations that draw from torch's generators."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]  # torch has no types here
         self.count = 0
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+        self,
+        func: OpOverload[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         self.count += torch.Tag.nondeterministic_seeded in func.tags
         return func(*args, **(kwargs or {}))
 
@@ -170,7 +191,7 @@ def _run_on_meta(
     operations: _RandomOperations,
     between: Callable[[Tensor], Tensor] | None,
 ) -> Tensor | None:
-    """The logits on the meta device, or None for a network that does not run there, or not cut."""
+    """The logits on the meta device; None if the network does not run there, or not in two."""
     module = _Predict(network, between)
     tensors = {
         name: tensor.to("meta")
@@ -179,8 +200,9 @@ def _run_on_meta(
     }
     try:
         with torch.no_grad(), operations:
-            return torch.func.functional_call(module, tensors, (images,))
-    except Exception:  # whatever a foreign network raises; the caller has an answer for it
+            logits: Tensor = torch.func.functional_call(module, tensors, (images,))
+            return logits
+    except Exception:  # any: the network may be anybody's, and the caller handles None
         return None
 
 

@@ -1,10 +1,10 @@
 """The algebra of structural re-parameterization: every linear branch is one convolution.
 
-RepVGG (Ding et al., 2021, arXiv:2101.03697), section 3.3. A branch is an affine map given as
+RepVGG (Ding et al., 2021, arXiv:2101.03697), section 3.3. A branch is an affine map, given as
 `Affine(kernel, bias)`; folding, padding and merging turn affine maps into affine maps. All
-functions compute in float64, answer in the dtype and on the device they were given, and are
-differentiable. To chain several of them without rounding in between, pass float64 tensors and
-cast the final result once, as `RepVGGBlock.equivalent_kernel_bias` does.
+functions are differentiable, compute in float64, and return the dtype and device of their inputs.
+To chain several without rounding in between, pass float64 tensors and cast the result once, as
+`RepVGGBlock.equivalent_kernel_bias` does.
 
 Kernels are (O, I / groups, *size) with one, two or three spatial dimensions.
 """
@@ -24,19 +24,19 @@ class Reparameterizable(Protocol):
 
 
 class Affine(NamedTuple):
-    """A convolution as numbers: kernel (O, I / groups, *size) and bias (O,)."""
+    """A convolution: kernel (O, I / groups, *size) and bias (O,)."""
 
     kernel: Tensor
     bias: Tensor
 
 
 def bare_affine(kernel: Tensor, bias: Tensor | None = None) -> Affine:
-    """Read a convolution that no BatchNorm follows: its kernel, and zeros where it has no bias."""
+    """A convolution without BatchNorm as an affine map; without a bias it gets zeros."""
     return Affine(kernel, kernel.new_zeros(kernel.shape[0]) if bias is None else bias)
 
 
 def fold_bn(kernel: Tensor, bias: Tensor | None, bn: nn.modules.batchnorm._BatchNorm) -> Affine:
-    """Absorb an eval-mode BatchNorm into the convolution before it (RepVGG, eq. 3).
+    """Fold an eval-mode BatchNorm into the convolution before it (RepVGG, eq. 3).
 
     BN(W*x + b) = (gamma / sigma) (W*x + b - mu) + beta with sigma = sqrt(running_var + eps) is
     again affine in x, hence a convolution. A BatchNorm without gamma and beta has 1 and 0.
@@ -44,8 +44,8 @@ def fold_bn(kernel: Tensor, bias: Tensor | None, bn: nn.modules.batchnorm._Batch
     Args:
         kernel: (O, I / groups, *size).
         bias: (O,), or None for a convolution without bias.
-        bn: normalizes O channels and tracks running statistics. Its mode does not matter: the
-            result is the function it computes in eval mode.
+        bn: normalizes O channels and tracks running statistics. The result is its function in
+            eval mode, whatever its mode is.
 
     Raises:
         ValueError: `bn` has no running statistics, so its output depends on the batch; or it
@@ -61,7 +61,7 @@ def fold_bn(kernel: Tensor, bias: Tensor | None, bn: nn.modules.batchnorm._Batch
 
 
 def bn_affine(bn: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
-    """Read an eval-mode BatchNorm as x -> scale * x + shift, by channel.
+    """An eval-mode BatchNorm as x -> scale * x + shift, by channel.
 
     scale = gamma / sigma and shift = beta - mu gamma / sigma, sigma = sqrt(running_var + eps).
 
@@ -86,7 +86,7 @@ def bn_affine(bn: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def scale_output(kernel: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> Affine:
-    """Absorb y -> scale * y + shift, by channel, into the convolution before it.
+    """Fold y -> scale * y + shift, by channel, into the convolution before it.
 
     Args:
         kernel: (O, I / groups, *size).
@@ -102,10 +102,10 @@ def scale_output(kernel: Tensor, bias: Tensor | None, scale: Tensor, shift: Tens
 def scale_input(
     kernel: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, *, groups: int = 1
 ) -> Affine:
-    """Absorb x -> scale * x + shift, by channel, into the convolution behind it.
+    """Fold x -> scale * x + shift, by channel, into the convolution after it.
 
-    W*(s x + t) + b = (W s)*x + (b + sum of W t), if no border is padded with zeros: there t would
-    be missing.
+    W*(s x + t) + b = (W s)*x + (b + sum of W t). This needs a border without zero padding, where t
+    is missing.
 
     Args:
         kernel: (O, I / groups, *size).
@@ -140,16 +140,16 @@ def transpose_kernel(kernel: Tensor, groups: int) -> Tensor:
 def pad_kernel(kernel: Tensor, size: int) -> Tensor:
     """Embed a kernel in zeros so that it covers `size` taps in every spatial dimension.
 
-    Its centre tap, (k - 1) // 2 of k, lands on the centre tap of the result: with padding that
-    grows along (0 for 1x1, 1 for 3x3, or "same") the convolution computes the same function. A
-    result of even size needs padding "same" and dilation 1: dilated, it has no centre.
+    Its center tap, (k - 1) // 2 of k, becomes the center tap of the result. If the padding grows
+    too (0 for 1x1, 1 for 3x3, or "same"), the convolution computes the same function. A result of
+    even size needs padding "same" and dilation 1, as it has no center.
 
     Args:
         kernel: (O, I / groups, *k), odd in every spatial dimension.
         size: taps of the result in every spatial dimension.
 
     Raises:
-        ValueError: a dimension of the kernel is even, so no centre exists, or exceeds `size`.
+        ValueError: a dimension of the kernel is even, so it has no center, or exceeds `size`.
     """
     taps = kernel.shape[2:]
     if any(k % 2 == 0 or k > size for k in taps):
@@ -196,7 +196,7 @@ def merge(*branches: Affine) -> Affine:
         branches: at least one; all of one shape, stride, dilation, padding and groups.
 
     Raises:
-        ValueError: the kernels differ in shape, so one of them was not padded.
+        ValueError: the kernels differ in shape: pad the smaller ones.
     """
     shapes = {tuple(branch.kernel.shape) for branch in branches}
     if len(shapes) != 1:

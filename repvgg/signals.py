@@ -6,13 +6,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has the first two
-Handler = Callable[[int, FrameType | None], None]
+Handler = Callable[[int, FrameType | None], object]
+Previous = Handler | int | None  # as signal.signal returns it
 
 
-class Interrupted(Exception):  # noqa: N818 - it is not an error
+class Interrupted(Exception):  # noqa: N818 - not an error
     """A run stopped because of a signal.
 
     Attributes:
@@ -24,11 +24,11 @@ class Interrupted(Exception):  # noqa: N818 - it is not an error
         self.signum = signum
 
     def __reduce__(self) -> tuple[type, tuple[int]]:
-        return type(self), (self.signum,)  # exceptions are pickled by their message otherwise
+        return type(self), (self.signum,)  # exceptions pickle their message by default
 
 
 def stopping() -> list[signal.Signals]:
-    """The signals of this system that stop a run. SIGHUP is not one under nohup."""
+    """The signals that stop a run on this system; under nohup SIGHUP does not."""
     found = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
     return [
         number
@@ -37,11 +37,11 @@ def stopping() -> list[signal.Signals]:
     ]
 
 
-def install(handler: Handler) -> dict[int, Any]:
+def install(handler: Handler) -> dict[int, Previous]:
     """Handle the stopping signals; return the previous handlers, for `restore`.
 
-    On SIGHUP the terminal is gone and writing to it fails, so its streams then lead nowhere.
-    Outside of the main thread, where Python has no signals, nothing is installed.
+    On SIGHUP the terminal is closed and writing to it fails, so its streams are then discarded.
+    Outside the main thread, where Python handles no signals, nothing is installed.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
@@ -57,8 +57,8 @@ def install(handler: Handler) -> dict[int, Any]:
     return {number: signal.signal(number, handle) for number in stopping()}
 
 
-def restore(handlers: dict[int, Any]) -> None:
-    """Give back what `install` replaced."""
+def restore(handlers: dict[int, Previous]) -> None:
+    """Install the previous handlers again."""
     for number, handler in handlers.items():
         if handler is not None:  # not installed by Python
             signal.signal(number, handler)
@@ -66,7 +66,7 @@ def restore(handlers: dict[int, Any]) -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise `Interrupted` on a signal, where Lightning would exit in its own way."""
+    """Raise `Interrupted` on a signal, before Lightning handles it."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise Interrupted(signum)

@@ -1,14 +1,13 @@
-"""How far a candidate is from its reference: errors, agreement, a verdict.
+"""Compare a candidate with its reference: errors, agreement, a verdict.
 
-A predictor is any callable that takes images (N, C, H, W), float32 in [0, 1], to logits (N, K).
-The reference of a verification is the multi-branch network in float64. Candidates are compared
-with that, not with each other, so that errors cannot cancel.
+A predictor is any callable from images (N, C, H, W), float32 in [0, 1], to logits (N, K). The
+reference is the multi-branch network in float64. Every candidate is compared with the reference,
+not with another candidate, so errors cannot cancel.
 """
 
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,27 +16,26 @@ from torch.utils._pytree import tree_leaves
 Predictor = Callable[[Tensor], Tensor]
 
 # The largest error, relative to the largest value of the reference, by the precision of the
-# candidate. A multi-branch float32 network is about 2e-6 from its own float64 value.
+# candidate. A multi-branch network in float32 has an error of about 2e-6.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
-# Two networks that should compute the same, by the precision of the comparison.
+# For two networks with the same function, by the precision of the comparison.
 SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
 
-# A restored network must reproduce logits that were recorded in float32, perhaps elsewhere.
+# For a restored network against recorded float32 logits, maybe from another machine.
 PROBE_TOLERANCE = 1e-4
 
-
-# An ill-conditioned network has a larger error of its own in float32, which no fold can take away.
+# An ill-conditioned network has a larger error in float32 even before the fold.
 OWN_ERRORS = 4
 LARGEST_BOUND = 1e-2
 
 
 def float32_bound(own: float) -> float:
-    """The largest error of a float32 candidate that passes: 1e-5 for a well-conditioned network.
+    """The largest error of a float32 candidate that passes: usually 1e-5.
 
     Args:
-        own: error of the multi-branch network in float32 against its own float64 value. Four times
-            it is allowed where that is more, up to 1e-2.
+        own: error of the multi-branch network in float32 against float64. If four times that is
+            more than 1e-5, it is the bound, up to 1e-2.
     """
     usual = TOLERANCE[torch.float32]
     return max(usual, min(OWN_ERRORS * own, LARGEST_BOUND)) if math.isfinite(own) else usual
@@ -45,13 +43,12 @@ def float32_bound(own: float) -> float:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `compare` found.
+    """The result of `compare`.
 
     Attributes:
         error: largest absolute difference divided by the largest absolute reference value.
         tolerance: the largest error that passes.
-        agreement: share of rows whose largest entry is the same class, in [0, 1]; None where the
-            outputs are no logits.
+        agreement: top-1 agreement, in [0, 1]; None if the outputs are not logits.
     """
 
     error: float
@@ -66,7 +63,7 @@ class Verdict:
 def relative_error(reference: Tensor, candidate: Tensor) -> float:
     """Largest absolute difference over the largest absolute reference value, in float64.
 
-    Infinite where the candidate differs in shape or holds a NaN or an infinity; 0 of nothing.
+    Infinite if the candidate has another shape, NaN or inf; 0 for empty tensors.
     """
     reference, candidate = reference.double(), candidate.double()
     if reference.shape != candidate.shape or not candidate.isfinite().all():
@@ -78,7 +75,7 @@ def relative_error(reference: Tensor, candidate: Tensor) -> float:
 
 
 def agreement(expected: Tensor, given: Tensor) -> float:
-    """Share of rows (N, K) whose largest entry is the same class."""
+    """Top-1 agreement: the share of rows (N, K) with the same class as largest entry."""
     return (expected.argmax(1) == given.argmax(1)).double().mean().item()
 
 
@@ -86,7 +83,7 @@ def agreement(expected: Tensor, given: Tensor) -> float:
 def compare(
     reference: Predictor, candidate: Predictor, images: Tensor, *, tolerance: float | None = None
 ) -> Verdict:
-    """Hold a candidate against its reference on the same images.
+    """Compare a candidate with its reference on the same images.
 
     Args:
         reference: called with the images in float64.
@@ -104,10 +101,10 @@ def compare(
 
 @torch.no_grad()
 def compare_blocks(reference: nn.Module, candidate: nn.Module, images: Tensor) -> dict[str, float]:
-    """Measure the error of every folded block by itself.
+    """Measure the error of every folded block separately.
 
-    Each block of the candidate is given what its namesake sees inside the reference on `images`,
-    so errors do not add up along the network, and a faulty block is known by name.
+    Each block of the candidate gets the input of the block of the same name in the reference. So
+    errors do not add up along the network, and a faulty block is known by name.
 
     Args:
         reference: the multi-branch network in float64 and eval mode.
@@ -144,19 +141,19 @@ def compare_blocks(reference: nn.Module, candidate: nn.Module, images: Tensor) -
 def compare_modules(
     reference: nn.Module,
     candidate: nn.Module,
-    inputs: Sequence[Any],
+    inputs: Sequence[object],
     *,
     moved: Collection[str] = (),
 ) -> dict[str, float]:
-    """Measure how far the output of every module is from that of its namesake.
+    """Compare the outputs of every module with those of the module of the same name.
 
-    Both networks run on the same inputs. A module counts if both have one of its name that is
-    called as often and gives tensors; of several calls the worst counts.
+    Both networks run on the same inputs. A module is compared if both networks call it equally
+    often and it returns tensors. Of several calls the largest error is reported.
 
     Args:
         inputs: positional arguments of both networks.
-        moved: modules that are left out, as their outputs differ by design: in the candidate they
-            do what another one does in the reference. So are those that only pass them on.
+        moved: modules whose outputs differ by design, as other modules of the candidate compute
+            them. They are left out, and so are modules that only pass these outputs on.
 
     Returns:
         the relative error of each module's output, by the module's name; "" is the network.
@@ -170,13 +167,13 @@ def compare_modules(
         if name in moved or any(output is tensor for tensor in passed_on):
             left_out.add(name)
             passed_on.append(output)
-        expected.setdefault(name, []).append(output.clone())  # somebody may overwrite it
+        expected.setdefault(name, []).append(output.clone())  # a later module may overwrite it
 
     def measure(name: str, output: Tensor) -> None:
         if expected.get(name):
             errors.setdefault(name, []).append(relative_error(expected[name].pop(0), output))
         else:
-            expected.pop(name, None)  # more than the reference gave
+            expected.pop(name, None)  # the reference has fewer outputs
 
     _listen(reference, inputs, keep)
     num_tensors = {name: len(outputs) for name, outputs in expected.items()}
@@ -196,16 +193,16 @@ def first_difference(
     tolerance: float,
     among: Collection[str],
 ) -> tuple[str, float] | None:
-    """Find the first module whose output differs from that of its namesake, in order of the run.
+    """Find the first module whose output differs from that of the same name, in execution order.
 
     Args:
-        images: what both networks are called with, in their precision.
+        images: the input of both networks, in their precision.
         tolerance: the largest relative error that passes.
-        among: names of the modules that are compared, besides the network itself.
+        among: names of the modules to compare, besides the network itself.
 
     Returns:
-        its name ("" is the network) and error; None where all are equal. A network that does not
-        give as many tensors as its reference has an infinite error.
+        its name ("" is the network) and error; None if all are equal. The error is infinite if the
+        networks return different numbers of tensors.
     """
     errors = compare_modules(reference, candidate, [images])
     errors.setdefault("", math.inf)
@@ -214,16 +211,16 @@ def first_difference(
 
 
 def _listen(
-    network: nn.Module, inputs: Sequence[Any], listener: Callable[[str, Tensor], None]
+    network: nn.Module, inputs: Sequence[object], listener: Callable[[str, Tensor], None]
 ) -> None:
-    """Run a network and tell of every tensor that a module gives."""
+    """Run a network and call the listener with every tensor that a module returns."""
 
-    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def tell(_: nn.Module, __: Any, output: Any) -> None:
+    def hook(name: str) -> Callable[[nn.Module, object, object], None]:
+        def pass_on(_: nn.Module, __: object, output: object) -> None:
             for tensor in tensors(output):
                 listener(name, tensor)
 
-        return tell
+        return pass_on
 
     hooks = [module.register_forward_hook(hook(name)) for name, module in network.named_modules()]
     try:
@@ -233,8 +230,8 @@ def _listen(
             handle.remove()
 
 
-def tensors(output: Any) -> list[Tensor]:
-    """The floating-point tensors of any nest of lists and dictionaries, in order."""
+def tensors(output: object) -> list[Tensor]:
+    """The floating-point tensors in nested lists and dictionaries, in order."""
     return [
         leaf
         for leaf in tree_leaves(output)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import repvgg
 from repvgg.losses import rdrop_loss
-from repvgg.rdrop import Noise, find_noise, predict, predict_twice
+from repvgg.rdrop import StochasticLayers, find_stochastic_layers, predict, predict_twice
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(5)).double()
 TARGETS = torch.tensor([0, 1, 2, 0])
@@ -20,37 +20,37 @@ def ours(**options) -> nn.Module:
 
 
 class FunctionalDropout(nn.Module):
-    """Random in a function, where no module tells: in the trunk or in the head."""
+    """Random in a function, where no module tells: in the backbone or in the head."""
 
-    def __init__(self, *, in_trunk: bool) -> None:
+    def __init__(self, *, in_backbone: bool) -> None:
         super().__init__()
-        self.in_trunk = in_trunk
+        self.in_backbone = in_backbone
         self.conv = nn.Conv2d(3, 8, 3)
         self.bn = nn.BatchNorm2d(8)
         self.linear = nn.Linear(8, 3)
 
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.bn(self.conv(x))
-        return F.dropout(x, 0.3, self.training) if self.in_trunk else x
+        return F.dropout(x, 0.3, self.training) if self.in_backbone else x
 
     def forward_head(self, x: Tensor) -> Tensor:
         x = x.mean((2, 3))
-        return self.linear(x if self.in_trunk else F.dropout(x, 0.3, self.training))
+        return self.linear(x if self.in_backbone else F.dropout(x, 0.3, self.training))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
 
 class Bypass(nn.Module):
-    """Its head, the last child, is not all that the trunk's features reach."""
+    """Its head, the last child, is not all that the backbone's features reach."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
+        self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
         self.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.trunk(x)
+        x = self.backbone(x)
         return x + self.head(x)
 
 
@@ -62,46 +62,58 @@ class ReadsValues(nn.Sequential):
 
 
 NETWORKS = {
-    "dropout in the head": (lambda: ours(dropout=0.3), Noise(False, True)),
-    "groups and gates": (
+    "dropout in the head": (lambda: ours(dropout=0.3), StochasticLayers(False, True)),
+    "groups and squeeze-and-excite": (
         lambda: ours(dropout=0.3, groups=2, se_before_relu=4, auxiliary_heads=True),
-        Noise(False, True),
+        StochasticLayers(False, True),
     ),
-    "branch_drop": (lambda: ours(branch_drop=0.2), Noise(True, False)),
-    "drop_path": (lambda: ours(drop_path=0.2), Noise(True, False)),
-    "all three": (lambda: ours(dropout=0.3, branch_drop=0.2, drop_path=0.2), Noise(True, True)),
-    "no noise": (lambda: ours(), Noise(False, False)),
-    "dropout, in eval mode": (lambda: ours(dropout=0.3).eval(), Noise(False, False)),
-    "functional, in the trunk": (lambda: FunctionalDropout(in_trunk=True), Noise(True, False)),
-    "functional, in the head": (lambda: FunctionalDropout(in_trunk=False), Noise(False, True)),
-    "a path around the head": (Bypass, Noise(True, False)),
+    "branch_drop": (lambda: ours(branch_drop=0.2), StochasticLayers(True, False)),
+    "drop_path": (lambda: ours(drop_path=0.2), StochasticLayers(True, False)),
+    "all three": (
+        lambda: ours(dropout=0.3, branch_drop=0.2, drop_path=0.2),
+        StochasticLayers(True, True),
+    ),
+    "no stochastic layer": (lambda: ours(), StochasticLayers(False, False)),
+    "dropout, in eval mode": (lambda: ours(dropout=0.3).eval(), StochasticLayers(False, False)),
+    "functional, in the backbone": (
+        lambda: FunctionalDropout(in_backbone=True),
+        StochasticLayers(True, False),
+    ),
+    "functional, in the head": (
+        lambda: FunctionalDropout(in_backbone=False),
+        StochasticLayers(False, True),
+    ),
+    "a path around the head": (Bypass, StochasticLayers(True, False)),
     "no run without data": (
         lambda: ReadsValues(nn.Flatten(), nn.Linear(3 * 32 * 32, 3)),
-        Noise(True, False),
+        StochasticLayers(True, False),
     ),
-    "resnet18": (lambda: torchvision.models.resnet18(), Noise(False, False)),
-    "mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(), Noise(False, True)),
-    "vgg11_bn": (lambda: torchvision.models.vgg11_bn(num_classes=3), Noise(False, True)),
-    "squeezenet1_1": (lambda: torchvision.models.squeezenet1_1(), Noise(False, True)),
-    "efficientnet_b0": (lambda: torchvision.models.efficientnet_b0(), Noise(True, True)),
-    "densenet121": (lambda: torchvision.models.densenet121(drop_rate=0.1), Noise(True, False)),
-    "convnext_tiny": (lambda: torchvision.models.convnext_tiny(), Noise(True, False)),
+    "resnet18": (lambda: torchvision.models.resnet18(), StochasticLayers(False, False)),
+    "mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(), StochasticLayers(False, True)),
+    "vgg11_bn": (lambda: torchvision.models.vgg11_bn(num_classes=3), StochasticLayers(False, True)),
+    "squeezenet1_1": (lambda: torchvision.models.squeezenet1_1(), StochasticLayers(False, True)),
+    "efficientnet_b0": (lambda: torchvision.models.efficientnet_b0(), StochasticLayers(True, True)),
+    "densenet121": (
+        lambda: torchvision.models.densenet121(drop_rate=0.1),
+        StochasticLayers(True, False),
+    ),
+    "convnext_tiny": (lambda: torchvision.models.convnext_tiny(), StochasticLayers(True, False)),
 }
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_tells_where_it_is_random(name):
+def test_stochastic_layers_are_found(name):
     build, expected = NETWORKS[name]
 
-    assert find_noise(build(), IMAGES.float()) == expected
+    assert find_stochastic_layers(build(), IMAGES.float()) == expected
 
 
-def test_asking_changes_nothing():
+def test_finding_stochastic_layers_changes_nothing():
     network = ours(dropout=0.3, branch_drop=0.2)
     before = copy.deepcopy(network.state_dict())
     state = torch.get_rng_state()
 
-    find_noise(network, IMAGES.float())
+    find_stochastic_layers(network, IMAGES.float())
 
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
@@ -142,25 +154,25 @@ def test_loss_and_gradients_are_those_of_two_explicit_passes_with_the_same_masks
     torch.manual_seed(0)
     network = NETWORKS[name][0]().double().train()
     recorders = record(network)
-    twin = copy.deepcopy(network)
+    duplicate = copy.deepcopy(network)
 
-    first, second, _ = predict_twice(network, IMAGES, noise=Noise(False, True))
+    first, second, _ = predict_twice(network, IMAGES, stochastic=StochasticLayers(False, True))
     loss = rdrop_loss(first, second, TARGETS, alpha=0.7).total
     loss.backward()
 
     halves = [[mask.chunk(2)[i] for r in recorders for mask in r.drawn] for i in (0, 1)]
     passes = []
     for masks in halves:
-        for module in twin.modules():
+        for module in duplicate.modules():
             if isinstance(module, Recorded):
                 module.masks = masks
-        passes.append(twin(IMAGES))
+        passes.append(duplicate(IMAGES))
     expected = rdrop_loss(*passes, TARGETS, alpha=0.7).total
     expected.backward()
 
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    largest = max(p.grad.abs().max() for p in twin.parameters())
-    for (key, mine), theirs in zip(network.named_parameters(), twin.parameters(), strict=True):
+    largest = max(p.grad.abs().max() for p in duplicate.parameters())
+    for (key, mine), theirs in zip(network.named_parameters(), duplicate.parameters(), strict=True):
         # A bias in front of a BatchNorm has no gradient but rounding.
         scale = theirs.grad.abs().max().clamp_min(1e-3 * largest)
         assert (mine.grad - theirs.grad).abs().max() <= 1e-10 * scale, key
@@ -177,46 +189,46 @@ def test_two_predictions_take_one_forward(name):
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize(("noise", "rows"), [({"dropout": 0.3}, 4), ({"branch_drop": 0.3}, 8)])
-def test_the_trunk_sees_an_image_once_or_if_it_is_random_twice(noise, rows):
-    network = ours(**noise)
-    found = find_noise(network, IMAGES.float())
+@pytest.mark.parametrize(("options", "rows"), [({"dropout": 0.3}, 4), ({"branch_drop": 0.3}, 8)])
+def test_only_a_random_backbone_runs_twice(options, rows):
+    network = ours(**options)
+    found = find_stochastic_layers(network, IMAGES.float())
     seen = []
     network.stem.register_forward_hook(lambda _, __, y: seen.append(len(y)))
 
-    predict_twice(network, IMAGES.float(), noise=found)
+    predict_twice(network, IMAGES.float(), stochastic=found)
 
     assert seen == [rows]
 
 
-def test_each_half_of_a_doubled_batch_has_its_own_noise_and_a_joint_batchnorm():
+def test_halves_of_a_doubled_batch_differ_in_masks_and_share_batchnorm():
     torch.manual_seed(1)
     network = ours(branch_drop=0.5).double()
-    twin = copy.deepcopy(network)
+    duplicate = copy.deepcopy(network)
 
     torch.manual_seed(2)
     first, second, _ = predict_twice(network, IMAGES)
     torch.manual_seed(2)
-    both = twin(torch.cat([IMAGES, IMAGES]))
+    both = duplicate(torch.cat([IMAGES, IMAGES]))
 
     assert torch.equal(torch.cat([first, second]), both)
 
 
-def test_auxiliary_classifiers_follow_the_trunk():
+def test_auxiliary_classifiers_follow_the_backbone():
     shared, doubled = (
-        predict_twice(ours(auxiliary_heads=True, **noise), IMAGES.float()).auxiliary
-        for noise in ({"dropout": 0.3}, {"branch_drop": 0.3})
+        predict_twice(ours(auxiliary_heads=True, **options), IMAGES.float()).auxiliary
+        for options in ({"dropout": 0.3}, {"branch_drop": 0.3})
     )
 
     assert [len(logits) for logits in (*shared, *doubled)] == [4, 4, 4, 8, 8, 8]
 
 
-def test_no_noise_is_refused_with_the_key_to_set():
-    with pytest.raises(ValueError, match=r"nothing in this RepVGG is random.*model\.dropout=0\.2"):
+def test_no_stochastic_layer_is_an_error():
+    with pytest.raises(ValueError, match=r"RepVGG has no stochastic layer.*dropout=0\.2"):
         predict_twice(ours(), IMAGES.float())
 
 
-def test_a_network_that_returns_more_than_logits_is_refused():
+def test_a_network_that_returns_more_than_logits_is_an_error():
     network = torchvision.models.inception_v3(num_classes=3, init_weights=False)
 
     with pytest.raises(ValueError, match="Inception3 returns InceptionOutputs"):

@@ -88,14 +88,14 @@ def test_gradients_flow_through_a_fold_as_through_the_two_layers():
     assert max(relative_error(a, b) for a, b in zip(separate, folded, strict=True)) < 1e-12
 
 
-def test_a_batchnorm_without_running_statistics_is_refused():
+def test_a_batchnorm_without_running_statistics_is_an_error():
     bn = nn.BatchNorm2d(4, track_running_stats=False)
 
     with pytest.raises(ValueError, match="running statistics"):
         fold_bn(torch.ones(4, 2, 3, 3), None, bn)
 
 
-def test_a_batchnorm_of_another_width_is_refused():
+def test_a_batchnorm_of_another_width_is_an_error():
     with pytest.raises(ValueError, match="5 channels"):
         fold_bn(torch.ones(4, 2, 3, 3), None, nn.BatchNorm2d(5))
 
@@ -122,7 +122,7 @@ def test_a_padded_kernel_computes_the_same_function(dims, taps, size, dilation):
 
 
 @pytest.mark.parametrize("taps", [(2, 2), (5, 5), (1, 4)])
-def test_a_kernel_that_has_no_centre_or_does_not_fit_is_refused(taps):
+def test_a_kernel_without_center_or_too_large_is_an_error(taps):
     with pytest.raises(ValueError, match="must be odd"):
         pad_kernel(torch.ones(4, 2, *taps), 3)
 
@@ -136,7 +136,7 @@ def test_the_identity_kernel_returns_its_input(dims, groups):
     assert torch.equal(conv(x, identity_kernel(8, groups, dims=dims), groups=groups), x)
 
 
-def test_an_identity_whose_groups_do_not_divide_the_channels_is_refused():
+def test_an_identity_whose_groups_do_not_divide_the_channels_is_an_error():
     with pytest.raises(ValueError, match="groups=3"):
         identity_kernel(8, 3)
 

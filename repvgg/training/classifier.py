@@ -21,7 +21,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from repvgg.checks import check_integer, check_number, refusal
 from repvgg.losses import cross_entropy, rdrop_loss
 from repvgg.models.block import RepVGGBlock
-from repvgg.rdrop import Noise, find_noise, predict, predict_twice
+from repvgg.rdrop import StochasticLayers, find_stochastic_layers, predict, predict_twice
 
 AUXILIARY_WEIGHT = 0.1  # of each auxiliary cross-entropy, in the RepVGGplus recipe
 OPTIMIZERS = ("sgd", "adamw")
@@ -70,7 +70,7 @@ class Classifier(L.LightningModule):
         num_rdrop_warmup_steps: optimizer steps over which that weight grows linearly from 0.
         label_smoothing: in [0, 1).
         seed: of the stochastic layers; step k draws the same masks in every run, resumed or not.
-        noise: where the network is stochastic; None finds it in the first step with R-Drop.
+        stochastic: where the network is stochastic; None finds it in the first step with R-Drop.
 
     Attributes:
         net: the network.
@@ -97,7 +97,7 @@ class Classifier(L.LightningModule):
         num_rdrop_warmup_steps: int = 0,
         label_smoothing: float = 0.0,
         seed: int = 0,
-        noise: Noise | None = None,
+        stochastic: StochasticLayers | None = None,
     ) -> None:
         super().__init__()
         if optimizer not in OPTIMIZERS:
@@ -133,7 +133,7 @@ class Classifier(L.LightningModule):
             logger=False,
         )
         self.net = network
-        self.noise = noise
+        self.stochastic = stochastic
         self.evaluated: Callable[[Tensor], Tensor] | None = None
         self._divergence: Tensor | None = None  # the largest of the epoch
         self.evaluation = nn.ModuleDict({stage: _metrics(num_classes) for stage in ("val", "test")})
@@ -178,9 +178,9 @@ class Classifier(L.LightningModule):
             logits, auxiliary = predict(self.net, images)
             total = mean = cross_entropy(logits, targets, label_smoothing=smoothing)
         else:
-            if self.noise is None:
-                self.noise = find_noise(self.net, images)
-            logits, second, auxiliary = predict_twice(self.net, images, noise=self.noise)
+            if self.stochastic is None:
+                self.stochastic = find_stochastic_layers(self.net, images)
+            logits, second, auxiliary = predict_twice(self.net, images, stochastic=self.stochastic)
             total, mean, kl = rdrop_loss(
                 logits, second, targets, alpha=alpha, label_smoothing=smoothing
             )

@@ -46,9 +46,9 @@ def print_run(name: object, module: Classifier, steps: Steps, rate: LearningRate
 
 def describe_rdrop(module: Classifier) -> str:
     """What R-Drop does in this run, and what it costs."""
-    if module.rdrop == 0 or module.noise is None:
+    if module.rdrop == 0 or module.stochastic is None:
         return "no R-Drop"
-    if module.noise.trunk:
+    if module.stochastic.backbone:
         return (
             f"R-Drop {module.rdrop:g}, each image twice in the batch, each step at the cost of two"
         )

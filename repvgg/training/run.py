@@ -75,10 +75,10 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> Non
         compatibility.check_same_steps(resume, config, len(data.train.labels), steps, folder)
     compatibility.check_runs(network, to_float(images[:2]), model["name"])
     compatibility.check_batch_of_one(network, to_float(images[:1]), data.batch_size)
-    noise = setup.find_stochastic(network, settings, to_float(images))
+    stochastic = setup.find_stochastic(network, settings, to_float(images))
     setup.lay_out(network, settings)
     module = setup.build_classifier(
-        settings, network, model["num_classes"], steps, rate.scaled, noise=noise
+        settings, network, model["num_classes"], steps, rate.scaled, stochastic=stochastic
     )
 
     describe = functools.partial(

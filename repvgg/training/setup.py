@@ -23,7 +23,7 @@ from repvgg.data.module import ImageData
 from repvgg.data.sets import open_data
 from repvgg.models.block import RepVGGBlock, compile_blocks
 from repvgg.models.registry import build_model
-from repvgg.rdrop import Noise, find_noise
+from repvgg.rdrop import StochasticLayers, find_stochastic_layers
 from repvgg.training import callbacks, checkpoints, processes, runs
 from repvgg.training.classifier import Classifier
 from repvgg.training.divergence import StopOnDivergence
@@ -107,7 +107,7 @@ def build_classifier(
     steps: Steps,
     rate: float,
     *,
-    noise: Noise | None = None,
+    stochastic: StochasticLayers | None = None,
 ) -> Classifier:
     """The Lightning module of a run."""
     return Classifier(
@@ -123,7 +123,7 @@ def build_classifier(
         num_rdrop_warmup_steps=steps.rdrop_warmup,
         label_smoothing=settings.label_smoothing,
         seed=settings.seed,
-        noise=noise,
+        stochastic=stochastic,
     )
 
 
@@ -185,7 +185,9 @@ def initialize(
     return [f"initialized from {what}; new: {', '.join(new) or 'nothing'}"]
 
 
-def find_stochastic(network: nn.Module, settings: Settings, images: Tensor) -> Noise | None:
+def find_stochastic(
+    network: nn.Module, settings: Settings, images: Tensor
+) -> StochasticLayers | None:
     """Where the network is stochastic, if R-Drop needs it.
 
     Raises:
@@ -193,7 +195,7 @@ def find_stochastic(network: nn.Module, settings: Settings, images: Tensor) -> N
     """
     if settings.rdrop == 0:
         return None
-    found = find_noise(network, images)
+    found = find_stochastic_layers(network, images)
     if not any(found):
         raise ValueError(
             f"rdrop={settings.rdrop:g}: {settings.model['name']} has no stochastic layer, so two "

@@ -17,7 +17,7 @@ from repvgg import cli
 from repvgg.checks import check_integer, refusal
 from repvgg.losses import rdrop_loss
 from repvgg.models.registry import create_model
-from repvgg.rdrop import Noise
+from repvgg.rdrop import StochasticLayers
 from scripts.studies import report, runs, timing, training
 
 DEFAULTS: dict[str, Any] = {
@@ -103,7 +103,7 @@ def training_step(way: str, model: str, case: str, device: torch.device) -> Call
         rdrop=0.0 if way in (PLAIN, CONTROL) else 1.0,
     )
     if way == IMAGE_TWICE:
-        module.noise = Noise(trunk=True, head=True)
+        module.stochastic = StochasticLayers(backbone=True, head=True)
     module.to(device).train()
     optimizer = module.configure_optimizers()["optimizer"]
 

@@ -33,7 +33,7 @@ from repvgg import cli
 from repvgg.checks import check_integer, check_number, refusal
 from repvgg.data.module import ImageData
 from repvgg.models.registry import create_model
-from repvgg.rdrop import Noise
+from repvgg.rdrop import StochasticLayers
 from repvgg.training.classifier import Classifier
 from scripts.studies import report, runs, training
 
@@ -217,7 +217,7 @@ def build(
         label_smoothing=arm.smoothing,
     )
     if arm.doubled:
-        module.noise = Noise(trunk=True, head=True)
+        module.stochastic = StochasticLayers(backbone=True, head=True)
     return module, data, steps
 
 

@@ -14,7 +14,7 @@ from repvgg.data.batches import Batches, Stored
 from repvgg.data.sets import digits
 from repvgg.losses import rdrop_loss
 from repvgg.models.registry import build_model
-from repvgg.rdrop import Noise, predict_twice
+from repvgg.rdrop import StochasticLayers, predict_twice
 from repvgg.training.callbacks import DeployedValidation
 from repvgg.training.classifier import Classifier, parameter_groups
 from repvgg.training.divergence import Diverged, StopOnDivergence
@@ -66,7 +66,7 @@ def two_predictions(module: Classifier, seed: int) -> tuple[torch.Tensor, torch.
     """Two predictions of a copy of the network, so that its own statistics do not change."""
     network = copy.deepcopy(module.net)
     torch.manual_seed(seed)
-    first, second, _ = predict_twice(network, batch()[0], noise=Noise(False, True))
+    first, second, _ = predict_twice(network, batch()[0], stochastic=StochasticLayers(False, True))
     return first, second
 
 
@@ -78,7 +78,7 @@ def test_a_step_minimizes_the_rdrop_loss_of_two_predictions(options, soft):
     targets = 0.9 * nn.functional.one_hot(targets, 5).double() + 0.02 if soft else targets
     expected = rdrop_loss(*two_predictions(module, 9), targets, alpha=0.7, **options).total
 
-    module.noise = Noise(False, True)
+    module.stochastic = StochasticLayers(False, True)
     torch.manual_seed(9)
     loss = module.training_step((images, targets), 0)
 
@@ -119,7 +119,7 @@ def test_the_auxiliary_terms_of_a_doubled_batch_are_means_over_both_halves():
     for both in auxiliary:
         expected = expected + 0.1 * nn.functional.cross_entropy(both, targets.repeat(2))
 
-    module.noise = Noise(True, False)
+    module.stochastic = StochasticLayers(True, False)
     torch.manual_seed(4)
     loss = module.training_step((images, targets), 0)
 
@@ -204,7 +204,7 @@ def repeatable() -> Classifier:
     """A module without interaction of images, whose masks are a function of the image."""
     module = frozen(classifier(rdrop=3.0))
     module.net.dropout = SameMasks()
-    module.noise = Noise(False, True)
+    module.stochastic = StochasticLayers(False, True)
     return module
 
 
@@ -551,5 +551,5 @@ def test_hyper_parameters_are_all_arguments_but_modules_as_plain_values():
     stored = dict(Classifier(network, num_classes=5, **settings).hparams)
 
     arguments = set(inspect.signature(Classifier).parameters)
-    assert set(stored) == arguments - {"network", "noise"}
+    assert set(stored) == arguments - {"network", "stochastic"}
     assert {type(value) for value in stored.values()} == {float, int, str}

@@ -206,10 +206,9 @@ class BNAndPad(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         output = self.bn(x)
         if self.pad_pixels > 0:
-            assert self.bn.running_mean is not None
-            assert self.bn.running_var is not None
-            values = self.bn.bias.detach() - self.bn.running_mean * self.bn.weight.detach() / (
-                torch.sqrt(self.bn.running_var + self.bn.eps)
+            # An assert that there are statistics would change the order in which they are read.
+            values = self.bn.bias.detach() - self.bn.running_mean * self.bn.weight.detach() / (  # type: ignore[operator]
+                torch.sqrt(self.bn.running_var + self.bn.eps)  # type: ignore[arg-type, operator]
             )
             output = F.pad(output, [self.pad_pixels] * 4)
             values = values.view(1, -1, 1, 1)

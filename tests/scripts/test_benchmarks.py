@@ -21,15 +21,28 @@ from tests.support.commands import make
 from tests.support.networks import settle
 
 
-def test_rdrop_in_one_forward_costs_few_operations(run):
-    printed = run(benchmark_rdrop, "rounds=2", "cases=[32x64x10]")
+def test_rdrop_in_one_forward_costs_few_operations():
+    flops = {}
+    for way in benchmark_rdrop.WAYS:
+        step = benchmark_rdrop.training_step(way, "repvgg_a0", "32x64x10", torch.device("cpu"))
+        step()  # detects stochastic layers
+        flops[way] = timing.count_flops(step)
 
-    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if "x |" in line]
-    operations = {row[0]: float(row[4].rstrip("x")) for row in rows}
-    assert operations[benchmark_rdrop.CONTROL] == 1
-    assert 1 < operations[benchmark_rdrop.ONE_FORWARD] < 1.01
-    assert operations[benchmark_rdrop.IMAGE_TWICE] == pytest.approx(2, abs=1e-3)
-    assert operations[benchmark_rdrop.TWO_FORWARDS] == pytest.approx(2, abs=1e-3)
+    ratios = {way: count / flops[benchmark_rdrop.PLAIN] for way, count in flops.items()}
+    assert ratios[benchmark_rdrop.CONTROL] == 1
+    assert 1 < ratios[benchmark_rdrop.ONE_FORWARD] < 1.01
+    assert ratios[benchmark_rdrop.IMAGE_TWICE] == pytest.approx(2, abs=1e-3)
+    assert ratios[benchmark_rdrop.TWO_FORWARDS] == pytest.approx(2, abs=1e-3)
+
+
+def test_the_rdrop_benchmark_prints_a_row_per_way(run, monkeypatch):
+    ways = (benchmark_rdrop.PLAIN, benchmark_rdrop.ONE_FORWARD)
+    monkeypatch.setattr(benchmark_rdrop, "WAYS", ways)
+
+    printed = run(benchmark_rdrop, "rounds=2", "model=repvgg_tiny", "cases=[32x8x10]")
+
+    rows = [line.split(" | ")[0] for line in printed.splitlines() if "x |" in line]
+    assert rows == [f"| {way}" for way in ways]
 
 
 def test_the_fusion_benchmark_writes_table_and_figure(run, tmp_path):

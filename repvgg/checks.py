@@ -6,33 +6,25 @@ from collections.abc import Iterable, Sequence
 
 
 class ArgumentError(ValueError):
-    """An argument has a value that is not allowed.
+    """Arguments have values that are not allowed. On the command line `cli.explain` shows keys.
 
-    Attributes:
-        argument: its name.
-        given: its value.
-        allowed: the rule, such as "must be at least 1".
-        example: an allowed value; None shows none.
+    Args:
+        message: names arguments as NAME=VALUE, as NAME: or as "NAME is missing".
+        names: these arguments.
     """
 
-    def __init__(
-        self, argument: str, given: object, allowed: str, example: object | None = None
-    ) -> None:
-        super().__init__(argument, given, allowed, example)
-        self.argument = argument
-        self.given = given
-        self.allowed = allowed
-        self.example = example
+    def __init__(self, message: str, *names: str) -> None:
+        super().__init__(message)
+        self.names = names
 
-    def __str__(self) -> str:
-        given = f"'{self.given}'" if isinstance(self.given, str) else self.given
-        example = str(self.example).replace(" ", "")
-        shown = "" if self.example is None else f"; for example {self.argument}={example}"
-        return f"{self.argument}={given}: {self.allowed}{shown}"
 
-    def of(self, owner: str) -> "ArgumentError":
-        """Name the argument `owner.argument`, as a nested configuration does."""
-        return ArgumentError(f"{owner}.{self.argument}", self.given, self.allowed, self.example)
+def wrong_value(
+    argument: str, given: object, allowed: str, example: object | None = None
+) -> ArgumentError:
+    """The error of one value, for the caller to raise: what was given, allowed, an example."""
+    given = f"'{given}'" if isinstance(given, str) else given
+    shown = "" if example is None else f"; for example {argument}={str(example).replace(' ', '')}"
+    return ArgumentError(f"{argument}={given}: {allowed}{shown}", argument)
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
@@ -49,7 +41,7 @@ def check_integer(
     if maximum != math.inf:
         allowed += f" and at most {maximum}"
     if isinstance(given, bool) or not isinstance(given, int) or not minimum <= given <= maximum:
-        raise ArgumentError(argument, given, allowed, example)
+        raise wrong_value(argument, given, allowed, example)
     return given
 
 
@@ -69,16 +61,16 @@ def check_number(
     if below != math.inf:
         allowed += f" and below {below:g}"
     if isinstance(given, bool) or not isinstance(given, int | float):
-        raise ArgumentError(argument, given, allowed, example)
+        raise wrong_value(argument, given, allowed, example)
     if not minimum <= given < below:
-        raise ArgumentError(argument, given, allowed, example)
+        raise wrong_value(argument, given, allowed, example)
     return float(given)
 
 
 def check_boolean(argument: str, given: object) -> bool:
     """Return `given` if it is True or False, else raise ArgumentError."""
     if not isinstance(given, bool):
-        raise ArgumentError(argument, given, "must be true or false", "true")
+        raise wrong_value(argument, given, "must be true or false", "true")
     return given
 
 
@@ -92,8 +84,5 @@ def check_integers(
         or len(given) != length
         or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in given)
     ):
-        raise ArgumentError(argument, given, f"must be {length} integers of at least 1", example)
+        raise wrong_value(argument, given, f"must be {length} integers of at least 1", example)
     return tuple(given)
-
-
-refusal = ArgumentError

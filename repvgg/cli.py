@@ -11,12 +11,12 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, NoReturn, cast
 
 from repvgg import signals
-from repvgg.checks import did_you_mean, refusal
+from repvgg.checks import ArgumentError, did_you_mean, wrong_value
 
 COMMANDS = {
     "train": "train a network",
@@ -131,6 +131,7 @@ def run(
     from omegaconf import DictConfig, OmegaConf
 
     failures: list[Exception] = []
+    settings: Mapping[str, object] = {}
     sweep = started = False
     given, words = sys.argv[1:], subcommand()
     plan = Plan(Arguments([], []))
@@ -138,13 +139,13 @@ def run(
 
     @hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)
     def main(composed: DictConfig) -> None:
-        nonlocal sweep, started
+        nonlocal sweep, started, settings
         sweep, started = HydraConfig.get().mode == RunMode.MULTIRUN, True
         plain = cast(Config, OmegaConf.to_container(composed, resolve=True))
         again = plan.arguments.line() if plan.again is None else plan.again
         sys.argv[1:] = [*words, *again]  # Lightning repeats these for each device
         try:
-            complete = plan.complete(plain)
+            settings = complete = plan.complete(plain)
             if HydraConfig.get().job.chdir:
                 make_absolute(complete, Path(HydraConfig.get().runtime.cwd))
             job(complete, Path(HydraConfig.get().runtime.output_dir))
@@ -153,7 +154,7 @@ def run(
             failures.append(error)
             if sweep:
                 overrides = " ".join(HydraConfig.get().overrides.task)
-                message = explain(error, config)
+                message = explain(error, config, settings)
                 print(f"{overrides}: {message or repr(error)}", file=sys.stderr)
                 if message is None:
                     traceback.print_exception(error)
@@ -175,7 +176,7 @@ def run(
     except KeyboardInterrupt:
         fail("stopped by Ctrl-C", 128 + signal.SIGINT)
     except Exception as error:
-        message = explain(error, config)
+        message = explain(error, config, settings)
         if message is None or show_traceback:
             raise
         if isinstance(error, OSError) and error.filename and not started:  # by Hydra, for the run
@@ -317,7 +318,7 @@ def _parse(argument: str, defaults: Config) -> tuple[str, object]:
     kinds = {bool: "true or false", list: "a list", int: "a number", float: "a number"}
     allowed = int | float if kind in (int, float) else kind
     if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
-        raise refusal(key, given, f"must be {kinds[kind]}", example)
+        raise wrong_value(key, given, f"must be {kinds[kind]}", example)
     return key, value
 
 
@@ -352,8 +353,13 @@ def _escape(match: re.Match[str]) -> str:
     return 2 * slashes + (f"\\{special}" if special else "")
 
 
-def explain(error: Exception, config: Path) -> str | None:
-    """One line for a mistake of the user; None for a bug."""
+def explain(error: Exception, config: Path, settings: Mapping[str, object]) -> str | None:
+    """One line for a mistake of the user; None for a bug.
+
+    Args:
+        config: the file of the root configuration.
+        settings: the composed configuration, whose keys replace the names of arguments.
+    """
     from hydra.errors import (
         ConfigCompositionException,
         HydraException,
@@ -376,6 +382,10 @@ def explain(error: Exception, config: Path) -> str | None:
     if isinstance(error, ConfigCompositionException):
         text = str(error)
         if unknown := re.search(r"Could not override '([^']+)'", text):
+            if "/" in unknown[1]:
+                return (
+                    f"{unknown[1]}: the chosen configs have no such group; --help lists the groups"
+                )
             given, keys = unknown[1], known_keys(config)
             if given in keys:
                 return f"{given}: these choices do not set it; +{given}=... adds it"
@@ -392,16 +402,32 @@ def explain(error: Exception, config: Path) -> str | None:
     if isinstance(error, HydraException | OmegaConfBaseException):
         # The constructor's own error is the cause; Hydra wraps it with the name of the class.
         target = re.search(r"target '([^']+)'", str(error))
+        if missing := re.search(r"Error locating target '([^']+)'", str(error)):
+            return f"{missing[1]}: there is no such class or function"
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
         if isinstance(cause, TypeError) and target and unknown:
             return f"{unknown[1]}: {target[1]} takes no argument of that name"
         by_lightning = type(cause).__name__ == "MisconfigurationException"
         if cause is not None and (isinstance(cause, ValueError) or by_lightning):
-            return _one_line(cause)
-        return _one_line(error)
+            return name_keys(cause, settings)
+        return name_keys(error, settings)
     if isinstance(error, ValueError | OSError):
-        return _one_line(error)
+        return name_keys(error, settings)
     return None
+
+
+def name_keys(error: BaseException, config: Mapping[str, object]) -> str:
+    """The message of an error in one line; an argument becomes its key: root -> data.root."""
+    text = _one_line(error)
+    for name in error.names if isinstance(error, ArgumentError) else ():
+        keys = [
+            f"{section}.{name}"
+            for section, held in config.items()
+            if isinstance(held, dict) and name in held
+        ]
+        if len(keys) == 1 and name not in config:
+            text = re.sub(rf"(?<![\w./]){re.escape(name)}(?==|:| is missing)", keys[0], text)
+    return text
 
 
 def known_keys(config: Path) -> list[str]:

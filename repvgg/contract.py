@@ -9,7 +9,7 @@ from types import UnionType
 import torch
 from torch import Tensor, nn
 
-from repvgg.checks import ArgumentError
+from repvgg.checks import wrong_value
 
 Plain = None | bool | int | float | str | Sequence["Plain"] | Mapping[str, "Plain"]
 ModelConfig = Mapping[str, Plain]  # the arguments of `repvgg.models.registry.build_model`
@@ -132,10 +132,10 @@ class Description:
     def __post_init__(self) -> None:
         if self.input not in INPUTS:
             allowed = f"must be one of {', '.join(INPUTS)}"
-            raise ArgumentError("input", self.input, allowed, "uint8")
+            raise wrong_value("input", self.input, allowed, "uint8")
         if self.output not in OUTPUTS:
             allowed = f"must be one of {', '.join(OUTPUTS)}"
-            raise ArgumentError("output", self.output, allowed, "logits")
+            raise wrong_value("output", self.output, allowed, "logits")
 
     def to_json(self) -> str:
         return json.dumps(

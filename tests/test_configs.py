@@ -1,7 +1,10 @@
+import hydra
 import pytest
 import torch
+from hydra.utils import instantiate
 
 import repvgg
+from repvgg.data.augment import by_batch
 from repvgg.deploy import settings as deploy_settings
 from repvgg.export.formats import FORMATS
 from repvgg.models.registry import build_model
@@ -11,6 +14,7 @@ MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 MODELS.remove("torchvision")
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
+PRESETS = sorted(path.stem for path in (CONFIGS / "data" / "augment").glob("*.yaml"))
 
 
 def test_every_variant_has_its_file_and_every_file_its_variant():
@@ -58,6 +62,53 @@ def test_an_experiment_opens_with_its_command_and_composes(experiment):
     with torch.device("meta"):
         build_model(**config["model"] | {"num_classes": 10})
     assert set(config) == set(compose("train"))
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_a_data_config_sets_data_alone(data):
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        assert set(hydra.compose(f"data/{data}")) == {"data"}
+
+
+def test_every_data_set_has_a_default_recipe():
+    recipes = sorted(path.stem for path in (CONFIGS / "experiment" / "default").glob("*.yaml"))
+
+    assert recipes == DATA
+
+
+def test_an_experiment_takes_the_default_recipe_of_its_data():
+    config = compose("train", "experiment=imagenet_120", "data=cifar10")
+
+    assert config["model"]["strides"] == [1, 1, 2, 2, 2]
+    assert config["trainer"]["max_epochs"] == 120
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("data", ["cifar10", "cifar100", "imagefolder"])
+def test_a_preset_of_transforms_augments(preset, data):
+    config = compose("train", f"data={data}", f"data/augment={preset}")["data"]
+
+    transforms = instantiate(config, _convert_="all", _target_="builtins.dict")["augment"]
+    augment = by_batch(transforms, padding=4, size=32)
+
+    assert (augment is None) == (preset == "none")
+    assert augment is None or augment(
+        torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.Generator()
+    ).shape == (2, 3, 32, 32)
+
+
+def test_the_command_line_wins_over_the_transforms_of_an_experiment():
+    config = compose("train", "experiment=imagenet_200", "data/augment=basic")
+
+    assert config["data"]["augment"] == []
+
+
+def test_a_data_set_of_the_user_needs_no_recipe(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text("_target_: mine.open\n")
+    search = f"hydra.searchpath=[file://{tmp_path}]"
+
+    assert compose("train", search, "data=mine")["data"] == {"_target_": "mine.open"}
 
 
 def test_the_command_line_wins_over_an_experiment():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from repvgg import cli
-from repvgg.checks import check_integer, check_integers, check_number, refusal
+from repvgg.checks import check_integer, check_integers, check_number, wrong_value
 
 DEFAULTS: cli.Config = {
     "path": None,
@@ -56,7 +56,7 @@ class Settings:
                 check_integer(key, getattr(self, key), minimum=least, example=example)
         if self.interpolation not in (None, *INTERPOLATIONS):
             allowed = f"must be one of {', '.join(INTERPOLATIONS)}"
-            raise refusal("interpolation", self.interpolation, allowed, "bilinear")
+            raise wrong_value("interpolation", self.interpolation, allowed, "bilinear")
         for key, minimum in (("mean", 0.0), ("std", 1e-6)):
             for value in getattr(self, key) or []:
                 check_number(key, value, minimum=minimum, example=0.5)

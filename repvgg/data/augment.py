@@ -1,13 +1,13 @@
-"""How training images are varied: torchvision's transforms, and the cheap ones by the batch.
+"""Random changes of training images: crops and flips, then any transforms of torchvision.
 
-Images in memory are varied a batch at a time, with noise of its own for each image (a random
-transform of torchvision draws once for a whole batch). Images in files are varied one by one, by
-the processes that decode them.
+Images in memory are cropped and flipped as a batch, each image differently. The transforms of
+torchvision draw once for a whole batch, so they run image by image. Images in files are augmented
+one by one, by the processes that decode them.
 """
 
 import functools
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
@@ -15,25 +15,22 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from repvgg.checks import check_number, refusal
+from repvgg.checks import ArgumentError, wrong_value
 from repvgg.data.batches import Augmentation
 from repvgg.data.files import Transform
 from repvgg.data.images import to_tensor
 
-POLICIES = ("none", "basic", "autoaugment", "randaugment", "trivialaugment")
-GREY = [124, 116, 104]  # ImageNet's mean; what is erased is close to 0 in the network
-
 
 def random_affine(images: Tensor, generator: torch.Generator, *, strength: float) -> Tensor:
-    """Rotate, scale and shift each image by its own small amount; what comes in is black.
+    """Rotate, scale and shift each image by a small random amount; the border is black.
 
     Uniform in +-15 degrees, +-10 % and +-half a pixel of 8, all times `strength`. Bilinear.
 
     Args:
         images: (N, C, H, W), uint8. The result has the same shape and type.
     """
-    noise = (torch.rand(4, len(images), generator=generator) * 2 - 1) * strength
-    angle, scale, x, y = noise.to(images.device)
+    amounts = (torch.rand(4, len(images), generator=generator) * 2 - 1) * strength
+    angle, scale, x, y = amounts.to(images.device)
     angle, scale = angle * math.radians(15), 1 + scale * 0.1
     cos, sin = scale * angle.cos(), scale * angle.sin()
     rows = [torch.stack([cos, -sin, x / 8], dim=1), torch.stack([sin, cos, y / 8], dim=1)]
@@ -42,12 +39,13 @@ def random_affine(images: Tensor, generator: torch.Generator, *, strength: float
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator, *, padding: int) -> Tensor:
-    """Shift each image by up to `padding` pixels, each way, and mirror every second one.
+    """Pad by reflection, crop at random, and flip about half of the images.
 
-    What comes in is the mirrored border, as in K. Jordan's 94 % on CIFAR-10 (arXiv:2404.00498).
+    As in K. Jordan's 94 % on CIFAR-10 (arXiv:2404.00498).
 
     Args:
         images: (N, C, H, W), uint8. The result has the same shape and type.
+        padding: largest shift of the crop, in pixels.
     """
     count, channels, height, width = images.shape
     shifts = torch.randint(2 * padding + 1, (2, count, 1), generator=generator)
@@ -55,102 +53,109 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, *, padding: int) -
     rows = torch.arange(height) + shifts[0]  # (N, H), of the padded image
     columns = torch.arange(width)
     columns = torch.where(flips, columns.flip(0), columns) + shifts[1]  # (N, W)
-    source = _mirror(rows, height, padding)[:, :, None] * width
-    source = source + _mirror(columns, width, padding)[:, None, :]  # (N, H, W)
+    source = _reflect(rows, height, padding)[:, :, None] * width
+    source = source + _reflect(columns, width, padding)[:, None, :]  # (N, H, W)
     index = source.reshape(count, 1, -1).expand(-1, channels, -1).to(images.device)
     return images.flatten(2).gather(2, index).reshape(images.shape)
 
 
-def by_batch(policy: str, *, padding: int, erase: float, size: int) -> Augmentation | None:
-    """How images in memory are varied: shifted and mirrored, then by the policy, then erased.
+def by_batch(
+    transforms: Sequence[v2.Transform] | None, *, padding: int, size: int
+) -> Augmentation | None:
+    """Augment images in memory: `crop_and_flip`, then the transforms, image by image.
 
     Args:
-        policy: one of `POLICIES`. Those behind "basic" run image by image, and take their time.
-        padding: largest shift in pixels.
-        erase: probability with which a rectangle of an image is erased (Zhong et al., 2020,
-            arXiv:1708.04896).
-        size: of the images in pixels, for AutoAugment's choice of a policy.
+        transforms: take a uint8 tensor (C, H, W) and return one of the same shape; an empty
+            sequence only crops and flips, None does not augment.
+        padding: largest shift of the crop, in pixels.
+        size: height and width of the images, in pixels.
 
     Raises:
-        ValueError: a value is outside its range; the message names the key.
+        ValueError: `transforms` holds something else, or a transform fails on an image.
     """
-    check_policy(policy, erase)
-    if policy == "none":
+    chain = _check_transforms(transforms)
+    if chain is None:
         return None
-    rest = [*_policy(policy, size), *_erasing(erase)]
+    if not chain:
+        return functools.partial(crop_and_flip, padding=padding)
+    _try(chain, torch.zeros(3, size, size, dtype=torch.uint8), (size, size))
 
     def augment(images: Tensor, generator: torch.Generator) -> Tensor:
         images = crop_and_flip(images, generator, padding=padding)
-        if not rest:
-            return images
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(generator.initial_seed())
-            return torch.stack([_run(rest, image) for image in images])
+            return torch.stack([_apply(chain, image) for image in images])
 
     return augment
 
 
 def by_image(
-    policy: str, *, size: tuple[int, int], interpolation: str, erase: float
+    transforms: Sequence[v2.Transform] | None, *, size: tuple[int, int], interpolation: str
 ) -> Transform | None:
-    """How images in files are varied: a random part scaled to `size`, mirrored, policy, erased.
+    """Augment images in files: a random resized crop, a flip, then the transforms.
 
-    The part has 8 to 100 % of the area and sides of 3:4 to 4:3 (Szegedy et al., 2015).
+    The crop has 8 to 100 % of the area and an aspect ratio of 3:4 to 4:3 (Szegedy et al., 2015).
 
     Args:
-        policy: one of `POLICIES`; "none" evaluates them.
+        transforms: take an RGB image of Pillow; an empty sequence only crops and flips, None does
+            not augment.
         size: height and width in pixels.
         interpolation: "bilinear" or "bicubic".
-        erase: as in `by_batch`.
 
     Raises:
-        ValueError: a value is outside its range; the message names the key.
+        ValueError: `transforms` holds something else, or a transform fails on an image.
     """
-    check_policy(policy, erase)
-    if policy == "none":
+    chain = _check_transforms(transforms)
+    if chain is None:
         return None
+    height, width = size
+    if chain:
+        _try(chain, Image.new("RGB", (width, height)), size)
     mode = v2.InterpolationMode(interpolation)
-    chain = [
-        v2.RandomResizedCrop(size, interpolation=mode, antialias=True),
-        v2.RandomHorizontalFlip(),
-        *_policy(policy, max(size)),
-    ]
-    return functools.partial(_vary, chain, _erasing(erase))
+    crop = v2.RandomResizedCrop(size, interpolation=mode, antialias=True)
+    return functools.partial(_apply, [crop, v2.RandomHorizontalFlip(), *chain])
 
 
-def check_policy(policy: str, erase: float) -> None:
-    if policy not in POLICIES:
-        raise refusal("data.augment", policy, f"must be one of {', '.join(POLICIES)}", "basic")
-    check_number("data.erase", erase, below=1 + 1e-9, example=0.25)
-    if erase > 0 and policy == "none":
-        raise refusal("data.erase", erase, "has no effect with data.augment=none", 0)
+def _check_transforms(transforms: Sequence[v2.Transform] | None) -> list[v2.Transform] | None:
+    if transforms is None:
+        return None
+    allowed = "must be a list of transforms of torchvision.transforms.v2, or None"
+    if isinstance(transforms, str) or not isinstance(transforms, Sequence):
+        raise wrong_value("augment", transforms, allowed, "[RandAugment()]")
+    for transform in transforms:
+        if not isinstance(transform, v2.Transform):
+            raise wrong_value("augment", transform, allowed, "[RandAugment()]")
+    return list(transforms)
 
 
-def _vary(chain: list[v2.Transform], erasing: list[v2.Transform], image: Image.Image) -> Tensor:
-    return _run(erasing, to_tensor(_run(chain, image)))
+def _try(chain: list[v2.Transform], image: Image.Image | Tensor, size: tuple[int, int]) -> None:
+    """Run the transforms once, so that a wrong one is an error before training.
+
+    Raises:
+        ValueError: one fails, or the result is not an image of the same size.
+    """
+    names = ", ".join(type(transform).__name__ for transform in chain)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            result = _apply(chain, image)
+    except Exception as error:  # any, of any transform
+        message = f"augment: {names} cannot transform an image: {error}"
+        raise ArgumentError(message, "augment") from error
+    if result.dtype != torch.uint8 or tuple(result.shape) != (3, *size):
+        raise ArgumentError(
+            f"augment: {names} must return uint8 of shape {(3, *size)}, returned "
+            f"{str(result.dtype).removeprefix('torch.')} of shape {tuple(result.shape)}",
+            "augment",
+        )
 
 
-def _run(chain: list[v2.Transform], image: Any) -> Any:
+def _apply(chain: list[v2.Transform], image: Image.Image | Tensor) -> Tensor:
     for transform in chain:
         image = transform(image)
-    return image
+    return image if isinstance(image, Tensor) else to_tensor(image)
 
 
-def _policy(policy: str, size: int) -> list[v2.Transform]:
-    kind = v2.AutoAugmentPolicy.CIFAR10 if size <= 64 else v2.AutoAugmentPolicy.IMAGENET
-    return {
-        "basic": [],
-        "autoaugment": [v2.AutoAugment(kind)],
-        "randaugment": [v2.RandAugment()],
-        "trivialaugment": [v2.TrivialAugmentWide()],
-    }[policy]
-
-
-def _erasing(probability: float) -> list[v2.Transform]:
-    return [v2.RandomErasing(p=probability, value=GREY)] if probability > 0 else []
-
-
-def _mirror(positions: Tensor, length: int, padding: int) -> Tensor:
+def _reflect(positions: Tensor, length: int, padding: int) -> Tensor:
     """Positions in an image padded by reflection -> positions in the image."""
     inside = (positions - padding).abs()
     return torch.where(inside >= length, 2 * (length - 1) - inside, inside)

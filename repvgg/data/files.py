@@ -1,7 +1,8 @@
 """Images in files as a source, decoded by worker processes while one trains.
 
-Either a folder, `root/train/<class>/...` and `root/val/` or `root/test/` likewise, the layout of
-ImageNet; or shards that `scripts/write_shards.py` made of one, which can lie in an object store.
+Either a folder in the layout of ImageNet, `root/train/<class>/...`, with `root/val/` or
+`root/test/` of the same classes; or its shards by `scripts/write_shards.py`, also in an object
+store.
 """
 
 import functools
@@ -9,12 +10,14 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypedDict, Unpack, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from repvgg.checks import ArgumentError
 from repvgg.data.batches import Batch, Request, Stored, same_seed
 from repvgg.data.images import MOST_PIXELS, TooManyPixels, fit, open_image, pixel_limit, to_tensor
 from repvgg.data.workers import Workers
@@ -22,25 +25,48 @@ from repvgg.data.workers import Workers
 Fit = Callable[[Image.Image], Image.Image]
 Transform = Callable[[Image.Image], Tensor]
 Decoded = tuple[Tensor | None, list[int], list[str]]  # images, their rows, failures
+Task = tuple[list[int], int | None]  # rows, seed of the augmentation
+
+
+class Decoding(TypedDict, total=False):
+    """Arguments of `Files` that do not change what is read."""
+
+    num_workers: int
+    max_pixels: int
+
+
+class Reading(Decoding):
+    """All arguments of `Files` but the images."""
+
+    evaluate: Fit
+    skip_unreadable: bool
+
+
+class Contents(TypedDict):
+    """What `scripts/write_shards.py` wrote beside its shards."""
+
+    classes: list[str]
+    labels: dict[str, list[int]]  # by part: train, val, test
+    shard_size: int
 
 
 class Files:
-    """A source whose images are read from files when they are asked for.
+    """A source that reads its images from files, batch by batch.
 
     Args:
         paths: of the images.
         labels: (N,), int64.
-        evaluate: an image as it was decoded -> as it is evaluated, all of one size.
-        num_workers: processes that decode; 0 decodes in this one.
-        skip_unreadable: takes the next readable image in the place of one that cannot be read.
-        max_pixels: of an image that is read.
+        evaluate: a decoded image -> the image for evaluation; all have one size.
+        num_workers: processes that decode; 0 decodes in this process.
+        skip_unreadable: replaces an image that cannot be read by the next one that can.
+        max_pixels: a larger image is an error.
 
     Attributes:
-        unreadable: files that could not be read so far, of all that were asked for.
+        unreadable: files that could not be read so far.
 
     Raises, while it is read:
         ValueError: an image cannot be read; the message names it.
-        WorkersDied: worker processes cannot go on; the message says why.
+        WorkersDied: worker processes failed; the message says why.
     """
 
     def __init__(
@@ -53,14 +79,14 @@ class Files:
         skip_unreadable: bool = False,
         max_pixels: int = MOST_PIXELS,
     ) -> None:
-        self.paths = [str(path) for path in paths]  # lighter to hand to a process than Path
+        self.paths = [str(path) for path in paths]  # smaller than Path when pickled
         self.labels = labels
         self.evaluate = evaluate
         self.num_workers = num_workers
         self.skip_unreadable = skip_unreadable
         self.max_pixels = max_pixels
         self.unreadable: set[str] = set()
-        self._workers: Workers | None = None
+        self._workers: Workers[Task, Decoded] | None = None
         self._augment: Transform | None = None  # of these workers
 
     def open(self, row: int) -> Image.Image:
@@ -77,9 +103,10 @@ class Files:
     def read(self, requests: Sequence[Request], augment: Transform | None) -> Iterator[Batch]:
         for images, rows, failures in self.decode(requests, augment):
             if failures and not self.skip_unreadable:
-                raise ValueError(
-                    f"{failures[0]}; mend or delete it, or type data.skip_unreadable=true to take "
-                    "another image in its place"
+                raise ArgumentError(
+                    f"{failures[0]}; repair or delete it, or pass skip_unreadable=true to read "
+                    "another image in its place",
+                    *("skip_unreadable", "max_pixels"),
                 )
             if images is None:
                 raise ValueError(f"none of the images can be read: {failures[0]}")
@@ -89,8 +116,8 @@ class Files:
             yield images, self.labels[rows]
 
     def decode(self, requests: Sequence[Request], augment: Transform | None) -> Iterator[Decoded]:
-        """As `read`, with what could not be read, and rows in place of labels."""
-        tasks = ((rows.tolist(), seed) for rows, seed in requests)
+        """As `read`, with rows in place of labels, and with the failures."""
+        tasks: Iterator[Task] = ((rows.tolist(), seed) for rows, seed in requests)
         if self.num_workers:
             return self._start_workers(augment).map(tasks)
         return map(_Decode(self, augment), tasks)
@@ -101,36 +128,42 @@ class Files:
             self._workers.close()
             self._workers = None
 
-    def _start_workers(self, augment: Transform | None) -> Workers:
-        """Those that are there, unless they augment otherwise; without seeds nobody augments."""
+    def _start_workers(self, augment: Transform | None) -> Workers[Task, Decoded]:
+        """Running workers, unless they augment in another way; without seeds none augments."""
         stale = augment is not None and augment is not self._augment
         if self._workers is None or self._workers.closed or stale:
             self._augment = augment
             self._workers = Workers(_Decode(self, augment), self.num_workers)
         return self._workers
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_workers": None, "_augment": None}
 
 
 class Shards(Files):
-    """The same, from shards on a disk or in an object store, which are fetched as they are needed.
+    """The same for shards on a disk or in an object store, fetched when they are needed.
 
-    Read with litdata (the extra `shards`). Shards are shuffled, and images within a few of them at
-    a time, so that each shard is fetched once an epoch.
+    Read with litdata (the extra `shards`). The order of the shards is shuffled, then the images
+    within a few shards at a time, so each shard is fetched once an epoch.
 
     Args:
         url: of the part's folder: a path, or s3://, gs://, ...
         labels: (N,), int64.
         shard_size: images in a shard.
-        cache_size: what fetched shards may take on the disk, as in "100GB".
+        cache_size: disk space for fetched shards, as in "100GB".
         options: evaluate, num_workers, skip_unreadable, max_pixels, of `Files`.
     """
 
     TOGETHER = 8  # shards whose images are mixed
 
     def __init__(
-        self, url: str, labels: Tensor, *, shard_size: int, cache_size: str, **options: Any
+        self,
+        url: str,
+        labels: Tensor,
+        *,
+        shard_size: int,
+        cache_size: str,
+        **options: Unpack[Reading],
     ) -> None:
         super().__init__([], labels, **options)
         self.url = url
@@ -138,7 +171,7 @@ class Shards(Files):
         self.cache_size = cache_size
         self._shards: Any = None  # opened by the process that reads
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return super().__getstate__() | {"_shards": None}
 
     def open(self, row: int) -> Image.Image:
@@ -147,7 +180,7 @@ class Shards(Files):
         return open_image(io.BytesIO(self._shards[row]["image"]), name=f"{self.url}, image {row}")
 
     def order(self, generator: torch.Generator) -> Tensor:
-        shards = torch.arange(len(self.labels)).split(self.shard_size)
+        shards = torch.split(torch.arange(len(self.labels)), self.shard_size)
         shuffled = torch.randperm(len(shards), generator=generator).tolist()
         windows = []
         for start in range(0, len(shuffled), self.TOGETHER):
@@ -157,19 +190,19 @@ class Shards(Files):
 
 
 class _Decode:
-    """What a worker does: a request -> images (N, C, H, W), the rows that it read, failures."""
+    """The work of a worker: a request -> images (N, C, H, W), the rows that it read, failures."""
 
     def __init__(self, files: Files, augment: Transform | None) -> None:
         self.files = files
         self.augment = augment
 
-    def __call__(self, task: tuple[list[int], int | None]) -> Decoded:
+    def __call__(self, task: Task) -> Decoded:
         rows, batch_seed = task
         images: list[Tensor] = []
         taken: list[int] = []
         failures: list[str] = []
         with pixel_limit(self.files.max_pixels):
-            for i, row in enumerate(rows or [0]):  # the size of no images is that of the first
+            for i, row in enumerate(rows or [0]):  # the first gives no images their size
                 seed = None if batch_seed is None else same_seed((batch_seed, i))
                 chosen, image = self._read(row, seed, failures)
                 if image is None:
@@ -185,7 +218,7 @@ class _Decode:
             try:
                 return chosen, self._prepare(self.files.open(chosen), seed)
             except ValueError as error:
-                failures.append(_say(error))
+                failures.append(_one_line(error))
                 if not self.files.skip_unreadable:
                     break
         return row, None
@@ -198,10 +231,9 @@ class _Decode:
             return self.augment(image)
 
 
-def _say(error: ValueError) -> str:
-    """In one line."""
+def _one_line(error: ValueError) -> str:
     if isinstance(error, TooManyPixels):
-        return f"{error}; pass data.max_pixels={error.pixels} to allow it"
+        return f"{error}; pass max_pixels={error.pixels} to allow it"
     return " ".join(str(error).split())
 
 
@@ -212,21 +244,22 @@ def has_shards(root: str) -> bool:
     return "://" in root or (Path(root) / CONTENTS).is_file()
 
 
-def read_contents(root: str) -> dict[str, Any]:
-    """What `scripts/write_shards.py` wrote beside its shards.
+def read_contents(root: str) -> Contents:
+    """Read the contents of a folder of shards.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: they cannot be read.
     """
     import fsspec
 
     try:
         with fsspec.open(f"{root}/{CONTENTS}", "rt") as file:
-            return json.load(file)
+            return cast(Contents, json.load(file))
     except (OSError, ValueError, ImportError) as error:
-        raise ValueError(
-            f"data.root={root}: its {CONTENTS} cannot be read ({error}); give a folder of shards "
-            "that scripts/write_shards.py wrote"
+        raise ArgumentError(
+            f"root={root}: its {CONTENTS} cannot be read ({error}); pass a folder of shards that "
+            "scripts/write_shards.py wrote",
+            "root",
         ) from error
 
 
@@ -237,28 +270,28 @@ def write_shards(paths: Sequence[Path], labels: Tensor, folder: Path, *, shard_s
         list(zip(map(str, paths), labels.tolist(), strict=True)),
         output_dir=str(folder),
         chunk_size=shard_size,
-        num_workers=1,  # more would each write shards of their own, in another order
+        num_workers=1,  # several would write separate shards, in another order
         verbose=False,
     )
 
 
-def _read_bytes(item: tuple[str, int]) -> dict[str, Any]:
+def _read_bytes(item: tuple[str, int]) -> dict[str, bytes | int]:
     path, label = item
     return {"image": Path(path).read_bytes(), "label": label}
 
 
-def _litdata() -> Any:
+def _litdata() -> ModuleType:
     try:
         import litdata
     except ImportError as error:
-        raise ValueError('shards need litdata: type pip install -e ".[shards]"') from error
-    return litdata
+        raise ValueError('shards need litdata: pip install -e ".[shards]"') from error
+    return cast(ModuleType, litdata)
 
 
 def store(
-    paths: Sequence[Path | str], labels: Tensor, size: tuple[int, int], **options: Any
+    paths: Sequence[Path | str], labels: Tensor, size: tuple[int, int], **options: Unpack[Decoding]
 ) -> Stored:
-    """Decode all images into memory, fitted to one size.
+    """Decode all images into memory, scaled and cropped to one size.
 
     Args:
         options: num_workers and max_pixels, of `Files`.
@@ -273,7 +306,7 @@ def store(
         skip_unreadable=True,
         **options,
     )
-    rows = torch.arange(len(labels)).split(256)
+    rows = torch.split(torch.arange(len(labels)), 256)
     parts: list[Tensor] = []
     unreadable: set[str] = set()
     for images, _, failures in files.decode([Request(part) for part in rows], None):
@@ -281,8 +314,9 @@ def store(
         unreadable.update(failures)
     files.close()
     if unreadable:
-        raise ValueError(
+        raise ArgumentError(
             f"{len(unreadable)} of {len(paths)} images cannot be read, the first: "
-            f"{min(unreadable)}; mend or delete them"
+            f"{min(unreadable)}; repair or delete them",
+            "max_pixels",
         )
     return Stored(torch.cat(parts), labels)

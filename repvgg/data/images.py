@@ -1,6 +1,7 @@
-"""Image files: opened as a network was trained to see them, refused where nothing says how.
+"""Image files: decoded to RGB or greyscale in uint8, and fitted to a size.
 
-Fitted to a size as everywhere in the field: the shorter side is scaled, then the centre is cut out.
+An image whose brightness or background is unknown is an error. Fitting is the usual preprocessing:
+the shorter side is scaled, then the centre is cropped.
 """
 
 import contextlib
@@ -16,9 +17,9 @@ from PIL import Image, ImageOps, features
 from torch import Tensor
 
 MODES = {1: "L", 3: "RGB"}  # by the number of channels
-MOST_PIXELS = 178_956_970  # of an image that Pillow opens
+MOST_PIXELS = 178_956_970  # Pillow's limit
 
-# Of what Pillow registers: no pictures, and pictures that it draws with other software alone.
+# Of the extensions that Pillow registers: no pictures, and pictures that need other software.
 NO_PICTURES = {".bufr", ".grib", ".h5", ".hdf", ".iim", ".mpeg", ".mpg", ".palm", ".pdf"}
 NEED_MORE = {".emf", ".eps", ".ps", ".wmf"}
 FOREIGN = {".dcm", ".exr", ".heic", ".heif", ".hif", ".jxl", ".psb", ".svg", ".svgz", ".xcf"}
@@ -45,7 +46,7 @@ class TooManyPixels(ValueError):  # noqa: N818 - a kind of ValueError
 
 
 def extensions() -> tuple[set[str], set[str]]:
-    """Of images that can be read here, and of images that cannot: `.jpg`, ...; `.heic`, ..."""
+    """Extensions of images that can be read here, and of those that cannot: `.jpg`, `.heic`."""
     known = Image.registered_extensions()  # a plugin may have added to them
     missing = {
         extension
@@ -57,7 +58,7 @@ def extensions() -> tuple[set[str], set[str]]:
 
 
 def looks_like_image(path: Path) -> bool:
-    """Whether a file begins as one of the usual kinds of images."""
+    """Whether a file starts with the signature of a common image format."""
     try:
         with path.open("rb") as file:
             return SIGNATURES.match(file.read(16)) is not None
@@ -67,7 +68,7 @@ def looks_like_image(path: Path) -> bool:
 
 @contextlib.contextmanager
 def pixel_limit(count: int) -> Iterator[None]:
-    """Allow images of so many pixels, in place of Pillow's limit. Pillow keeps one per process."""
+    """Replace Pillow's limit on the pixels of an image, which holds for the whole process."""
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = count / 2  # type: ignore[assignment]  # it warns here, fails at twice
     try:
@@ -79,14 +80,14 @@ def pixel_limit(count: int) -> Iterator[None]:
 
 
 def printable(path: Path | str) -> str:
-    """A path of bytes that are not UTF-8 cannot be printed as it is."""
+    """A path with bytes that are not UTF-8 escaped."""
     return str(path).encode(errors="backslashreplace").decode()
 
 
 def open_image(path: Path | BinaryIO, channels: int = 3, *, name: str | None = None) -> Image.Image:
-    """Decode a file: greyscale, palette, CMYK and 16 bits become 8 bits of the wanted channels.
+    """Decode a file to uint8 in 1 or 3 channels, also from palettes, CMYK and uint16.
 
-    The rotation that a camera noted is applied.
+    The rotation of the EXIF data is applied.
 
     Args:
         path: of a file that Pillow can read, or the open file.
@@ -95,7 +96,7 @@ def open_image(path: Path | BinaryIO, channels: int = 3, *, name: str | None = N
 
     Raises:
         TooManyPixels: it is larger than Pillow's limit, or that of `pixel_limit`.
-        ValueError: the file is damaged or no image, or nothing says how bright its pixels are.
+        ValueError: the file is damaged or not an image, or the scale of its pixels is unknown.
     """
     name = printable(str(path) if name is None else name)
     if channels not in MODES:
@@ -114,7 +115,9 @@ def open_image(path: Path | BinaryIO, channels: int = 3, *, name: str | None = N
         pixels = np.asarray(image).astype(np.uint32).clip(0, 65535)
         image = Image.fromarray((pixels >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError(f"{name}: pixels of mode {image.mode} have no known scale; save 8 bits")
+        raise ValueError(
+            f"{name}: pixels of mode {image.mode} have no known scale; save it as uint8"
+        )
     if image.has_transparency_data:
         alpha = np.asarray(image.convert("RGBA").getchannel("A"))
         if alpha.min() < 255:
@@ -131,7 +134,7 @@ def fit(
     interpolation: str = "bilinear",
     resize: int | None = None,
 ) -> Image.Image:
-    """Scale an image and cut out its centre.
+    """Scale an image and crop its centre.
 
     Args:
         size: height and width of the result, in pixels.

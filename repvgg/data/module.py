@@ -1,16 +1,32 @@
-"""The data module: sources of images become batches, on each device its own, normalized there."""
+"""The data module: turns sources of images into normalized batches, different on each device."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import lightning as L
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from repvgg.checks import check_integer, check_number
+from repvgg.checks import ArgumentError, check_integer, check_number
 from repvgg.contract import DataContract, Normalize, to_float
-from repvgg.data.batches import Batch, Batches, Request, Source, Stored
+from repvgg.data.batches import AnyAugmentation, Batch, Batches, Request, Source, Stored
+
+
+@runtime_checkable
+class Closeable(Protocol):
+    """A source with worker processes."""
+
+    def close(self) -> None:
+        """End the processes; the next read starts them again."""
+
+
+class Place(NamedTuple):
+    """A device among all devices; `device` is None for a CPU."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device | None = None
 
 
 class ImageData(L.LightningDataModule):
@@ -20,17 +36,18 @@ class ImageData(L.LightningDataModule):
         train, val, test: the sources; without `test` the validation images test.
         contract: what the images are; its mean and std normalize them.
         batch_size: images in a batch, of each device.
-        augment: of the training images, of the kind that their source takes; None is off.
+        augment: changes the training images, of the kind that their source takes; None is off.
         mixup: blends pairs of images and their labels in a proportion drawn from Beta(mixup,
             mixup) (Zhang et al., 2018, arXiv:1710.09412); 0 is off.
-        cutmix: pastes a rectangle of one image into another, with an area drawn likewise (Yun et
-            al., 2019, arXiv:1905.04899); 0 is off. With both on, each batch takes one of the two.
+        cutmix: pastes a rectangle of one image into another, with an area drawn from Beta(cutmix,
+            cutmix) (Yun et al., 2019, arXiv:1905.04899); 0 is off. With both on, each batch takes
+            one of the two.
         seed: of the order and the augmentation of the training data.
-        origins: where the images of "train", "val" and "test" come from, for the reader.
-        notes: lines for the reader on what else was found.
+        origins: where the images of "train", "val" and "test" come from, to be printed.
+        notes: lines on what else was found, to be printed.
 
     Attributes:
-        has_test: whether there are test images. False where the validation images test, which
+        has_test: whether there are test images. If not, the validation images test, though they
             chose the checkpoint.
 
     Raises:
@@ -45,7 +62,7 @@ class ImageData(L.LightningDataModule):
         contract: DataContract,
         *,
         batch_size: int,
-        augment: Any = None,
+        augment: AnyAugmentation | None = None,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         seed: int = 0,
@@ -59,7 +76,7 @@ class ImageData(L.LightningDataModule):
         self.contract = contract
         self.origins = origins or {}
         self.notes = list(notes)
-        self.batch_size = check_integer("data.batch_size", batch_size, minimum=1, example=64)
+        self.batch_size = check_integer("batch_size", batch_size, minimum=1, example=64)
         self.augment = augment
         mixup = check_number("mixup", mixup, example=0.2)
         cutmix = check_number("cutmix", cutmix, example=1.0)
@@ -76,21 +93,22 @@ class ImageData(L.LightningDataModule):
         self._moved: tuple[Source, Stored] | None = None  # the training images, on a GPU
 
     def check_batch(self, size: int) -> None:
-        """Refuse a batch of all devices together that is larger than the data.
+        """Check that the batches of all devices together fit into the training images.
 
         Raises:
-            ValueError: likewise.
+            ValueError: they do not.
         """
         count = len(self.train.labels)
         if size > count:
             devices = "" if size == self.batch_size else f" on {size // self.batch_size} devices"
-            raise ValueError(
-                f"data.batch_size={self.batch_size}{devices}: exceeds the {count} training images; "
-                f"type for example data.batch_size={min(64, count * self.batch_size // size)}"
+            raise ArgumentError(
+                f"batch_size={self.batch_size}{devices}: exceeds the {count} training images; "
+                f"pass for example batch_size={min(64, count * self.batch_size // size)}",
+                "batch_size",
             )
 
     def summary(self) -> str:
-        """How many images there are, where they come from and what was left out, in short lines."""
+        """Short lines: how many images there are, their origin, and what was left out."""
         parts = {"training": self.train, "validation": self.val}
         if self.has_test:
             parts["test"] = self.test
@@ -105,7 +123,7 @@ class ImageData(L.LightningDataModule):
 
     def read(self, source: Source, rows: Tensor) -> Batch:
         """Images (N, C, H, W), uint8, as they are evaluated, and labels (N,), of some rows."""
-        requests = [Request(part) for part in rows.split(256)]
+        requests = [Request(part) for part in torch.split(rows, 256)]
         images, labels = zip(*source.read(requests, None), strict=True)
         return torch.cat(images), torch.cat(labels)
 
@@ -122,29 +140,29 @@ class ImageData(L.LightningDataModule):
     def train_dataloader(self) -> Batches:
         place = self._place()
         return Batches(
-            self._move(self.train, place.get("device")),
+            self._move(self.train, place.device),
             batch_size=self.batch_size,
             shuffle_seed=self.seed,
             same_epoch=bool(self.trainer and self.trainer.overfit_batches),  # type: ignore[attr-defined]
             augment=self.augment,
             mix=self.mix,
-            **place,
+            **place._asdict(),
         )
 
     def val_dataloader(self) -> Batches:
-        return Batches(self.val, batch_size=self.batch_size, **self._place())
+        return Batches(self.val, batch_size=self.batch_size, **self._place()._asdict())
 
     def test_dataloader(self) -> Batches:
-        return Batches(self.test, batch_size=self.batch_size, **self._place())
+        return Batches(self.test, batch_size=self.batch_size, **self._place()._asdict())
 
     def teardown(self, stage: str) -> None:
-        """End the worker processes; the next loader starts them anew."""
+        """End the worker processes; the next loader starts them again."""
         for source in (self.train, self.val, self.test):
-            if hasattr(source, "close"):
+            if isinstance(source, Closeable):
                 source.close()
 
     def _move(self, source: Source, device: torch.device | None) -> Source:
-        """Images in memory are augmented on the GPU that trains, and sent there once."""
+        """Copy images in memory to the GPU that trains, once; they are augmented there."""
         if device is None or not isinstance(source, Stored):
             return source
         if (
@@ -155,16 +173,12 @@ class ImageData(L.LightningDataModule):
             self._moved = source, Stored(*(tensor.to(device) for tensor in source))
         return self._moved[1]
 
-    def _place(self) -> dict[str, Any]:
-        """Which of the devices asks, and where it is, if it is a GPU."""
+    def _place(self) -> Place:
         if self.trainer is None:
-            return {}
+            return Place()
         device = self.trainer.strategy.root_device
-        return {
-            "rank": self.trainer.global_rank,
-            "world_size": self.trainer.world_size,
-            "device": None if device.type == "cpu" else device,
-        }
+        on_cpu = device.type == "cpu"
+        return Place(self.trainer.global_rank, self.trainer.world_size, None if on_cpu else device)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         images, targets = batch

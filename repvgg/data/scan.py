@@ -1,8 +1,9 @@
 """Which images a folder holds: train/, val/ and test/, each with one folder for each class.
 
-What is an image is decided by its extension, in `data.images.extensions`. Hidden files and files
-of other kinds are left out and counted, links to folders are followed, and a file that looks like
-an image but cannot be read here is an error: nothing is dropped in silence.
+A file counts as an image by its extension, see `data.images.extensions`. Hidden files and other
+kinds of files are left out and counted. Links to folders are followed. A file that looks like an
+image but cannot be read here is an error: nothing is dropped silently. torchvision's `find_classes`
+does none of this; it would make a class of .git/.
 """
 
 import os
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from repvgg.checks import check_number, refusal
+from repvgg.checks import ArgumentError, check_number, wrong_value
 from repvgg.data.images import extensions, looks_like_image, printable
 
 NAMES = {
@@ -23,11 +24,12 @@ NAMES = {
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-HIDDEN = ("__macosx", "thumbs.db", "desktop.ini", "@eadir")  # and what begins with a dot
+Entries = list[os.DirEntry[str]]
+HIDDEN = ("__macosx", "thumbs.db", "desktop.ini", "@eadir")  # and names with a leading dot
 
 
 class Tally:
-    """What was found beside the images.
+    """Counts what is found beside the images.
 
     Attributes:
         left_out: number of files and folders by their kind.
@@ -40,19 +42,28 @@ class Tally:
         self.links = 0
         self.unreadable: list[Path] = []
         self._readable, self._foreign = extensions()
-        self._no_images: set[str] = set()  # other extensions whose first file was looked into
+        self._no_images: set[str] = set()  # other extensions whose first file was opened
 
     def check(self, *, skip_unreadable: bool = False) -> None:
-        """Raise ValueError for files that look like images, or leave them out like others."""
+        """Check that all files that look like images can be read.
+
+        Args:
+            skip_unreadable: leaves them out, like others.
+
+        Raises:
+            ValueError: some cannot be read.
+        """
         if self.unreadable and not skip_unreadable:
-            raise ValueError(
-                "data.root: files that look like images but cannot be read here: "
+            raise ArgumentError(
+                "root: files that look like images but cannot be read here: "
                 f"{len(self.unreadable):,}, the first: {printable(self.unreadable[0])}; convert "
-                "them to .jpg or .png, move them away, or pass data.skip_unreadable=true"
+                "them to .jpg or .png, move them away, or pass skip_unreadable=true",
+                "root",
+                "skip_unreadable",
             )
 
     def lines(self) -> list[str]:
-        """For the reader, at most two."""
+        """At most two lines for the reader."""
         kinds = self.left_out + Counter(_extension(path.name) for path in self.unreadable)
         lines = []
         if kinds:
@@ -62,7 +73,7 @@ class Tally:
             lines.append(f"followed: {self.links:,} {_plural('linked folder', self.links)}")
         return lines
 
-    def is_image(self, entry: os.DirEntry) -> bool:
+    def is_image(self, entry: os.DirEntry[str]) -> bool:
         """Whether a file can be read as an image; any other is counted."""
         extension = _extension(entry.name)
         known = extension in self._readable
@@ -89,8 +100,8 @@ class Parts(NamedTuple):
     Attributes:
         files: paths and labels (N,) by part: train, val and, if there is one, test.
         classes: in the order of the labels.
-        origins: where the images of each part come from, for the reader.
-        notes: lines for the reader about what else was found.
+        origins: where the images of each part come from, to be printed.
+        notes: lines on what else was found, to be printed.
     """
 
     files: dict[str, tuple[list[Path], Tensor]]
@@ -100,10 +111,10 @@ class Parts(NamedTuple):
 
 
 def read_parts(folder: Path, holdout: float, *, skip_unreadable: bool = False) -> Parts:
-    """List the images of train/, val/ and test/, or of classes without train/.
+    """List the images of train/, val/ and test/; without train/ the folder holds the classes.
 
     Args:
-        holdout: share of the training images that validates where there is no val/.
+        holdout: share of the training images that validates if val/ is missing.
         skip_unreadable: leaves out files that look like images but cannot be read here.
 
     Raises:
@@ -135,7 +146,7 @@ def read_parts(folder: Path, holdout: float, *, skip_unreadable: bool = False) -
 
 
 def has_part(folder: Path, part: str) -> bool:
-    """Whether a folder of images for "train", "val" or "test" lies in a folder."""
+    """Whether a folder has a subfolder for "train", "val" or "test"."""
     names = NAMES[part]
     return folder.is_dir() and any(
         path.name.casefold() in names and path.is_dir() for path in folder.iterdir()
@@ -143,22 +154,24 @@ def has_part(folder: Path, part: str) -> bool:
 
 
 def find_parts(folder: Path, tally: Tally) -> dict[str, Path]:
-    """The folders of train, val and test; the folder itself trains if it holds classes.
+    """The folders of train, val and test; a folder of classes is itself "train".
 
     Raises:
         ValueError: it holds neither train/ nor classes, or two folders for one part.
     """
-    where = f"data.root={folder}"
+    where = f"root={folder}"
     check_name(folder)
     if not folder.is_dir():
-        raise ValueError(f"{where}: there is no such folder")
+        raise ArgumentError(f"{where}: there is no such folder", "root")
     inside = _folders(folder, Tally())
     found: dict[str, Path] = {}
     for part, names in NAMES.items():
         same = [path for path in inside if path.name.casefold() in names]
         if len(same) > 1:
             listed = " and ".join(f"{path.name}/" for path in same)
-            raise ValueError(f"{where}: holds {listed}, which mean the same; keep one of them")
+            raise ArgumentError(
+                f"{where}: holds {listed}, which mean the same; keep one of them", "root"
+            )
         if same:
             found[part] = same[0]
     if "train" in found:
@@ -176,53 +189,54 @@ def find_parts(folder: Path, tally: Tally) -> dict[str, Path]:
         f"found {listed}{', ...' if len(counts) > 5 else ''}" if counts else "it holds no folders"
     )
     nested = [path for path in inside if has_part(path, "train")]
-    advice = f"pass data.root={nested[0]}" if nested else "give it one folder for each class"
-    raise ValueError(f"{where}: there is no folder train/; {held}; {advice}")
+    advice = f"pass root={nested[0]}" if nested else "give it one folder for each class"
+    raise ArgumentError(f"{where}: there is no folder train/; {held}; {advice}", "root")
 
 
 def find(
     folder: Path, classes: Sequence[str] | None = None, *, tally: Tally | None = None
 ) -> tuple[list[Path], Tensor, list[str]]:
-    """List the images of a folder with one folder a class.
+    """List the images of a folder with one folder for each class.
 
     Args:
-        classes: those of the training images; None takes the folders that are there.
-        tally: counts what else is found; None raises for files that look like images but cannot
-            be read here.
+        classes: those of the training images; None takes the names of the folders.
+        tally: counts what else is found. With None, files that look like images but cannot be read
+            here are an error.
 
     Returns:
-        paths in order, labels (N,), and the classes in the order of the labels, their letters
-        composed (Unicode's NFC).
+        paths in order, labels (N,), and the classes in the order of the labels, as Unicode's NFC.
 
     Raises:
         ValueError: the folder is missing, holds no images, fewer than two classes, an empty class,
             or one that `classes` lacks.
     """
     counted = tally or Tally()
-    where = f"data.root: {printable(folder)}"
+    where = f"root: {printable(folder)}"
     if not folder.is_dir():
-        raise ValueError(f"data.root: there is no folder {printable(folder)}")
+        raise ArgumentError(f"root: there is no folder {printable(folder)}", "root")
     named: dict[str, Path] = {}
     for path in _folders(folder, counted):
         check_name(path)
         name = unicodedata.normalize("NFC", path.name)
         if name in named:
-            raise ValueError(
+            raise ArgumentError(
                 f"{where} holds two folders named {name}, with composed and decomposed letters; "
-                "put their images into one"
+                "put their images into one",
+                "root",
             )
         named[name] = path
     names = sorted(named)
     if classes is None and len(names) < 2:
         held = f"one class alone, {names[0]}" if names else "no folders of classes"
-        raise ValueError(f"{where} holds {held}; it needs one folder for each class")
+        raise ArgumentError(f"{where} holds {held}; it needs one folder for each class", "root")
     if unknown := [name for name in names if classes is not None and name not in classes]:
         cases = {name.casefold(): name for name in classes or ()}
         meant = cases.get(unknown[0].casefold())
         advice = f"rename {unknown[0]} to {meant}, or " if meant else ""
-        raise ValueError(
+        raise ArgumentError(
             f"{where} holds classes that the training images lack: {_first(unknown)}; {advice}"
-            "remove these folders, or add images of them to train/"
+            "remove these folders, or add images of them to train/",
+            "root",
         )
     classes = list(classes or names)
     paths: list[Path] = []
@@ -235,53 +249,57 @@ def find(
             only.left_out = counted.left_out - before
             only.unreadable = counted.unreadable[unreadable:]
             beside = "".join(f" ({line})" for line in only.lines())
-            raise ValueError(
-                f"data.root: {printable(named[name])} holds no images that can be read here"
-                f"{beside}; add some, or remove the folder"
+            raise ArgumentError(
+                f"root: {printable(named[name])} holds no images that can be read here"
+                f"{beside}; add some, or remove the folder",
+                "root",
             )
         paths += found
         labels += [classes.index(name)] * len(found)
     if not paths:
-        raise ValueError(f"{where} holds no images of the classes {_first(classes)}")
+        raise ArgumentError(f"{where} holds no images of the classes {_first(classes)}", "root")
     if tally is None:
         counted.check()
     return paths, torch.tensor(labels), classes
 
 
 def check_name(path: Path | str) -> None:
-    """Refuse a name that is not UTF-8: it could not be printed or written into a checkpoint.
+    """Check that a name is UTF-8: others cannot be printed or written into a checkpoint.
 
     Raises:
-        ValueError: likewise.
+        ValueError: it is not.
     """
     if printable(path) != str(path):
-        raise ValueError(f"data.root: the name {printable(path)} is not UTF-8; rename the folder")
+        raise ArgumentError(
+            f"root: the name {printable(path)} is not UTF-8; rename the folder", "root"
+        )
 
 
 def hold_out(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Rows that train and rows that validate: a share of each class, the same for every seed.
+    """Split off a share of each class for validation: rows that train, rows that validate.
 
-    At least one image of each class trains, and at least one validates if it has two.
+    The split does not depend on the seed. At least one image of each class trains. At least one
+    validates if the class has two.
 
     Raises:
         ValueError: the share is not in (0, 1), or no class has two images.
     """
-    check_number("data.holdout", share, below=1, example=0.05)
+    check_number("holdout", share, below=1, example=0.05)
     if share == 0:
-        raise refusal("data.holdout", share, "no image would be left to validate", 0.05)
+        raise wrong_value("holdout", share, "no image would be left to validate", 0.05)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    counts = labels.unique(return_counts=True)[1].tolist()
-    by_class = order[labels[order].argsort(stable=True)].split(counts)
+    counts = [count for count in labels.bincount().tolist() if count]
+    by_class = torch.split(order[labels[order].argsort(stable=True)], counts)
     held = torch.zeros(len(labels), dtype=torch.bool)
     for rows in by_class:
         held[rows[: min(max(1, round(share * len(rows))), len(rows) - 1)]] = True
     if not held.any():
-        raise ValueError("data.holdout: each class has one image alone; add a folder val/")
+        raise ArgumentError("holdout: each class has only one image; add a folder val/", "holdout")
     return (~held).nonzero().flatten(), held.nonzero().flatten()
 
 
 def note_single(labels: Tensor, classes: Sequence[str]) -> list[str]:
-    """A line on classes too small to be divided."""
+    """A line on classes of one image."""
     counts = labels.bincount(minlength=len(classes)).tolist()
     single = [name for name, count in zip(classes, counts, strict=True) if count == 1]
     return [f"trains on its one image, without validation: {_first(single)}"] if single else []
@@ -291,7 +309,7 @@ def _walk(folder: str, trail: tuple[str, ...], tally: Tally) -> list[Path]:
     """Images in a folder and below, in the order of their names.
 
     Args:
-        trail: where the folders above it really lie: a link back to one would never end.
+        trail: real paths of the folders above it: a link to one of them would never end.
     """
     real = os.path.realpath(folder)
     if any(f"{above}{os.sep}".startswith(f"{real}{os.sep}") for above in trail):
@@ -309,18 +327,18 @@ def _walk(folder: str, trail: tuple[str, ...], tally: Tally) -> list[Path]:
 
 
 def _folders(folder: Path, tally: Tally) -> list[Path]:
-    """Folders in a folder, by name. Its files are counted."""
+    """Folders in a folder, sorted by name; its files are counted."""
     folders, files = _entries(folder, tally)
     tally.left_out.update({"image outside the folders": sum(map(tally.is_image, files))})
     tally.left_out = +tally.left_out
     return sorted(Path(entry.path) for entry in folders)
 
 
-def _entries(folder: Path, tally: Tally | None = None) -> tuple[list, list]:
+def _entries(folder: Path, tally: Tally | None = None) -> tuple[Entries, Entries]:
     """Folders and files that are not hidden."""
     tally = tally or Tally()
-    folders: list[os.DirEntry] = []
-    files: list[os.DirEntry] = []
+    folders: Entries = []
+    files: Entries = []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -332,8 +350,8 @@ def _entries(folder: Path, tally: Tally | None = None) -> tuple[list, list]:
                 else:
                     files.append(entry)
     except OSError as error:
-        raise ValueError(
-            f"data.root: {printable(folder)} cannot be listed: {error.strerror}"
+        raise ArgumentError(
+            f"root: {printable(folder)} cannot be listed: {error.strerror}", "root"
         ) from error
     return folders, files
 

@@ -1,49 +1,54 @@
-"""Worker processes that live as long as their data set, whatever starts them: fork, spawn, ...
+"""Worker processes that live as long as their data set, however they start: fork, spawn, ...
 
-A task goes to worker i modulo their number and its result comes back in the same order. A result
-depends on the task alone, so that a worker can serve any epoch. Workers ignore the signals that
-stop a run: the main process finishes its step and ends them, and they end when it is killed.
+Tasks go to the workers in turn, and the results come back in the order of the tasks. A result
+depends on the task alone, so a worker can serve any epoch. Workers ignore the signals that stop a
+run: the main process finishes its step and ends them. They also end when it is killed.
 """
 
 import contextlib
 import itertools
 import multiprocessing
 import signal
+import sys
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import resource_tracker, util
 from multiprocessing.connection import Connection, wait
-from typing import Any, NoReturn
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, NoReturn, TypeVar, cast
 
 import torch.multiprocessing  # tensors are sent through shared memory
 
 from repvgg import signals
 from repvgg.data.batches import WorkersDied
 
-IGNORED = {getattr(signal, name) for name in signals.NAMES if hasattr(signal, name)}
-AHEAD = 2  # tasks that a worker has at a time
-PATIENCE = 1200  # seconds after which a worker that sends nothing counts as hung
-GRACE = 2  # seconds that workers have to end what they do
-HELP = "pass a smaller data.num_workers or data.batch_size, or data.num_workers=0"
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Worker = tuple[BaseProcess, "Connection[Any, Any]"]
+IGNORED = {number for number in signal.Signals if number.name in signals.NAMES}
+AHEAD = 2  # tasks sent to a worker at a time
+PATIENCE = 1200  # seconds after which a silent worker counts as hung
+GRACE = 2  # seconds for workers to end their tasks
+HELP = "reduce num_workers or batch_size, or set num_workers to 0"
 
 
-class Workers:
+class Workers(Generic[Task, Result]):
     """Processes that do the tasks of one source; they start with their first task.
 
     Args:
-        work: what a worker does with a task. Pickled where processes are not forked.
-        count: of processes.
+        work: does a task. It is pickled unless processes are forked.
+        count: number of processes.
     """
 
-    def __init__(self, work: Callable[[Any], Any], count: int) -> None:
+    def __init__(self, work: Callable[[Task], Result], count: int) -> None:
         self._work = work
         self._count = count
-        self._processes: list[tuple[Any, Connection]] = []
+        self._processes: list[Worker] = []
         self._tickets = itertools.count()
         self._wanted: set[int] = set()
-        self._results: dict[int, Any] = {}  # that came while another reader waited for its own
+        self._results: dict[int, object] = {}  # received while another reader waited
         # Runs before multiprocessing ends its children with SIGTERM, which they ignore.
         self.close = util.Finalize(self, _end, args=(self._processes,), exitpriority=10)
 
@@ -51,8 +56,8 @@ class Workers:
     def closed(self) -> bool:
         return not self.close.still_active()
 
-    def map(self, tasks: Iterable[Any]) -> Iterator[Any]:
-        """The results in the order of the tasks. Several readers can take turns.
+    def map(self, tasks: Iterable[Task]) -> Iterator[Result]:
+        """The results in the order of the tasks. Several readers can alternate.
 
         Raises:
             WorkersDied: a worker was killed, hangs or has no shared memory left.
@@ -75,7 +80,7 @@ class Workers:
                 waiting.popleft()
                 send(1)
                 yield result
-        except (Exception, KeyboardInterrupt):  # what is on its way would be taken for the next
+        except (Exception, KeyboardInterrupt):  # late results would be mixed up with new ones
             self.close()
             raise
         finally:
@@ -83,7 +88,7 @@ class Workers:
                 self._wanted.discard(ticket)
                 self._results.pop(ticket, None)
 
-    def _send(self, worker: int, message: Any) -> None:
+    def _send(self, worker: int, message: tuple[int, Task]) -> None:
         if worker == len(self._processes):
             self._processes.append(_start(self._work))
         process, connection = self._processes[worker]
@@ -92,9 +97,9 @@ class Workers:
         except ConnectionError:
             self._fail(_describe(process))
 
-    def _receive(self, worker: int, ticket: int) -> Any:
+    def _receive(self, worker: int, ticket: int) -> Result:
         if self.closed:
-            raise RuntimeError("the worker processes were ended while their results were read")
+            raise RuntimeError("the worker processes were closed while their results were read")
         process, connection = self._processes[worker]
         while ticket not in self._results:
             ready = wait([connection, process.sentinel], timeout=PATIENCE)
@@ -116,24 +121,24 @@ class Workers:
             self._fail(str(result))
         if isinstance(result, BaseException):
             raise result
-        return result
+        return cast(Result, result)
 
     def _fail(self, what: str) -> NoReturn:
         raise WorkersDied(f"{what}; {HELP}")
 
 
-def _start(work: Callable[[Any], Any]) -> tuple[Any, Connection]:
-    """A process and the connection to it. Signals wait until the process ignores them."""
+def _start(work: Callable[[Task], Result]) -> Worker:
+    """A process and the connection to it. Signals are blocked until the process ignores them."""
     context = multiprocessing.get_context()
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(work, theirs), daemon=True)
-    if not hasattr(signal, "pthread_sigmask"):
+    if sys.platform == "win32":  # has no masks of signals
         process.start()
     else:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
         try:
             if context.get_start_method() != "fork":
-                resource_tracker.ensure_running()  # unblocks what it ignores itself
+                resource_tracker.ensure_running()  # unblocks the signals that it ignores
                 signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
             process.start()
         finally:
@@ -142,11 +147,11 @@ def _start(work: Callable[[Any], Any]) -> tuple[Any, Connection]:
     return process, ours
 
 
-def _serve(work: Callable[[Any], Any], connection: Connection) -> None:
-    """What a worker runs, until the main process ends it or is no more."""
+def _serve(work: Callable[[Task], Result], connection: "Connection[Any, Any]") -> None:
+    """The loop of a worker, until the main process closes it or dies."""
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
+    if sys.platform != "win32":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
@@ -157,6 +162,7 @@ def _serve(work: Callable[[Any], Any], connection: Connection) -> None:
             if message is None:
                 return
             ticket, task = message
+            result: object
             try:
                 result = work(task)
             except Exception as error:
@@ -174,20 +180,20 @@ def _serve(work: Callable[[Any], Any], connection: Connection) -> None:
                 connection.send((ticket, WorkersDied(message)))
 
 
-def _describe(process: Any) -> str:
+def _describe(process: BaseProcess) -> str:
     process.join(1)
     code = process.exitcode
     if code is None or code >= 0:
         return f"a worker process ended with status {code}"
     name = signal.Signals(-code).name
     reasons = {
-        "SIGKILL": ", as the system does where memory runs out",
-        "SIGBUS": ", as where shared memory (/dev/shm) is full",
+        "SIGKILL": ", as the system does when memory runs out",
+        "SIGBUS": ", as when shared memory (/dev/shm) is full",
     }
     return f"a worker process was killed by {name}{reasons.get(name, '')}"
 
 
-def _end(processes: list[tuple[Any, Connection]]) -> None:
+def _end(processes: list[Worker]) -> None:
     for _, connection in processes:
         with contextlib.suppress(OSError):
             connection.send(None)

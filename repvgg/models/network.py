@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined, unused-ignore]  # not in __all__
 
 from repvgg.checks import (
-    ArgumentError,
     check_boolean,
     check_integer,
     check_integers,
     check_number,
+    wrong_value,
 )
 from repvgg.models.block import BLOCKS, RepVGGBlock, is_traced
 
@@ -91,15 +91,15 @@ class RepVGG(nn.Module):
         check_boolean("auxiliary_heads", auxiliary_heads)
         if auxiliary_heads and num_classes == 0:
             allowed = "are classifiers, which a network of num_classes=0 does not have"
-            raise ArgumentError("auxiliary_heads", auxiliary_heads, allowed, "false")
+            raise wrong_value("auxiliary_heads", auxiliary_heads, allowed, "false")
         if auxiliary_heads and depths[2] < 2:
-            raise ArgumentError(
+            raise wrong_value(
                 "depths", depths, "stage 3 needs 2 blocks or more for auxiliary heads", "[1,1,2,1]"
             )
         if any(width % groups for width in widths):
-            raise ArgumentError("groups", groups, f"must divide all widths {widths}", 1)
+            raise wrong_value("groups", groups, f"must divide all widths {widths}", 1)
         if block not in BLOCKS:
-            raise ArgumentError("block", block, f"must be one of {', '.join(BLOCKS)}", "repvgg")
+            raise wrong_value("block", block, f"must be one of {', '.join(BLOCKS)}", "repvgg")
         self.num_classes = num_classes
         self.in_channels = in_channels
 
@@ -134,7 +134,7 @@ class RepVGG(nn.Module):
             isinstance(module, RepVGGBlock) and module.branch_identity is not None
             for module in self.modules()
         ):
-            raise ArgumentError(
+            raise wrong_value(
                 "drop_path", drop_path, "this network has no block with an identity branch", 0
             )
         self.dropout = nn.Dropout(dropout)

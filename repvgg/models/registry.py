@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
-from repvgg.checks import ArgumentError, check_boolean, check_integer, check_number, did_you_mean
+from repvgg.checks import check_boolean, check_integer, check_number, did_you_mean, wrong_value
 from repvgg.contract import Plain
 from repvgg.models.branches import pair
 from repvgg.models.network import RepVGG
@@ -128,7 +128,7 @@ def build_model(*, library: Plain = "repvgg", **config: Plain) -> nn.Module:
         "torchvision": build_torchvision,
     }
     if not isinstance(library, str) or library not in builders:
-        raise ArgumentError("library", library, f"must be one of {', '.join(builders)}", "repvgg")
+        raise wrong_value("library", library, f"must be one of {', '.join(builders)}", "repvgg")
     return builders[library](**config)
 
 
@@ -165,12 +165,12 @@ def build_torchvision(
         raise ValueError(_unknown("name", str(name), names))
     for key, value in (("strides", strides), ("drop_path", drop_path)):
         if value:
-            raise ArgumentError(key, value, "must be None: torchvision's networks have none")
+            raise wrong_value(key, value, "must be None: torchvision's networks have none")
     check_boolean("over_parameterize", over_parameterize)
     check_number("branch_drop", branch_drop or 0.0, below=1, example=0.1)
     if branch_drop and not over_parameterize:
         allowed = "drops branches of RepVGG blocks, so it needs over_parameterize=true"
-        raise ArgumentError("branch_drop", branch_drop, allowed, 0)
+        raise wrong_value("branch_drop", branch_drop, allowed, 0)
     given = {key: value for key, value in arguments.items() if value is not None}
     # Their auxiliary outputs are not logits alone, and they warn of the default of init_weights.
     if name in ("googlenet", "inception_v3"):
@@ -211,7 +211,7 @@ def _replace_stem(network: nn.Module, in_channels: int) -> None:
             parent, _, leaf = path.rpartition(".")
             setattr(network.get_submodule(parent), leaf, stem)
             return
-    raise ArgumentError("in_channels", in_channels, "this network has no convolution to change", 3)
+    raise wrong_value("in_channels", in_channels, "this network has no convolution to change", 3)
 
 
 def _unknown(what: str, given: str, allowed: list[str]) -> str:

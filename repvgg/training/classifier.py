@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from repvgg.checks import check_integer, check_number, refusal
+from repvgg.checks import check_integer, check_number, wrong_value
 from repvgg.losses import cross_entropy, rdrop_loss
 from repvgg.models.block import RepVGGBlock
 from repvgg.rdrop import StochasticLayers, find_stochastic_layers, predict, predict_twice
@@ -102,7 +102,7 @@ class Classifier(L.LightningModule):
         super().__init__()
         if optimizer not in OPTIMIZERS:
             allowed = f"must be one of {', '.join(OPTIMIZERS)}"
-            raise refusal("optim.name", optimizer, allowed, "sgd")
+            raise wrong_value("optim.name", optimizer, allowed, "sgd")
         self.num_classes = check_integer("num_classes", num_classes, minimum=2, example=10)
         self.lr = check_number("optim.lr", lr, example=0.1)
         self.optimizer = optimizer

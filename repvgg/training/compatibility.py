@@ -16,13 +16,14 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from repvgg import checkpoint
-from repvgg.checks import did_you_mean, refusal
+from repvgg.checks import did_you_mean, wrong_value
 from repvgg.data.module import ImageData
 from repvgg.models.network import RepVGG
+from repvgg.models.registry import build_model
 from repvgg.training import callbacks, processes, runs, schedule
 from repvgg.training.schedule import Steps
 from repvgg.training.settings import Config, Settings, TrainerArguments, section
-from repvgg.training.setup import build_classifier, build_network
+from repvgg.training.setup import build_classifier
 
 
 def check_sweep(num_devices: int) -> None:
@@ -63,14 +64,14 @@ def check_network(settings: Settings) -> None:
             )
     try:
         with torch.device("meta"):
-            network = build_network(model)
+            network = build_model(**model)
             steps = Steps(1, 1, 0, 0, 1, 1)
             build_classifier(settings, network, model["num_classes"], steps, settings.optim.lr)
     except (NotImplementedError, RuntimeError):  # of a network that cannot be built like this
         return
     if settings.deployed_validation and not callbacks.is_foldable(network):
         allowed = f"{model['name']} has nothing to fold while it trains"
-        raise refusal("deployed_validation", True, allowed, "false")
+        raise wrong_value("deployed_validation", True, allowed, "false")
 
 
 def check_resumed(resume: str, model: Config, data: ImageData, images: Tensor) -> list[str]:

@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from repvgg import checkpoint
 from repvgg.contract import to_float
 from repvgg.data.batches import WorkersDied
+from repvgg.models.registry import build_model
 from repvgg.signals import Interrupted, interruptible
 from repvgg.training import compatibility, lock, processes, report, runs, setup
 from repvgg.training.divergence import Diverged
@@ -65,7 +66,7 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> Non
     steps = count_steps(settings, data, devices)
     rate = scale_learning_rate(settings.optim, steps.images)
 
-    network = setup.build_network(model)
+    network = build_model(**model)
     notes = []
     if start is not None:
         notes = setup.initialize(network, start, data, str(settings.init))
@@ -89,6 +90,7 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> Non
         keep_memory()
     if trainer.is_global_zero:
         print(data.summary())
+        print(runs.describe_recipe())
         report.print_run(model["name"], module, steps, rate, folder)
         print(*notes, sep="\n", end="\n" if notes else "")
         if saves:

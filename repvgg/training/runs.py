@@ -5,7 +5,7 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from repvgg import cli
 from repvgg.training import processes
@@ -47,11 +47,14 @@ RESUMABLE = (
     "keep_memory",
 )
 # Keys of version 0.1 that later versions lack, each with the value that changed nothing.
-REMOVED = {"rdrop_views": 1, "data.repeats": 1}
+REMOVED = {"rdrop_views": 1, "data.repeats": 1, "data.erase": 0.0}
+# data.augment of version 0.1 -> of later versions.
+AUGMENT: dict[str, object] = {"basic": [], "none": None}
 # The code that a recorded configuration may name. Names are matched whole, because a dotted name
 # also reaches what its module imports. Any other name must be passed again.
 _OWN_CODE = re.compile(
     r"repvgg\.data\.(digits|cifar10|cifar100|imagefolder)|lightning\.Trainer"
+    r"|torchvision\.transforms\.v2\.[A-Z]\w*"
     r"|lightning\.pytorch\.(callbacks|loggers|profilers)\.[A-Z]\w*"
 )
 
@@ -136,6 +139,15 @@ def describe_changes(config: Config, folder: Path) -> list[str]:
     return lines
 
 
+def describe_recipe() -> str:
+    """A line that names the configs of strides, learning rate and epochs."""
+    from hydra.core.hydra_config import HydraConfig
+
+    choices = HydraConfig.get().runtime.choices
+    groups = [group for group in ("experiment/default", "experiment") if choices.get(group)]
+    return "recipe " + ", ".join(f"{group}={choices[group]}" for group in groups)
+
+
 def record(config: Config, folder: Path) -> None:
     """Write the configuration of a run into its folder, for `resume` and for the reader."""
     from hydra.core.hydra_config import HydraConfig
@@ -165,6 +177,13 @@ def read_config(folder: Path) -> dict[str, object]:
         holder = _get(config, ".".join(sections)) if sections else config
         if isinstance(holder, dict) and leaf in holder:
             _check_removed(key, holder.pop(leaf), folder)
+    data = config.get("data")
+    if isinstance(data, dict) and str(data.get("_target_")).startswith("repvgg.data."):
+        augment = data.get("augment")
+        if isinstance(augment, str):
+            if augment not in AUGMENT:
+                _fail_removed("data.augment", augment, folder)
+            data["augment"] = AUGMENT[augment]
     return config
 
 
@@ -204,10 +223,14 @@ def _changes(passed: list["Override"], recorded: Config, folder: Path) -> dict[s
 
 def _check_removed(key: str, value: object, folder: Path) -> None:
     if value != REMOVED[key]:
-        raise ValueError(
-            f"resume={relative(folder / LAST)}: {key}={value} needs version 0.1; later versions "
-            f"have no {key}"
-        )
+        _fail_removed(key, value, folder)
+
+
+def _fail_removed(key: str, value: object, folder: Path) -> NoReturn:
+    raise ValueError(
+        f"resume={relative(folder / LAST)}: {key}={value} needs version 0.1; later versions have "
+        "no such setting"
+    )
 
 
 def _recorded_choices(folder: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
-from repvgg.checks import check_integer, check_number, did_you_mean, refusal
+from repvgg.checks import check_integer, check_number, did_you_mean, wrong_value
 
 Config = Mapping[str, object]  # a configuration as Hydra composed it, of plain values
 
@@ -220,6 +220,13 @@ def _check(settings: Settings) -> None:
     check_number("cutmix", settings.cutmix, example=1.0)
     check_number("ema", settings.ema, below=1, example=0.999)
     check_integer("seed", settings.seed, minimum=0, example=0)
+    ours = str(settings.data["_target_"]).startswith("repvgg.data.")
+    augment = settings.data.get("augment")
+    if ours and isinstance(augment, str):
+        raise ValueError(
+            f"data.augment={augment}: must be a list of transforms or null; presets are a group, "
+            f"pass data/augment={augment}"
+        )
     if "batch_size" in settings.data:  # before the images are read
         check_integer("data.batch_size", settings.data["batch_size"], minimum=1, example=64)
     for key in (
@@ -227,7 +234,7 @@ def _check(settings: Settings) -> None:
         "keep_memory",
     ):
         if not isinstance(getattr(settings, key), bool):
-            raise refusal(key, getattr(settings, key), "must be true or false", "true")
+            raise wrong_value(key, getattr(settings, key), "must be true or false", "true")
     if settings.compile and settings.activation_checkpointing:
         raise ValueError(
             "compile=true activation_checkpointing=true: choose one; inductor decides which "
@@ -246,11 +253,11 @@ def _check_rdrop(settings: Settings) -> None:
     check_number("rdrop", settings.rdrop, example=1)
     _check_warmup("rdrop_warmup", settings.rdrop_warmup, settings.trainer.max_epochs)
     if settings.rdrop_warmup > 0 and not settings.rdrop:
-        raise refusal("rdrop_warmup", settings.rdrop_warmup, "has no effect without rdrop", 0)
+        raise wrong_value("rdrop_warmup", settings.rdrop_warmup, "has no effect without rdrop", 0)
     model = settings.model
     ours = model.get("library", "repvgg") == "repvgg"  # other networks are checked once built
     if settings.rdrop and ours and not any(model.get(key) for key in STOCHASTIC_KEYS):
-        raise refusal(
+        raise wrong_value(
             "model.dropout",
             model.get("dropout", 0.0),
             f"rdrop={settings.rdrop:g} compares two predictions, which are equal without a "
@@ -262,7 +269,7 @@ def _check_rdrop(settings: Settings) -> None:
 
 def _check_warmup(key: str, given: object, epochs: int) -> None:
     if check_number(key, given, example=1) > epochs:
-        raise refusal(key, given, f"must be at most trainer.max_epochs={epochs}", 0)
+        raise wrong_value(key, given, f"must be at most trainer.max_epochs={epochs}", 0)
 
 
 def _check_trainer(trainer: TrainerArguments) -> None:
@@ -272,7 +279,7 @@ def _check_trainer(trainer: TrainerArguments) -> None:
     epochs, every = trainer.max_epochs, trainer.check_val_every_n_epoch
     check_integer("trainer.check_val_every_n_epoch", every, minimum=1, example=1)
     if every > epochs:
-        raise refusal(
+        raise wrong_value(
             "trainer.check_val_every_n_epoch", every, f"must be at most max_epochs={epochs}", 1
         )
     check_integer(
@@ -287,17 +294,17 @@ def _check_trainer(trainer: TrainerArguments) -> None:
         here = torch.accelerator.device_count() if on_gpu else os.cpu_count() or 1
         if not (1 <= devices <= here or (devices == -1 and on_gpu)):
             allowed = f"this machine has {here} {'accelerators' if on_gpu else 'CPUs'}"
-            raise refusal("trainer.devices", devices, allowed, 1)
+            raise wrong_value("trainer.devices", devices, allowed, 1)
     if trainer.sync_batchnorm and not on_gpu:
         allowed = "torch normalizes across devices on GPUs alone"
-        raise refusal("trainer.sync_batchnorm", trainer.sync_batchnorm, allowed, "false")
+        raise wrong_value("trainer.sync_batchnorm", trainer.sync_batchnorm, allowed, "false")
     strategy = str(trainer.strategy)
     if strategy != "auto" and not strategy.startswith("ddp"):
         allowed = "must be auto or ddp; the largest RepVGG fits on one device"
-        raise refusal("trainer.strategy", strategy, allowed, "ddp")
+        raise wrong_value("trainer.strategy", strategy, allowed, "ddp")
     allowed_precisions = ["32-true", "bf16-mixed", *(["16-mixed"] if on_gpu else [])]
     if trainer.precision not in allowed_precisions:
-        raise refusal(
+        raise wrong_value(
             "trainer.precision",
             trainer.precision,
             f"must be one of {', '.join(allowed_precisions)} on this device",
@@ -320,8 +327,8 @@ def _check_trainer_keys(trainer: Config) -> None:
         if key in PARTS and not (isinstance(value, dict | list) or value is None):
             if key != "logger" or not isinstance(value, bool):
                 example = "{_target_: package.Class}"
-                raise refusal(f"trainer.{key}", value, "must name a class", f"'{example}'")
+                raise wrong_value(f"trainer.{key}", value, "must name a class", f"'{example}'")
         elif key == "deterministic" and value == "warn":
             continue
         elif key in SWITCHES and not (isinstance(value, bool) or value is None):
-            raise refusal(f"trainer.{key}", value, "must be true or false", "true")
+            raise wrong_value(f"trainer.{key}", value, "must be true or false", "true")

@@ -17,12 +17,11 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor, nn
 
 from repvgg import checkpoint
-from repvgg.checks import ArgumentError, did_you_mean
+from repvgg.checks import did_you_mean
 from repvgg.contract import DataContract, Normalize, to_float
 from repvgg.data.module import ImageData
 from repvgg.data.sets import open_data
 from repvgg.models.block import RepVGGBlock, compile_blocks
-from repvgg.models.registry import build_model
 from repvgg.rdrop import StochasticLayers, find_stochastic_layers
 from repvgg.training import callbacks, checkpoints, processes, runs
 from repvgg.training.classifier import Classifier
@@ -90,14 +89,6 @@ def progress_bar(arguments: TrainerArguments) -> list[Callback]:
     if not arguments.enable_progress_bar:
         return []
     return [TQDMProgressBar() if sys.stdout.isatty() else callbacks.EpochLines()]
-
-
-def build_network(model: dict[str, Any]) -> nn.Module:
-    """Build a network from the keys of `model`; errors name those keys."""
-    try:
-        return build_model(**model)
-    except ArgumentError as error:
-        raise error.of("model") from error
 
 
 def build_classifier(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import repvgg
 from repvgg import cli, verify
-from repvgg.checks import check_integer, refusal
+from repvgg.checks import check_integer, wrong_value
 from repvgg.contract import METADATA_KEY, DataContract, Description
 from repvgg.deploy.measure import count_macs
 from repvgg.export import formats, int8
@@ -81,7 +81,7 @@ def check(settings: dict[str, Any]) -> None:
     for batch in settings["batches"] or [None]:
         check_integer("batches", batch, minimum=1, example=1)
     if settings["model"] not in repvgg.list_models():
-        raise refusal("model", settings["model"], "must be of the family", "repvgg_a0")
+        raise wrong_value("model", settings["model"], "must be of the family", "repvgg_a0")
 
 
 def candidates(settings: dict[str, Any]) -> list[str]:

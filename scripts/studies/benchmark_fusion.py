@@ -18,7 +18,7 @@ from torch import nn
 
 import repvgg
 from repvgg import cli, verify
-from repvgg.checks import check_integer, refusal
+from repvgg.checks import check_integer, wrong_value
 from scripts.studies import report, runs, timing
 from scripts.studies.networks import randomize_batchnorms
 
@@ -43,7 +43,7 @@ def main(settings: dict[str, Any]) -> None:
     allowed = DEFAULTS["networks"]
     if not settings["networks"] or any(name not in allowed for name in settings["networks"]):
         known = f"must be some of {', '.join(allowed)}"
-        raise refusal("networks", settings["networks"], known, "[resnet18]")
+        raise wrong_value("networks", settings["networks"], known, "[resnet18]")
     names = (BEFORE, AGAIN, AFTER, *(COMPILED if settings["compile"] else ()))
     out = Path(settings["out"])
     out.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from repvgg import cli
-from repvgg.checks import check_integer, refusal
+from repvgg.checks import check_integer, wrong_value
 from repvgg.losses import rdrop_loss
 from repvgg.models.registry import create_model
 from repvgg.rdrop import StochasticLayers
@@ -41,7 +41,7 @@ def main(settings: dict[str, Any]) -> None:
     for case in settings["cases"]:
         parse(case)
     if settings["device"] not in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        raise refusal("device", settings["device"], "there is no such device here", "cpu")
+        raise wrong_value("device", settings["device"], "there is no such device here", "cpu")
     print(
         f"{settings['model']}, float32, {settings['rounds']} rounds after {timing.WARMUP} to warm "
         f"up; {report.machine()}, on {settings['device']}, {settings['threads']} threads, load "

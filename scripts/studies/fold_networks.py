@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from repvgg import cli, fuse_conv_bn, verify
-from repvgg.checks import check_integer, refusal
+from repvgg.checks import check_integer, wrong_value
 from scripts.studies import library_networks, paper_networks, report, runs
 from scripts.studies.library_networks import Family, Inputs, UnfitError
 from scripts.studies.networks import count_batchnorms, largest_error, randomize_batchnorms
@@ -64,15 +64,19 @@ Fold = Callable[[nn.Module], tuple[nn.Module, Any]]
 def main(settings: dict[str, Any]) -> None:
     for family in settings["families"]:
         if family not in FAMILIES:
-            raise refusal("families", family, f"must be some of {', '.join(FAMILIES)}", "[papers]")
+            raise wrong_value(
+                "families", family, f"must be some of {', '.join(FAMILIES)}", "[papers]"
+            )
     check_integer("workers", settings["workers"], minimum=1, example=2)
     if settings["seconds"] <= 0:
-        raise refusal("seconds", settings["seconds"], "must be above 0", 180)
+        raise wrong_value("seconds", settings["seconds"], "must be above 0", 180)
     families = {name: FAMILIES[name]() for name in settings["families"]}
     names = [(key, name) for key, family in families.items() for name in family.names() if name]
     for name in settings["only"]:
         if name not in [known for _, known in names]:
-            raise refusal("only", name, "there is no such network in the families", "[resnet18]")
+            raise wrong_value(
+                "only", name, "there is no such network in the families", "[resnet18]"
+            )
     out = Path(settings["out"])
     out.mkdir(parents=True, exist_ok=True)
     path = out / "networks.csv"

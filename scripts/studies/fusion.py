@@ -22,7 +22,7 @@ from torch.fx.experimental.optimization import fuse as fuse_by_fx
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from repvgg import cli, fuse_conv_bn, verify
-from repvgg.checks import check_integer, refusal
+from repvgg.checks import check_integer, wrong_value
 from repvgg.fusion.normalizations import is_normalization
 from scripts.studies import report, runs
 from scripts.studies.networks import count_batchnorms, largest_error, randomize_batchnorms
@@ -86,7 +86,7 @@ def main(settings: dict[str, Any]) -> None:
     known = [name for _, _, name in networks()]
     for name in settings["only"]:
         if name not in known:
-            raise refusal("only", name, "there is no such network in the study", "[resnet18]")
+            raise wrong_value("only", name, "there is no such network in the study", "[resnet18]")
     check_integer("workers", settings["workers"], minimum=1, example=1)
     out = Path(settings["out"])
     out.mkdir(parents=True, exist_ok=True)

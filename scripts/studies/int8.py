@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from repvgg import checkpoint, cli, verify
 from repvgg.checkpoint.native import Checkpoint, Probe
-from repvgg.checks import check_integer, check_number, refusal
+from repvgg.checks import check_integer, check_number, wrong_value
 from repvgg.contract import Description, to_float
 from repvgg.data.module import ImageData
 from repvgg.deploy.verification import accuracy
@@ -68,7 +68,7 @@ def check(settings: dict[str, Any]) -> None:
     check_number("width", settings["width"], minimum=0.05, example=1.0)
     unknown = [name for name in settings["models"] if name not in list_models()]
     if unknown or not settings["models"]:
-        raise refusal(
+        raise wrong_value(
             "models", settings["models"], f"must be of {', '.join(list_models())}", "[repvgg_a0]"
         )
 

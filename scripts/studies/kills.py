@@ -29,7 +29,7 @@ import repvgg.data.sets
 import repvgg.training.callbacks
 import repvgg.training.classifier
 from repvgg import cli
-from repvgg.checks import check_integer, check_number, refusal
+from repvgg.checks import check_integer, check_number, wrong_value
 from repvgg.training import runs
 from scripts.studies import report
 
@@ -53,7 +53,7 @@ def main(settings: dict[str, Any]) -> None:
     longest = check_number("longest", settings["longest"], example=8.0)
     workers = check_integer("workers", settings["workers"], minimum=0, example=2)
     if settings["signal"] not in SIGNALS:
-        raise refusal("signal", settings["signal"], "must be kill, term or hup", "kill")
+        raise wrong_value("signal", settings["signal"], "must be kill, term or hup", "kill")
     sent = SIGNALS[settings["signal"]]
     arguments = [*RUN, f"trainer.max_epochs={epochs}"]
     draw = random.Random(settings["seed"]).uniform

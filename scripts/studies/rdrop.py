@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from repvgg import cli
-from repvgg.checks import check_integer, check_number, refusal
+from repvgg.checks import check_integer, check_number, wrong_value
 from repvgg.data.module import ImageData
 from repvgg.models.registry import create_model
 from repvgg.rdrop import StochasticLayers
@@ -134,18 +134,20 @@ def check(settings: dict[str, Any]) -> None:
     for name in ("alphas", "dropouts", "labels", "budgets"):
         if not settings[name]:
             example = str(DEFAULTS[name]).replace(" ", "").replace("'", "")
-            raise refusal(name, settings[name], "must not be empty", example)
+            raise wrong_value(name, settings[name], "must not be empty", example)
     for alpha in settings["alphas"]:
         if check_number("alphas", alpha, example=1) == 0:
-            raise refusal("alphas", alpha, "0 is always there, as the reference", "[0.3,1]")
+            raise wrong_value("alphas", alpha, "0 is always there, as the reference", "[0.3,1]")
     for dropout in settings["dropouts"]:
         if check_number("dropouts", dropout, below=1, example=0.2) == 0:
-            raise refusal("dropouts", dropout, "R-Drop needs dropout; 0 is the plain arm", "[0.2]")
+            raise wrong_value(
+                "dropouts", dropout, "R-Drop needs dropout; 0 is the plain arm", "[0.2]"
+            )
     for share in settings["labels"]:
         if not 0 < check_number("labels", share, example=1) <= 1:
-            raise refusal("labels", share, "must be shares above 0 and at most 1", "[0.1,1]")
+            raise wrong_value("labels", share, "must be shares above 0 and at most 1", "[0.1,1]")
     if any(budget not in ("epochs", "time") for budget in settings["budgets"]):
-        raise refusal("budgets", settings["budgets"], "must be of epochs, time", "[epochs]")
+        raise wrong_value("budgets", settings["budgets"], "must be of epochs, time", "[epochs]")
 
 
 def arms_of(settings: dict[str, Any], budget: str) -> list[Arm]:

@@ -9,13 +9,15 @@ from repvgg.data.batches import Batches, Stored
 SOURCE = Stored(torch.arange(24, dtype=torch.uint8).reshape(24, 1, 1, 1), torch.arange(24))
 
 
-def noise(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def randomized(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.randint(256, images.shape, generator=generator, dtype=torch.uint8)
 
 
 def epoch(**options) -> list[tuple[list[int], list[int]]]:
     """Labels and pixels of every batch of epoch 3."""
-    loader = Batches(SOURCE, **{"batch_size": 4, "shuffle_seed": 1, "augment": noise, **options})
+    loader = Batches(
+        SOURCE, **{"batch_size": 4, "shuffle_seed": 1, "augment": randomized, **options}
+    )
     loader.set_epoch(3)
     read = [(labels.tolist(), images.flatten().tolist()) for images, labels in loader]
     assert len(read) == len(loader)
@@ -23,7 +25,7 @@ def epoch(**options) -> list[tuple[list[int], list[int]]]:
 
 
 @pytest.mark.parametrize("devices", [2, 3])
-def test_devices_in_turn_take_the_batches_and_the_noise_of_one_device(devices):
+def test_devices_in_turn_take_the_batches_and_augmentation_of_one_device(devices):
     parts = [epoch(rank=rank, world_size=devices) for rank in range(devices)]
 
     assert [batch for turn in zip(*parts, strict=True) for batch in turn] == epoch()
@@ -46,7 +48,7 @@ def test_devices_together_evaluate_every_image_once():
 
 def test_the_same_epoch_is_given_again_and_can_be_resumed():
     def loader(epoch: int, **options) -> Batches:
-        made = Batches(SOURCE, batch_size=4, shuffle_seed=1, augment=noise, **options)
+        made = Batches(SOURCE, batch_size=4, shuffle_seed=1, augment=randomized, **options)
         made.set_epoch(epoch)
         return made
 
@@ -62,17 +64,17 @@ def test_the_same_epoch_is_given_again_and_can_be_resumed():
     assert all(map(torch.equal, [images for images, _ in resumed], first))
 
 
-def test_images_are_varied_on_the_device_where_they_lie():
+def test_images_are_augmented_on_their_device():
     there = Stored(*(tensor.to("meta") for tensor in SOURCE))
-    vary = functools.partial(crop_and_flip, padding=0)
+    augment = functools.partial(crop_and_flip, padding=0)
 
-    (images, labels), *_ = Batches(there, batch_size=4, shuffle_seed=1, augment=vary)
+    (images, labels), *_ = Batches(there, batch_size=4, shuffle_seed=1, augment=augment)
 
     assert (images.device.type, labels.device.type) == ("meta", "meta")
     assert (images.shape, images.dtype) == ((4, 1, 1, 1), torch.uint8)
 
 
-def test_a_batch_is_handed_out_on_the_device_that_asked():
+def test_a_batch_is_returned_on_the_given_device():
     (images, labels), *_ = Batches(SOURCE, batch_size=4, device=torch.device("meta"))
 
     assert (images.device.type, labels.device.type) == ("meta", "meta")

@@ -40,7 +40,7 @@ KINDS = {
     "palette": lambda: Image.new("RGB", SIZE, (200,) * 3).quantize(),
     "colour and alpha": lambda: Image.new("RGBA", SIZE, (200, 200, 200, 255)),
     "one bit": lambda: Image.new("1", SIZE, 1),
-    "16 bits": lambda: Image.fromarray(np.full(SIZE, 200 * 256, np.uint16)),
+    "uint16": lambda: Image.fromarray(np.full(SIZE, 200 * 256, np.uint16)),
 }
 
 
@@ -55,7 +55,7 @@ def test_every_kind_of_image_becomes_8_bits_of_three_channels(kind, tmp_path):
     assert (pixels.int() - expected).abs().max() <= 1
 
 
-def test_an_image_on_an_unknown_background_is_refused(tmp_path):
+def test_an_image_on_an_unknown_background_is_an_error(tmp_path):
     Image.new("RGBA", SIZE, (145, 145, 145, 128)).save(tmp_path / "image.png")
 
     with pytest.raises(ValueError, match=r"image.png: it is transparent, on an unknown background"):
@@ -85,7 +85,7 @@ def test_fitting_scales_the_shorter_side_and_cuts_out_the_centre(resize):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_noise_of_an_image_does_not_depend_on_who_decodes_it(workers, root):
+def test_the_augmentation_of_an_image_does_not_depend_on_the_worker(workers, root):
     def read(count: int) -> torch.Tensor:
         data = imagefolder(root=str(root), batch_size=4, image_size=16, num_workers=count)
         return torch.cat([images for images, _ in data.train_dataloader()])
@@ -107,7 +107,7 @@ def test_an_image_that_cannot_be_read_stops_with_its_name(workers, root):
     truncate(root / "train" / "dog" / "3.jpg")
     source = files(root / "train", num_workers=workers)
 
-    with pytest.raises(ValueError, match=r"dog/3.jpg: cannot be read .* data.skip_unreadable=true"):
+    with pytest.raises(ValueError, match=r"dog/3.jpg: cannot be read .* skip_unreadable=true"):
         list(Batches(source, batch_size=4))
 
 
@@ -196,7 +196,7 @@ def remove(root, *parts):
         (lambda root: remove(root, "val/dog"), r"val/dog holds no images"),
     ],
 )
-def test_a_folder_that_is_not_as_it_should_be_is_refused(change, message, root):
+def test_a_folder_of_another_layout_is_an_error(change, message, root):
     change(root)
 
     with pytest.raises(ValueError, match=message):
@@ -212,18 +212,18 @@ def test_hidden_folders_are_no_classes(root):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"root": None}, "data.root is missing"),
-        ({"image_size": 4}, "data.image_size=4"),
-        ({"image_size": 300}, "data.resize_size=256: must be an integer of at least 300"),
-        ({"interpolation": "nearest"}, "data.interpolation='nearest': must be bilinear or bicubic"),
-        ({"holdout": 1}, "data.holdout=1"),
-        ({"num_workers": -1}, "data.num_workers=-1"),
-        ({"max_pixels": 0}, "data.max_pixels=0: must be an integer of at least 1"),
-        ({"skip_unreadable": 1}, "data.skip_unreadable=1: must be true or false"),
-        ({"batch_size": 13}, "data.batch_size=13: exceeds the 12 training images"),
+        ({"root": None}, "root is missing"),
+        ({"image_size": 4}, "image_size=4"),
+        ({"image_size": 300}, "resize_size=256: must be an integer of at least 300"),
+        ({"interpolation": "nearest"}, "interpolation='nearest': must be bilinear or bicubic"),
+        ({"holdout": 1}, "holdout=1"),
+        ({"num_workers": -1}, "num_workers=-1"),
+        ({"max_pixels": 0}, "max_pixels=0: must be an integer of at least 1"),
+        ({"skip_unreadable": 1}, "skip_unreadable=1: must be true or false"),
+        ({"batch_size": 13}, "batch_size=13: exceeds the 12 training images"),
     ],
 )
-def test_a_bad_value_is_refused_with_its_key(options, message, root):
+def test_a_bad_value_is_an_error_that_names_its_argument(options, message, root):
     if "holdout" in options:
         (root / "val").rename(root / "test")
 
@@ -249,7 +249,7 @@ def test_larger_images_can_be_allowed(workers, root, pillow_limit):
 
     with pytest.raises(
         ValueError,
-        match=r"jpg: has 360 pixels, more than 359; pass data.max_pixels=360 to allow it",
+        match=r"jpg: has 360 pixels, more than 359; pass max_pixels=360 to allow it",
     ):
         read(359)
     assert read(360).shape == (12, 3, 16, 16)
@@ -317,6 +317,6 @@ def test_shards_are_read_a_few_at_a_time():
     assert order.tolist() != sorted(order.tolist())
 
 
-def test_a_place_without_shards_is_told(tmp_path):
+def test_a_folder_without_shards_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"its contents.json cannot be read"):
         imagefolder(root=f"file://{tmp_path}", batch_size=4)

@@ -11,6 +11,7 @@ from torch import nn
 
 from repvgg.data import sets as sources
 from repvgg.data.batches import Batches, Stored
+from repvgg.data.module import Place
 from repvgg.data.sets import digits, imagefolder
 from tests.support.commands import ROOT, make, quiet
 from tests.support.trainers import quiet_trainer
@@ -71,7 +72,7 @@ def test_workers_end_with_the_fit_that_they_read_for(tmp_path):
 
 def test_images_in_memory_are_sent_to_a_device_once(monkeypatch):
     data = digits()
-    monkeypatch.setattr(data, "_place", lambda: {"device": torch.device("meta")})
+    monkeypatch.setattr(data, "_place", lambda: Place(device=torch.device("meta")))
 
     first, again = (data.train_dataloader().source for _ in range(2))
 
@@ -145,14 +146,12 @@ def test_the_summary_of_data_with_test_images_is_one_line():
 @pytest.mark.parametrize(
     ("missing", "expected"),
     [
-        ([], 3),
-        (["process_cpu_count"], 2),
-        (["process_cpu_count", "sched_getaffinity"], 5),
+        ([], 2),
+        (["sched_getaffinity"], 5),
     ],
 )
 def test_workers_are_counted_on_every_system(missing, expected, monkeypatch):
     counts = {
-        "process_cpu_count": lambda: 3,
         "sched_getaffinity": lambda _: {0, 1},
         "cpu_count": lambda: 5,
     }

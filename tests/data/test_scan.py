@@ -109,7 +109,7 @@ def test_a_file_that_looks_like_an_image_but_cannot_be_read_is_named(name, root)
 @pytest.mark.parametrize("feature", ["avif", "webp", "jpg_2000"])
 def test_formats_that_this_pillow_lacks_are_images_that_cannot_be_read(feature, monkeypatch):
     extension = {"avif": ".avif", "webp": ".webp", "jpg_2000": ".jp2"}[feature]
-    monkeypatch.setattr(features, "check", lambda asked: asked != feature)
+    monkeypatch.setattr(features, "check", lambda given: given != feature)
 
     readable, unreadable = extensions()
 
@@ -118,7 +118,7 @@ def test_formats_that_this_pillow_lacks_are_images_that_cannot_be_read(feature, 
     assert {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".ppm"} <= readable
 
 
-def test_a_class_without_images_is_told_with_what_it_holds(root):
+def test_a_class_without_images_is_an_error_that_lists_its_files(root):
     put(root / "train" / "owl" / "notes.txt")
     put(root / "train" / "owl" / "a.heic")
 
@@ -149,7 +149,7 @@ def test_the_usual_names_of_the_parts_are_found(name, part, root):
     assert data.has_test is (part == "test")
 
 
-def test_two_folders_for_one_part_are_refused(root):
+def test_two_folders_for_one_part_are_an_error(root):
     make(root / "val", count=2)
     make(root / "valid", count=2)
 
@@ -166,7 +166,7 @@ def test_classes_without_train_are_training_images(root):
     ]
 
 
-def test_folders_that_may_be_no_classes_are_refused_with_what_is_there(root):
+def test_folders_without_images_in_each_are_listed_in_the_error(root):
     without_train(root)
     put(root / "annotations" / "a.xml")
 
@@ -178,7 +178,7 @@ def test_folders_that_may_be_no_classes_are_refused_with_what_is_there(root):
 
 
 def test_the_folder_that_is_meant_is_named(root):
-    with pytest.raises(ValueError, match=rf"no folder train/; .*; pass data.root={root}$"):
+    with pytest.raises(ValueError, match=rf"no folder train/; .*; pass root={root}$"):
         summary(root.parent)
 
 
@@ -200,7 +200,7 @@ def test_a_class_is_the_same_however_its_letters_are_composed(forms, root):
     assert data.val.labels.tolist() == [0, 0, 1, 1]
 
 
-def test_two_classes_that_look_equal_are_refused(root):
+def test_two_classes_that_look_equal_are_an_error(root):
     (root / "train" / "cat").rename(root / "train" / COMPOSED)
     (root / "train" / "dog").rename(root / "train" / DECOMPOSED)
 
@@ -208,7 +208,7 @@ def test_two_classes_that_look_equal_are_refused(root):
         summary(root)
 
 
-def test_a_class_in_other_capitals_is_refused_with_its_name(root):
+def test_a_class_in_other_capitals_is_an_error_with_its_name(root):
     make(root / "val", count=2)
     (root / "val" / "cat").rename(root / "val" / "Cat")
 
@@ -224,7 +224,7 @@ def test_classes_that_nobody_validates_are_named(root):
 
 
 @pytest.mark.parametrize("part", ["", "train/cat"])
-def test_a_name_that_is_not_utf8_is_refused_at_once(part, root):
+def test_a_name_that_is_not_utf8_is_an_error(part, root):
     path = os.fsencode(root / part)
     os.rename(path, path + b"\xff")
 
@@ -263,14 +263,14 @@ def test_the_split_is_that_of_earlier_runs(labels, share, checksum):
     assert zlib.crc32(held.numpy().tobytes()) == checksum
 
 
-@pytest.mark.parametrize(("share", "message"), [(0, "data.holdout=0: no image"), (1, "below 1")])
-def test_a_share_that_leaves_a_part_empty_is_refused(share, message):
+@pytest.mark.parametrize(("share", "message"), [(0, "holdout=0: no image"), (1, "below 1")])
+def test_a_share_that_leaves_a_part_empty_is_an_error(share, message):
     with pytest.raises(ValueError, match=message):
         hold_out(torch.zeros(8, dtype=torch.long), share)
 
 
 def test_single_images_alone_cannot_be_divided():
-    with pytest.raises(ValueError, match="one image alone; add a folder val/"):
+    with pytest.raises(ValueError, match="only one image; add a folder val/"):
         hold_out(torch.arange(4), 0.1)
 
 

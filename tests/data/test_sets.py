@@ -75,7 +75,7 @@ def test_training_drops_the_small_batch_and_evaluation_keeps_it():
 
 
 @pytest.mark.parametrize("stop", [0, 1, 2])
-def test_a_restored_loader_goes_on_where_the_other_stopped(stop):
+def test_a_restored_loader_continues_where_the_other_stopped(stop):
     whole = read(batches(), epoch=4)
     interrupted = batches()
     interrupted.set_epoch(4)
@@ -123,7 +123,7 @@ def test_augmentation_of_strength_zero_changes_nothing():
     assert torch.equal(random_affine(images, torch.Generator(), strength=0.0), images)
 
 
-def test_augmentation_moves_each_image_of_a_batch_by_itself():
+def test_augmentation_moves_each_image_of_a_batch_differently():
     image = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
     image[..., 2:6, 3:5] = 255
     moved = random_affine(image.repeat(6, 1, 1, 1), torch.Generator(), strength=1.0)
@@ -135,8 +135,8 @@ def test_augmentation_moves_each_image_of_a_batch_by_itself():
 def mixed(**options) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Two epochs of training batches, of random pixels in place of the digits' black borders."""
     data = digits(**{"batch_size": 400, "seed": 3, **options})
-    noise = torch.Generator().manual_seed(8)
-    pixels = torch.randint(0, 256, data.train[0].shape, generator=noise, dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(8)
+    pixels = torch.randint(0, 256, data.train[0].shape, generator=generator, dtype=torch.uint8)
     data.train = Stored(pixels, data.train.labels)
     loader = data.train_dataloader()
     batches = []
@@ -186,7 +186,7 @@ def test_with_both_on_each_batch_takes_one_of_the_two():
     assert kinds == {True, False}
 
 
-def test_mixing_is_a_function_of_seed_epoch_and_batch_and_leaves_the_global_noise_alone():
+def test_mixing_depends_on_seed_epoch_and_batch_and_not_on_the_global_generator():
     torch.manual_seed(1)
     state = torch.get_rng_state()
     first = mixed(mixup=0.4, cutmix=1.0)
@@ -210,15 +210,15 @@ def test_evaluation_is_not_mixed():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "data.batch_size=0: must be an integer of at least 1"),
-        ({"batch_size": "many"}, "data.batch_size='many'"),
-        ({"batch_size": 5000}, "data.batch_size=5000: exceeds the 1283 training images"),
-        ({"augment": -1}, "data.augment=-1: must be a number of at least 0"),
+        ({"batch_size": 0}, "batch_size=0: must be an integer of at least 1"),
+        ({"batch_size": "many"}, "batch_size='many'"),
+        ({"batch_size": 5000}, "batch_size=5000: exceeds the 1283 training images"),
+        ({"augment": -1}, "augment=-1: must be a number of at least 0"),
         ({"seed": -1}, "seed=-1"),
         ({"mixup": -0.1}, "mixup=-0.1: must be a number of at least 0"),
         ({"cutmix": "yes"}, "cutmix='yes'"),
     ],
 )
-def test_a_bad_value_is_refused_with_its_key(options, message):
+def test_a_bad_value_is_an_error_that_names_its_argument(options, message):
     with pytest.raises(ValueError, match=message):
         digits(**options)

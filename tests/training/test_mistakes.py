@@ -87,9 +87,9 @@ def fail(monkeypatch, tmp_path, capfd):
         (
             "train.py",
             ["data._target_=collections.Counter"],
-            "data._target_=collections.Counter: gives a Counter; must give a repvgg.data.module",
+            "collections.Counter: returns a Counter, not a repvgg.data.module.ImageData",
         ),
-        ("train.py", ["data=imagefolder"], "data.root is missing: type data.root=FOLDER"),
+        ("train.py", ["data=imagefolder"], "data.root is missing: pass data.root=FOLDER"),
         (
             "train.py",
             ["data=imagefolder", "data.root=gone"],

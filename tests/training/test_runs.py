@@ -149,6 +149,8 @@ def test_code_that_only_a_run_folder_names_has_to_be_passed(here):
     [
         *("repvgg.cli.os.system", "repvgg.data.digits.os.system", "repvgg.data.sets.os.system"),
         *("lightning.Trainer.fit", "lightning.pytorch.trainer.trainer.os.system", "${seed}"),
+        *("torchvision.transforms.v2.functional.to_image", "torchvision.transforms.v2.warnings"),
+        *("torchvision.transforms.v2.Compose.forward", "torchvision.transforms.Lambda"),
     ],
 )
 @pytest.mark.parametrize("place", ["data", "nested"])
@@ -174,7 +176,9 @@ def test_a_run_of_version_0_1_is_resumed(here):
         resumed("data=cifar10", f"resume=job/{runs.LAST}")
 
 
-@pytest.mark.parametrize(("key", "value"), [("rdrop_views", 1), ("data.repeats", 1)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("rdrop_views", 1), ("data.repeats", 1), ("data.erase", 0.0)]
+)
 def test_a_removed_key_that_changed_nothing_is_dropped(key, value, here):
     record_removed(here / "job", key, value)
 
@@ -184,12 +188,41 @@ def test_a_removed_key_that_changed_nothing_is_dropped(key, value, here):
     assert runs._get(resumed(f"resume=job/{runs.LAST}"), key) is None
 
 
-@pytest.mark.parametrize(("key", "value"), [("rdrop_views", 2), ("data.repeats", 3)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("rdrop_views", 2), ("data.repeats", 3)),
+        *(("data.erase", 0.25), ("data.augment", "randaugment")),
+    ],
+)
 def test_a_removed_key_that_changed_the_run_names_its_version(key, value, here):
     record_removed(here / "job", key, value)
 
     with pytest.raises(ValueError, match=f"{key}={value} needs version 0.1"):
         plan(f"resume=job/{runs.LAST}")
+
+
+@pytest.mark.parametrize(("before", "now"), [("basic", []), ("none", None), (1.0, 1.0)])
+def test_the_augmentation_of_version_0_1_is_read(before, now, here):
+    record_removed(here / "job", "data.augment", before)
+
+    assert resumed(f"resume=job/{runs.LAST}")["data"]["augment"] == now
+
+
+def test_the_transforms_of_torchvision_need_not_be_passed_again(here):
+    chain = [{"_target_": "torchvision.transforms.v2.RandAugment", "num_ops": 3}]
+    make(here / "job", data=CONFIG["data"] | {"augment": chain})
+
+    assert resumed(f"resume=job/{runs.LAST}")["data"]["augment"] == chain
+
+
+def test_the_names_of_torchvision_that_a_run_folder_may_use_are_classes():
+    from torchvision.transforms import v2
+
+    named = [n for n in dir(v2) if runs._OWN_CODE.fullmatch(f"torchvision.transforms.v2.{n}")]
+
+    assert "RandAugment" in named
+    assert all(isinstance(getattr(v2, name), type) for name in named)
 
 
 def record_removed(folder, key: str, value: object) -> None:

@@ -1,9 +1,12 @@
-"""One short run of train.py, which the tests of both commands look at."""
+"""One short run of train.py, which tests in all workers look at and none changes."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the processors; read when torch starts
@@ -11,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the processors; read wh
 
 import absl.logging
 import pytest
+from filelock import FileLock
 
 from tests.support.commands import SHORT, run
 
@@ -21,20 +25,48 @@ if hasattr(signal, "SIGHUP"):  # ignored under nohup, and then in every run that
 # pytest's, where OpenVINO was the first to import absl, in a test.
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
-
-@pytest.fixture(scope="session")
-def home(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("home")
+Done = subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="session")
-def trained(home) -> subprocess.CompletedProcess[str]:
-    done = run("train.py", *SHORT, cwd=home)
-    assert done.returncode == 0, done.stderr
-    return done
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], Done]], tuple[Path, Done]]:
+    """Runs a command in a folder of that name, in the first worker that asks for it."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+
+    def look(name: str, command: Callable[[Path], Done]) -> tuple[Path, Done]:
+        folder, record = shared / name, shared / f"{name}.json"
+        with FileLock(shared / f"{name}.lock"):
+            if not record.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                done = command(folder)
+                assert done.returncode == 0, done.stderr
+                record.write_text(json.dumps([0, done.stdout, done.stderr]))
+        return folder, subprocess.CompletedProcess([], *json.loads(record.read_text()))
+
+    return look
 
 
 @pytest.fixture(scope="session")
-def folder(trained, home) -> Path:
+def train_once(once) -> tuple[Path, Done]:
+    return once("home", lambda folder: run("train.py", *SHORT, cwd=folder))
+
+
+@pytest.fixture(scope="session")
+def home(train_once) -> Path:
+    """The folder in which train.py was typed."""
+    return train_once[0]
+
+
+@pytest.fixture(scope="session")
+def trained(train_once) -> Done:
+    return train_once[1]
+
+
+@pytest.fixture(scope="session")
+def folder(home) -> Path:
+    """The folder of the run."""
     (folder,) = (home / "runs" / "digits-repvgg_tiny").iterdir()
     return folder

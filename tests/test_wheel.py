@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from omegaconf import OmegaConf
 
 import repvgg
@@ -30,10 +31,12 @@ def files(folder: str, ending: str = "") -> set[str]:
 def source(tmp_path_factory) -> Path:
     """The unpacked sdist."""
     place = tmp_path_factory.mktemp("sdist")
-    there = (ROOT / "repvgg.egg-info").exists()
-    subprocess.run([sys.executable, "-c", BUILD.format("build_sdist"), place], cwd=ROOT, check=True)
-    if not there:
-        shutil.rmtree(ROOT / "repvgg.egg-info")
+    build = [sys.executable, "-c", BUILD.format("build_sdist"), place]
+    with FileLock(tmp_path_factory.getbasetemp().parent / "sdist.lock"):  # of all workers
+        there = (ROOT / "repvgg.egg-info").exists()
+        subprocess.run(build, cwd=ROOT, check=True)
+        if not there:
+            shutil.rmtree(ROOT / "repvgg.egg-info")
     (archive,) = place.iterdir()
     with tarfile.open(archive) as opened:
         opened.extractall(place, filter="data")
@@ -52,6 +55,7 @@ def wheel(source) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
+@pytest.mark.slow
 def test_the_sdist_holds_what_its_tests_need(source):
     needed = set().union(*map(files, ("configs", "docs", "repvgg", "scripts", "tests", ".ci")))
     needed |= {"README.md", "train.py", "deploy.py", "pyproject.toml", "constraints.txt"}
@@ -59,6 +63,7 @@ def test_the_sdist_holds_what_its_tests_need(source):
     assert {name for name in needed if not (source / name).is_file()} == set()
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_module_and_every_configuration(wheel):
     configs = {f"repvgg/{name}" for name in files("configs", ".yaml")}
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
@@ -66,6 +71,7 @@ def test_the_wheel_holds_every_module_and_every_configuration(wheel):
     assert held == files("repvgg") | configs
 
 
+@pytest.mark.slow
 def test_the_wheel_says_who_made_what_for_whom(wheel):
     (name,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
 

@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +6,7 @@ import torch
 from repvgg.data.augment import random_affine
 from repvgg.data.batches import Batches, Stored
 from repvgg.data.sets import digits
+from tests.support.commands import run
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +36,7 @@ def test_digits_are_the_1797_images_in_three_disjoint_parts():
 def test_the_embedded_file_is_what_the_script_builds(tmp_path):
     made = tmp_path / "digits.safetensors"
 
-    subprocess.run([sys.executable, ROOT / "scripts" / "make_digits.py", made], check=True)
+    run("scripts/make_digits.py", str(made), cwd=tmp_path)
 
     assert made.read_bytes() == (ROOT / "repvgg" / "data" / "digits.safetensors").read_bytes()
 

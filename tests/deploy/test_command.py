@@ -6,7 +6,6 @@ import re
 import resource
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,20 +27,33 @@ from repvgg.deploy import settings as settings_of_deploy
 from repvgg.deploy.folder import write_sums
 from repvgg.export.formats import FORMATS, Format
 from tests.support import foreign
-from tests.support.commands import ROOT, SHORT, run, tree
+from tests.support.commands import ROOT, SHORT, run, run_process, tree
 from tests.support.networks import settle
 
 
 @pytest.fixture(scope="module")
-def deployed(folder, home) -> subprocess.CompletedProcess[str]:
-    path = (folder / "checkpoints" / "best.ckpt").relative_to(home)
-    done = run("deploy.py", f"ckpt={path}", cwd=home)
-    assert done.returncode == 0, done.stderr
-    return done
+def deploy_once(once, folder) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """deploy.py as most type it, on a copy of the run."""
+
+    def command(home: Path) -> subprocess.CompletedProcess[str]:
+        shutil.copytree(folder, home / "run")
+        return run("deploy.py", "ckpt=run/checkpoints/best.ckpt", cwd=home)
+
+    return once("deployed", command)
 
 
-def test_deploying_writes_both_formats_and_a_report(deployed, folder):
-    assert sorted(path.name for path in (folder / "deploy").iterdir()) == [
+@pytest.fixture(scope="module")
+def deployed(deploy_once) -> subprocess.CompletedProcess[str]:
+    return deploy_once[1]
+
+
+@pytest.fixture(scope="module")
+def place(deploy_once) -> Path:
+    return deploy_once[0] / "run" / "deploy"
+
+
+def test_deploying_writes_both_formats_and_a_report(place):
+    assert sorted(path.name for path in place.iterdir()) == [
         "SHA256SUMS",
         "model.onnx",
         "model.safetensors",
@@ -51,8 +63,19 @@ def test_deploying_writes_both_formats_and_a_report(deployed, folder):
     ]
 
 
-def test_the_report_certifies_every_step(deployed, folder):
-    report = json.loads((folder / "deploy" / "report.json").read_text())
+@pytest.mark.slow
+def test_a_process_of_its_own_deploys_the_same(place, tmp_path):
+    path = place.parent / "checkpoints" / "best.ckpt"
+
+    done = run_process("deploy.py", f"ckpt={path}", "out=out", "benchmark=false", cwd=tmp_path)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    same = [(folder / "model.safetensors").read_bytes() for folder in (place, tmp_path / "out")]
+    assert same[0] == same[1]
+
+
+def test_the_report_certifies_every_step(place):
+    report = json.loads((place / "report.json").read_text())
 
     assert report["verdict"] == "passed"
     assert report["verdicts"]["folded, float64"]["error"] <= 1e-10
@@ -65,21 +88,26 @@ def test_the_report_certifies_every_step(deployed, folder):
     assert report["latency"]["milliseconds"]["deployed, torch"]["median"] > 0
 
 
-def test_the_report_for_people_is_what_is_printed(deployed, folder):
-    assert (folder / "deploy" / "report.md").read_text().strip() in deployed.stdout
+def test_the_report_for_people_is_what_is_printed(deployed, place):
+    assert (place / "report.md").read_text().strip() in deployed.stdout
 
 
-def test_the_deployed_graph_has_one_convolution_a_block(deployed, folder):
-    nodes = [node.op_type for node in onnx.load(folder / "deploy" / "model.onnx").graph.node]
+def test_the_deployed_graph_has_one_convolution_a_block(place):
+    nodes = [node.op_type for node in onnx.load(place / "model.onnx").graph.node]
 
     assert (nodes.count("Conv"), nodes.count("Relu"), nodes.count("Gemm")) == (7, 7, 1)
     assert not {"BatchNormalization", "Add"} & set(nodes)
 
 
-def test_deploying_leaves_nothing_in_the_working_folder(deployed, home):
-    assert [path.name for path in home.iterdir()] == ["runs"]
+def test_deploying_leaves_nothing_in_the_working_folder(place):
+    run = place.parent
+
+    assert [path.name for path in run.parent.iterdir()] == ["run"]
+    assert {path.name for path in run.iterdir()} >= {"checkpoints", "deploy"}
+    assert not [path for path in run.iterdir() if path.name.startswith(".deploy")]
 
 
+@pytest.mark.slow
 def test_an_existing_deployment_is_kept_unless_it_may_be_replaced(folder, tmp_path):
     arguments = [f"ckpt={folder / 'checkpoints' / 'best.ckpt'}", "out=out", "benchmark=false"]
     first = run("deploy.py", *arguments, "formats=[onnx]", cwd=tmp_path)
@@ -159,6 +187,7 @@ def test_a_failed_verdict_leaves_nothing_behind(damage, message, folder, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_int8_that_loses_too_much_leaves_nothing_behind(folder, tmp_path, monkeypatch):
     from repvgg.export import int8
 
@@ -179,25 +208,23 @@ HAS_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @pytest.fixture(scope="module")
-def certified(folder, tmp_path_factory) -> Path:
+def certified(once, folder) -> Path:
     """A deployment of everything: stored images in, probabilities out."""
-    out = tmp_path_factory.mktemp("certified") / "out"
-    done = run(
-        "deploy.py",
+    arguments = [
         f"ckpt={folder / 'checkpoints' / 'best.ckpt'}",
-        f"out={out}",
+        "out=out",
         "formats=[safetensors,onnx,pt2,openvino]",
         "input=uint8",
         "output=probabilities",
         "int8=true",
         f"bf16={'true' if HAS_BF16 else 'false'}",
         "data=digits",
-        cwd=out.parent,
-    )
-    assert done.returncode == 0, done.stderr
-    return out
+    ]
+    home, _ = once("certified", lambda home: run("deploy.py", *arguments, cwd=home))
+    return home / "out"
 
 
+@pytest.mark.slow
 def test_every_format_is_certified_and_int8_keeps_the_accuracy(certified):
     report = json.loads((certified / "report.json").read_text())
 
@@ -214,6 +241,7 @@ def test_every_format_is_certified_and_int8_keeps_the_accuracy(certified):
     assert len(report["int8"]["trials"]) >= 10
 
 
+@pytest.mark.slow
 def test_every_predictor_is_timed_beside_a_control(certified):
     measured = json.loads((certified / "report.json").read_text())["latency"]["milliseconds"]
 
@@ -221,6 +249,7 @@ def test_every_predictor_is_timed_beside_a_control(certified):
     assert measured["deployed, torch"]["ratio"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16; the next test covers that")
 def test_bf16_is_certified_in_both_engines(certified):
     verdicts = json.loads((certified / "report.json").read_text())["verdicts"]
@@ -237,6 +266,7 @@ def test_bf16_is_rejected_where_the_cpu_has_none(folder, tmp_path, monkeypatch):
         deploy.deploy(settings(ckpt=path, out=str(tmp_path / "out"), bf16=True), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_deployed_folder_is_verified_again(certified, tmp_path):
     done = run("deploy.py", f"verify={certified}", cwd=tmp_path)
 
@@ -245,6 +275,7 @@ def test_a_deployed_folder_is_verified_again(certified, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_changed_byte_fails_the_verification(certified, tmp_path):
     shutil.copytree(certified, tmp_path / "out")
     content = bytearray((tmp_path / "out" / "model.bin").read_bytes())
@@ -300,10 +331,12 @@ def test_a_missing_package_is_reported_before_anything_is_done(folder, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_everybody_may_read_what_was_deployed(certified):
     assert {path.stat().st_mode & 0o444 for path in certified.iterdir()} == {0o444}
 
 
+@pytest.mark.slow
 def test_an_int8_file_with_other_outputs_fails_the_verification(certified, tmp_path):
     from safetensors.torch import load_file, save
 
@@ -318,6 +351,7 @@ def test_an_int8_file_with_other_outputs_fails_the_verification(certified, tmp_p
         deploy.deploy(settings(verify=str(tmp_path / "out")), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.onnx", "model-int8.onnx", "model.pt2", "model.xml"])
 def test_a_deployed_file_labels_images_by_itself(name, certified, tmp_path):
     images, labels = digits().test
@@ -369,6 +403,7 @@ def test_pixels_whose_brightness_is_not_known_are_refused(mode, message, tmp_pat
         predict.read(tmp_path / "x.tiff", GRAY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "model.onnx", "model.pt2", "model.xml"])
 def test_a_damaged_file_is_rejected_in_one_line(name, certified, tmp_path):
     (tmp_path / name).write_bytes((certified / name).read_bytes()[:5000])
@@ -399,29 +434,29 @@ def test_a_mistake_in_labelling_is_told_in_one_line(arguments, message, tmp_path
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_full_disk_leaves_nothing_behind(folder, tmp_path):
-    """The limit on a file's size stands for it: writing fails in the middle of a file."""
-    for name in FORMATS:
-        if name == "aoti":
-            continue  # its compiler writes elsewhere first
-        done = subprocess.run(
-            [
-                sys.executable,
-                ROOT / "deploy.py",
-                f"ckpt={folder / 'checkpoints' / 'best.ckpt'}",
-                "out=out",
-                f"formats=[{name}]",
-                "benchmark=false",
-            ],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-        )
+@pytest.fixture
+def small_disk():
+    """Writing fails in the middle of a file, at 100,000 bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-        assert done.returncode == 1, name
-        assert len(done.stderr.splitlines()) == 1, done.stderr
-        assert list(tmp_path.iterdir()) == []
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [name for name in FORMATS if name != "aoti"],  # whose compiler writes elsewhere first
+)
+def test_a_full_disk_leaves_nothing_behind(name, folder, tmp_path, small_disk):
+    path = folder / "checkpoints" / "best.ckpt"
+    arguments = [f"ckpt={path}", "out=out", f"formats=[{name}]", "benchmark=false"]
+
+    done = run("deploy.py", *arguments, cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_int8_of_a_network_that_was_never_trained_is_rejected(folder, tmp_path):
@@ -470,6 +505,7 @@ def test_a_checkpoint_whose_logits_are_not_its_own_is_not_deployed(folder, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["best.ckpt"]
 
 
+@pytest.mark.slow
 def test_a_network_trained_with_every_regularizer_deploys_exactly(tmp_path):
     noise = ["model.branch_drop=0.1", "model.drop_path=0.1", "rdrop_warmup=1"]
     mixtures = ["mixup=0.2", "cutmix=1", "label_smoothing=0.1"]
@@ -500,6 +536,7 @@ def test_a_file_that_is_no_checkpoint_is_rejected_in_one_line(kind, folder, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["bad.ckpt"]
 
 
+@pytest.mark.slow
 def test_a_network_of_torchvision_is_trained_and_deployed(tmp_path):
     done = run(
         "train.py",

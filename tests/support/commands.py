@@ -1,22 +1,72 @@
 """The two commands of the project as a user runs them, and what their tests share."""
 
+import contextlib
+import logging
 import os
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import hydra
 import numpy as np
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from PIL import Image
+
+from repvgg import cli, signals
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 SHORT = ("model=repvgg_tiny", "rdrop=true", "trainer.max_epochs=3", "data.batch_size=128")
+SECONDS = 300  # after which a program is stopped
+
+
+class TooLong(BaseException):
+    """A program in this process did not end; no `except Exception` of its own holds this back."""
 
 
 def run(program: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run train.py, deploy.py or a script, or a command of `python -m repvgg`."""
+    """Run train.py, deploy.py or a script, or a command of `python -m repvgg`, in this process.
+
+    That saves the 7 seconds of its imports. Whatever it does to the process is undone. Signals,
+    several devices and the end of the interpreter need `run_process`.
+    """
+    path, *words = _words(program)
+    command = [path, *words, *arguments]
+    status: object = 0
+    with _undone(), _captured() as (out, err):
+        os.chdir(cwd)
+        os.environ.pop(cli.FULL_ERROR, None)
+        sys.argv, sys.orig_argv = [*command], [sys.executable, *command]
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as stopped:
+            status = stopped.code or 0
+        except TooLong:
+            raise
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+    if isinstance(status, str):
+        err, status = [*err, status], 1
+    return subprocess.CompletedProcess(command, status, "".join(out), "".join(err))
+
+
+def _words(program: str) -> list[str]:
+    if program.endswith(".py"):
+        return [str(ROOT / program)]
+    return [str(ROOT / "repvgg" / "__main__.py"), program]
+
+
+def run_process(program: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a program in a process of its own, where every warning is an error."""
     start = [ROOT / program] if program.endswith(".py") else ["-m", "repvgg", program]
     return subprocess.run(
         [sys.executable, "-W", "error", *quiet(), *start, *arguments],
@@ -24,19 +74,80 @@ def run(program: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=SECONDS,
     )
+
+
+def quiet() -> list[str]:
+    """The one warning of the stack itself, which train.py silences too, but later."""
+    return ["-W", "ignore:`isinstance(treespec, LeafSpec)`:FutureWarning"]
+
+
+@contextlib.contextmanager
+def _undone() -> Iterator[None]:
+    """Give back the folder, the arguments, the environment, the signals, logging and Hydra."""
+
+    def stop(*_: object) -> None:
+        raise TooLong(f"{SECONDS} seconds")
+
+    folder, environment = Path.cwd(), dict(os.environ)
+    given, original = sys.argv, sys.orig_argv
+    handlers = {number: signal.getsignal(number) for number in signals.stopping()}
+    root = logging.getLogger()
+    logged = [*root.handlers], root.level
+    handlers[signal.SIGALRM] = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        signal.alarm(0)
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv, sys.orig_argv = given, original
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        root.handlers[:], root.level = logged
+        GlobalHydra.instance().clear()
+
+
+@contextlib.contextmanager
+def _captured() -> Iterator[tuple[list[str], list[str]]]:
+    """The standard streams, those of libraries in C and of Lightning's log among them."""
+    texts: tuple[list[str], list[str]] = [], []
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with contextlib.ExitStack() as stack:
+        files: list[IO[str]] = []
+        for number in (1, 2):
+            file = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8"))
+            stack.callback(os.close, before := os.dup(number))
+            stack.callback(os.dup2, before, number)
+            os.dup2(file.fileno(), number)
+            files.append(file)
+        out, err = files
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            # They log to stderr, except where a root handler, as pytest's, was there before them.
+            logger = logging.getLogger(name)
+            stack.callback(setattr, logger, "handlers", logger.handlers)
+            stack.callback(setattr, logger, "propagate", logger.propagate)
+            logger.handlers, logger.propagate = [logging.StreamHandler(err)], False
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        try:
+            yield texts
+        finally:
+            for file, text in zip(files, texts, strict=True):
+                file.flush()
+                file.seek(0)
+                text.append(file.read())
 
 
 def compose(name: str, *overrides: str) -> dict:
     """The plain configuration that Hydra makes of a root configuration and overrides."""
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return OmegaConf.to_container(hydra.compose(name, list(overrides)), resolve=True)
-
-
-def quiet() -> list[str]:
-    """The one warning of the stack itself, which train.py silences too, but later."""
-    return ["-W", "ignore:`isinstance(treespec, LeafSpec)`:FutureWarning"]
 
 
 def tree(folder: Path) -> dict[str, int]:

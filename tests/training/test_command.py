@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import repvgg
 from repvgg.contract import to_float
 from tests.support import foreign
-from tests.support.commands import ROOT, SHORT, make, run, tree
+from tests.support.commands import ROOT, SECONDS, SHORT, make, run, run_process, tree
 from tests.support.networks import settle
 
 
@@ -48,10 +48,18 @@ def test_training_shows_its_progress(trained):
     assert trained.stderr == ""
 
 
+@pytest.mark.slow
+def test_a_process_of_its_own_trains_the_same_weights_without_a_warning(folder, tmp_path):
+    done = run_process("train.py", *SHORT, "hydra.run.dir=run", cwd=tmp_path)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert same_weights(folder, tmp_path / "run")
+
+
 def test_a_run_keeps_configuration_events_and_two_checkpoints(folder):
     names = {re.sub(r"events\..*", "events", path) for path in tree(folder)}
 
-    assert names - {"deploy/report.json", "deploy/report.md"} >= {
+    assert names >= {
         ".hydra/config.yaml",
         ".hydra/overrides.yaml",
         "checkpoints/best.ckpt",
@@ -114,6 +122,7 @@ def test_the_checkpoint_opens_without_lightning(folder):
     torch.testing.assert_close(logits, restored.probe.logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_resuming_ends_with_the_weights_of_an_undisturbed_run(
     trained, folder, tmp_path
 ):
@@ -126,7 +135,7 @@ def test_ctrl_c_saves_and_resuming_ends_with_the_weights_of_an_undisturbed_run(
     )
     wait_for(tmp_path / "run" / "checkpoints" / "last.ckpt", process)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=SECONDS)
     command = said.splitlines()[-1].partition(f"resume with: python {ROOT / 'train.py'} ")[2]
 
     resumed = run("train.py", command, cwd=tmp_path)
@@ -138,6 +147,7 @@ def test_ctrl_c_saves_and_resuming_ends_with_the_weights_of_an_undisturbed_run(
     assert same_weights(folder, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_resumes_with_the_same_command(trained, folder, tmp_path):
     command = [*SHORT, "hydra.run.dir=job", "resume=auto"]
     process = subprocess.Popen(
@@ -156,6 +166,7 @@ def test_a_run_that_was_killed_resumes_with_the_same_command(trained, folder, tm
     assert same_weights(folder, tmp_path / "job")
 
 
+@pytest.mark.slow
 def test_two_devices_stopped_and_resumed_train_as_one_that_accumulates(tmp_path):
     settings = [
         "model=repvgg_tiny",
@@ -175,7 +186,7 @@ def test_two_devices_stopped_and_resumed_train_as_one_that_accumulates(tmp_path)
     )
     wait_for(tmp_path / "two" / "checkpoints" / "last.ckpt", process)
     process.terminate()
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=SECONDS)
 
     # The launcher of a cluster resumes what the command started.
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
@@ -184,7 +195,7 @@ def test_two_devices_stopped_and_resumed_train_as_one_that_accumulates(tmp_path)
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=SECONDS,
     )
     alone = run("train.py", *settings, *accumulating, cwd=tmp_path)
 
@@ -216,6 +227,7 @@ def test_a_loss_that_is_not_finite_ends_in_one_line(tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_is_trained_on_and_deployed(tmp_path):
     make(tmp_path / "my images" / "train", count=24)
     make(tmp_path / "my images" / "test", count=4)
@@ -269,7 +281,7 @@ def test_a_damaged_image_ends_in_one_line_and_not_in_a_trace_of_a_worker(tmp_pat
 
 
 def wait_for(path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + SECONDS
     while not path.exists():
         assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < deadline
@@ -284,6 +296,7 @@ def same_weights(*folders) -> bool:
     return all(torch.equal(expected[key], given[key]) for key in expected)
 
 
+@pytest.mark.slow
 def test_a_sweep_makes_one_run_folder_a_job_and_names_the_job_that_failed(tmp_path):
     done = run(
         "train.py", "-m", "model=repvgg_tiny", "trainer.max_epochs=1", "rdrop=-1,0.5", cwd=tmp_path
@@ -306,18 +319,18 @@ def test_another_run_is_not_started_in_a_folder_that_has_one(trained, folder, ho
     assert tree(folder) == before
 
 
-@pytest.mark.parametrize("typed", ["rdrop=0.3", "model=repvgg_a0", "seed=4", "data=cifar10"])
-def test_a_resumed_run_keeps_what_it_was_started_with(typed, trained, folder, home):
+def test_a_resumed_run_keeps_what_it_was_started_with(trained, folder, home):
     before = tree(folder)
 
-    done = run("train.py", f"resume={folder / 'checkpoints' / 'last.ckpt'}", typed, cwd=home)
+    done = run("train.py", f"resume={folder / 'checkpoints' / 'last.ckpt'}", "seed=4", cwd=home)
 
     assert done.returncode == 1
-    assert f"{typed}: the run was started with {typed.partition('=')[0]}=" in done.stderr
+    assert "seed=4: the run was started with seed=" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert tree(folder) == before
 
 
+@pytest.mark.slow
 def test_callbacks_and_loggers_are_the_users_own(tmp_path):
     done = run(
         "train.py",
@@ -347,6 +360,7 @@ def test_a_sweep_over_several_devices_is_rejected_before_it_trains(tmp_path):
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_a_run_of_the_users_own_configs_is_resumed_without_them(tmp_path):
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "mine.yaml").write_text(
@@ -367,6 +381,7 @@ def test_a_run_of_the_users_own_configs_is_resumed_without_them(tmp_path):
     assert "learning rate 0.03\n" in resumed.stdout
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_another_rate_and_as_many_images_in_a_step_on_two_devices(
     trained, folder, tmp_path
 ):
@@ -375,7 +390,8 @@ def test_a_resumed_run_takes_another_rate_and_as_many_images_in_a_step_on_two_de
 
     refused = run("train.py", *typed, "trainer.devices=2", cwd=tmp_path)
     devices = ["trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=64"]
-    resumed = run("train.py", *typed, *devices, "trainer.log_every_n_steps=1", cwd=tmp_path)
+    steps = "trainer.log_every_n_steps=1"
+    resumed = run_process("train.py", *typed, *devices, steps, cwd=tmp_path)
 
     assert "a step had 128 images and an epoch 10 steps" in refused.stderr
     assert resumed.returncode == 0, resumed.stderr

@@ -1,31 +1,8 @@
 """Mistakes at the command line: one line, a status that is not 0, nothing written."""
 
-import runpy
-import signal
-import sys
-
 import pytest
 
-from repvgg import cli
-from tests.support.commands import ROOT, run
-
-
-@pytest.fixture
-def fail(monkeypatch, tmp_path, capfd):
-    """Runs a program in this process, in an empty folder: its status and its lines on stderr."""
-    handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(cli.FULL_ERROR, "0")
-
-    def run_here(program: str, *arguments: str) -> tuple[object, list[str]]:
-        words = [program] if program.endswith(".py") else ["repvgg/__main__.py", program]
-        monkeypatch.setattr(sys, "argv", [*words, *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-        return stopped.value.code, capfd.readouterr().err.splitlines()
-
-    yield run_here
-    signal.signal(signal.SIGTERM, handler)
+from tests.support.commands import ROOT, run, run_process
 
 
 @pytest.mark.parametrize(
@@ -126,21 +103,22 @@ def fail(monkeypatch, tmp_path, capfd):
     ],
 )
 def test_a_mistake_is_told_in_one_line_and_nothing_is_written(
-    program, arguments, message, fail, tmp_path
+    program, arguments, message, tmp_path
 ):
-    status, lines = fail(program, *arguments)
+    done = run(program, *arguments, cwd=tmp_path)
 
-    assert status == 1
-    assert message in lines[0]
-    assert len(lines) == 1
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("program", "arguments"), [("train.py", ["rdrop=-1"]), ("deploy.py", ["ckpt=nowhere.ckpt"])]
+    ("program", "arguments"),
+    [("train.py", ["trainer.max_epoch=3"]), ("deploy.py", ["ckpt=nowhere.ckpt"])],
 )
 def test_a_mistake_ends_the_process_with_its_status(program, arguments, tmp_path):
-    done = run(program, *arguments, cwd=tmp_path)
+    done = run_process(program, *arguments, cwd=tmp_path)
 
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
@@ -149,7 +127,7 @@ def test_a_mistake_ends_the_process_with_its_status(program, arguments, tmp_path
 
 @pytest.mark.parametrize("program", ["train.py", "deploy.py"])
 def test_help_shows_the_keys_and_writes_nothing(program, tmp_path):
-    done = run(program, "--help", cwd=tmp_path)
+    done = run_process(program, "--help", cwd=tmp_path)
 
     assert done.returncode == 0
     assert f"python {ROOT / program} " in done.stdout

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.support.commands import ROOT, run
+from tests.support.commands import ROOT, SECONDS, run, run_process
 
 LONG = ("model=repvgg_tiny", "trainer.max_epochs=1000", "hydra.run.dir=run")
 SHORT = ("model=repvgg_tiny", "trainer.max_epochs=2", "hydra.run.dir=run", "optim.warmup_epochs=0")
@@ -30,42 +31,77 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen:
         text=True,
         start_new_session=True,
     )
-    wait_for(cwd / LAST, process)
+    try:
+        wait_for(cwd / LAST, process)
+    except BaseException:
+        process.kill()
+        raise
     return process
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + SECONDS
     while not path.exists():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_a_signal_to_the_process_group_saves_and_names_the_command(devices, tmp_path):
-    arguments = [*LONG, f"trainer.devices={devices}", "trainer.accelerator=cpu"]
-    process = start(*arguments, cwd=tmp_path)
-    before = (tmp_path / LAST).stat().st_mtime_ns
-    for _ in range(2):  # as `timeout` sends it
-        os.killpg(process.pid, signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
+class Stopped(NamedTuple):
+    """What was seen of a run that ended by SIGTERM, as `timeout` sends it: twice, to the group."""
 
-    assert process.returncode == 128 + signal.SIGTERM, said
-    assert said.splitlines()[-1] == (
+    folder: Path
+    second: subprocess.CompletedProcess[str]
+    still_running: bool
+    status: int
+    stderr: str
+    saved_before: int
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 device", "2 devices"])
+def stopped(request, tmp_path_factory) -> Stopped:
+    """A run that was stopped after another one was started in its folder."""
+    folder = tmp_path_factory.mktemp("stopped")
+    devices = (f"trainer.devices={request.param}", "trainer.accelerator=cpu")
+    process = start(*LONG, *devices, cwd=folder)
+    try:
+        second = run("train.py", *LONG[:-1], f"resume={LAST}", cwd=folder)
+        running = process.poll() is None
+        before = (folder / LAST).stat().st_mtime_ns
+        for _ in range(2):
+            os.killpg(process.pid, signal.SIGTERM)
+        _, stderr = process.communicate(timeout=SECONDS)
+    finally:
+        process.kill()
+    return Stopped(folder, second, running, process.returncode, stderr, before)
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_process_group_saves_and_names_the_command(stopped):
+    assert stopped.status == 128 + signal.SIGTERM, stopped.stderr
+    assert stopped.stderr.splitlines()[-1] == (
         f"train.py: stopped by SIGTERM; saved {LAST}; "
         f"resume with: python {ROOT / 'train.py'} resume={LAST}"
     )
-    assert (tmp_path / LAST).stat().st_mtime_ns >= before
+    assert (stopped.folder / LAST).stat().st_mtime_ns >= stopped.saved_before
 
 
+@pytest.mark.slow
+def test_a_second_run_is_kept_out_of_the_folder_of_a_running_one(stopped):
+    assert stopped.second.returncode == 1
+    assert "run is in use by another run: wait until that ends" in stopped.second.stderr
+    assert len(stopped.second.stderr.splitlines()) == 1
+    assert stopped.still_running
+
+
+@pytest.mark.slow
 def test_a_run_whose_terminal_is_closed_saves(tmp_path):
     process, terminal = pty.fork()
     if process == 0:
         os.chdir(tmp_path)
         os.execv(sys.executable, [sys.executable, str(ROOT / "train.py"), *LONG])
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + SECONDS
         while not (tmp_path / LAST).exists():
             if select.select([terminal], [], [], 0.01)[0]:
                 os.read(terminal, 1 << 16)  # fails when the process has ended
@@ -77,21 +113,6 @@ def test_a_run_whose_terminal_is_closed_saves(tmp_path):
 
     assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
     assert (tmp_path / LAST).stat().st_mtime_ns >= before
-
-
-def test_a_second_run_is_kept_out_of_the_folder_of_a_running_one(tmp_path):
-    process = start(*LONG, cwd=tmp_path)
-    try:
-        second = run("train.py", *LONG[:-1], f"resume={LAST}", cwd=tmp_path)
-        running = process.poll() is None
-    finally:
-        process.kill()
-        process.communicate()
-
-    assert second.returncode == 1
-    assert "run is in use by another run: wait until that ends" in second.stderr
-    assert len(second.stderr.splitlines()) == 1
-    assert running
 
 
 @pytest.mark.parametrize(
@@ -136,6 +157,7 @@ def test_a_run_without_validation_tests_the_last_checkpoint(tmp_path):
     assert "test accuracy 0." in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_without_a_test_keeps_its_checkpoints(tmp_path):
     done = run("train.py", *SHORT, "+trainer.limit_test_batches=0", cwd=tmp_path)
 
@@ -144,6 +166,7 @@ def test_a_run_without_a_test_keeps_its_checkpoints(tmp_path):
     assert "checkpoint    run/checkpoints/best.ckpt" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_profiler_prints_its_report(tmp_path):
     done = run("train.py", *SHORT, "+trainer.profiler=simple", cwd=tmp_path)
 
@@ -171,15 +194,11 @@ def test_the_learning_rate_ends_at_zero_after_the_steps_that_run(switch, steps, 
     assert len(events.Scalars("train/learning_rate")) == steps
 
 
+@pytest.mark.slow
 def test_spawned_processes_train(tmp_path):
     spawned = ("trainer.strategy=ddp_spawn", "trainer.devices=2", "trainer.accelerator=cpu")
-    done = subprocess.run(
-        [sys.executable, ROOT / "train.py", *SHORT, "ema=0.9", *spawned],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+
+    done = run_process("train.py", *SHORT, "ema=0.9", *spawned, cwd=tmp_path)
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test accuracy 0.") == 1

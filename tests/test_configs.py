@@ -21,12 +21,14 @@ def test_every_variant_has_its_file_and_every_file_its_variant():
     assert sorted(repvgg.list_models()) == MODELS
 
 
-@pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("model", MODELS)
-def test_every_model_composes_with_every_data_set(model, data):
-    config = compose("train", f"model={model}", f"data={data}")
+def test_every_model_composes(model):
+    assert compose("train", f"model={model}")["model"]["name"] == model
 
-    assert config["model"]["name"] == model
+
+@pytest.mark.parametrize("data", DATA)
+def test_every_data_set_composes(data):
+    assert compose("train", f"data={data}")["model"]["name"] == "repvgg_a0"
 
 
 @pytest.mark.parametrize("model", MODELS)

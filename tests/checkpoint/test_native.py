@@ -79,6 +79,7 @@ def test_describing_keeps_mode_statistics_and_random_state():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_loading_needs_neither_lightning_nor_hydra(tmp_path):
     torch.save(content(), tmp_path / "best.ckpt")
     program = (

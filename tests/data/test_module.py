@@ -121,6 +121,7 @@ print(f"counted {images}\\n", end="", flush=True)  # in one piece: both processe
 """
 
 
+@pytest.mark.slow
 def test_more_devices_than_validation_images_neither_hang_nor_count_twice(tmp_path):
     (tmp_path / "devices.py").write_text(DEVICES)
 

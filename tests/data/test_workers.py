@@ -123,7 +123,15 @@ def pids(source) -> list[int]:
     return [process.pid for process, _ in source._workers._processes]
 
 
-@pytest.mark.parametrize("start_method", ["fork", "forkserver", "spawn"], indirect=True)
+@pytest.mark.parametrize(
+    "start_method",
+    [
+        "fork",
+        pytest.param("forkserver", marks=pytest.mark.slow),
+        pytest.param("spawn", marks=pytest.mark.slow),
+    ],
+    indirect=True,
+)
 def test_workers_live_from_epoch_to_epoch_and_give_its_order(start_method, root):
     def read(data, epoch: int) -> torch.Tensor:
         loader = data.train_dataloader()
@@ -213,6 +221,7 @@ def broken(image):
     return 1 / 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_signals_to_the_process_group_do_not_reach_workers(method, read):
     done = read("interrupted", method)
@@ -221,11 +230,13 @@ def test_signals_to_the_process_group_do_not_reach_workers(method, read):
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_workers_end_with_a_main_process_that_is_killed(method, read):
     assert read("killed", method).returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_that_are_left_open_do_not_keep_a_program_from_ending(method, read):
     done = read("left_open", method)
@@ -233,6 +244,7 @@ def test_workers_that_are_left_open_do_not_keep_a_program_from_ending(method, re
     assert (done.returncode, done.stdout, done.stderr) == (0, "left open\n", "")
 
 
+@pytest.mark.slow
 def test_full_shared_memory_is_reported_in_one_line(read):
     small = 'mount -t tmpfs -o size=4k none /dev/shm && exec "$@"'
     mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", small, "sh"]

@@ -351,6 +351,7 @@ def test_a_branch_that_a_method_uses_stays():
     assert isinstance(found.block, WithMethods)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["repvgg_a0", "repvgg_b1g4", "repvgg_d2se", "repvggplus_l2pse"])
 def test_our_blocks_are_merged_like_those_of_others(name):
     network = repvgg.create_model(name, depths=(1, 2, 2, 1), widths=(8, 16, 16, 24), num_classes=5)
@@ -382,6 +383,7 @@ def test_a_merged_network_can_be_copied_and_pickled(transfer):
     assert torch.equal(transfer(found)(x), found(x))
 
 
+@pytest.mark.slow
 def test_a_merged_network_is_exported_to_onnx():
     import onnx
 

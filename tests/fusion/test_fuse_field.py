@@ -686,6 +686,7 @@ def test_a_network_is_folded_inside_its_wrapper(wrapper):
     assert relative_error(model(X), found(X)) < 1e-12
 
 
+@pytest.mark.slow
 def test_a_network_is_folded_inside_ddp():
     code = """
         import os, torch, repvgg

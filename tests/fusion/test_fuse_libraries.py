@@ -10,6 +10,8 @@ from repvgg import fuse_conv_bn, verify
 from repvgg.fusion.normalizations import is_normalization
 from tests.support.networks import relative_error, settle
 
+pytestmark = pytest.mark.slow  # seconds a network
+
 
 def count(network: nn.Module) -> int:
     return sum(is_normalization(module) for module in network.modules())

@@ -201,6 +201,7 @@ def test_an_identity_branch_exists_only_where_shapes_stay():
     assert (branches, build("stride 2").branch_identity) == ([True, False], None)
 
 
+@pytest.mark.slow
 def test_training_in_channels_last_does_not_corrupt_memory():
     # torch's own 1x1 convolution of stride 2 does so here, in its weight gradient on CPU.
     program = """

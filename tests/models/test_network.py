@@ -1,133 +1,14 @@
-"""The architecture, tested against logits of the reference implementations.
+"""The whole network: its head, its auxiliary classifiers and its stochastic layers.
 
-tests/support/goldens.npz holds an input and the logits that the authors' code ("official/...") and
-timm 1.0.31 ("timm/...") give in float64 on weights that are a function of the parameter's name in
-that implementation. Here the same weights are made under those names and loaded under ours.
+tests/checkpoint/test_recognize.py compares its logits with those of the reference implementations.
 """
 
-import re
-import zlib
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 
 import repvgg
 from repvgg.contract import DataContract
-from tests.support.networks import relative_error, settle
-
-GOLDENS = np.load(Path(__file__).parents[1] / "support" / "goldens.npz")
-
-
-def weight_by_name(key: str, shape: torch.Size) -> torch.Tensor:
-    """The value that the goldens' recipe gives a parameter of that name and shape."""
-    rng = np.random.default_rng(zlib.crc32(key.encode()))
-    if len(shape) == 4:
-        value = rng.standard_normal(shape, dtype=np.float32) * np.sqrt(1 / np.prod(shape[1:]))
-    elif len(shape) == 2:
-        value = rng.standard_normal(shape, dtype=np.float32) * 0.05
-    elif key.endswith("running_var"):
-        value = 0.5 + rng.random(shape, dtype=np.float32)
-    elif key.endswith("running_mean"):
-        value = rng.standard_normal(shape, dtype=np.float32) * 0.1
-    elif key.endswith("weight"):
-        value = 0.3 + 0.4 * rng.random(shape, dtype=np.float32)
-    else:
-        value = rng.standard_normal(shape, dtype=np.float32) * 0.1
-    return torch.from_numpy(np.asarray(value, dtype=np.float32))
-
-
-def rename(key: str, rules: list[tuple[str, str]]) -> str:
-    for pattern, replacement in rules:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
-def stage(shift: int, text: str):
-    return lambda match: text.format(int(match[1]) + shift)
-
-
-OFFICIAL = [
-    (r"^stem\.", "stage0."),
-    (r"^stages\.(\d)\.", stage(1, "stage{}.")),
-    ("branch_3x3", "rbr_dense"),
-    ("branch_1x1", "rbr_1x1"),
-    ("branch_identity", "rbr_identity"),
-    (r"se_before_relu\.squeeze", "se.down"),
-    (r"se_before_relu\.excite", "se.up"),
-]
-PLUS = [
-    *OFFICIAL,
-    (r"^stage([124])\.", r"stage\1.blocks."),
-    (r"^stage3\.(\d+)\.", lambda m: f"stage3_{halves(int(m[1]))}."),
-    (r"se_after_relu\.squeeze", "post_se.down"),
-    (r"se_after_relu\.excite", "post_se.up"),
-    (r"^auxiliary\.stage3_half\.", "stage3_first_aux."),
-    (r"^auxiliary\.(stage\d)\.", r"\1_aux."),
-    (r"_aux\.(conv|bn)\.", r"_aux.0.\1."),
-    (r"_aux\.linear\.", "_aux.3."),
-]
-TIMM = [
-    ("branch_3x3", "conv_kxk"),
-    ("branch_1x1", "conv_1x1"),
-    ("branch_identity", "identity"),
-    (r"se_before_relu\.squeeze", "attn.fc1"),
-    (r"se_before_relu\.excite", "attn.fc2"),
-    (r"^linear\.", "head.fc."),
-]
-CASES = {
-    "official/RepVGG-A0": ("repvgg_a0", OFFICIAL),
-    "official/RepVGG-A2": ("repvgg_a2", OFFICIAL),
-    "official/RepVGG-B1g2": ("repvgg_b1g2", OFFICIAL),
-    "official/RepVGG-B1g4": ("repvgg_b1g4", OFFICIAL),
-    "official/RepVGG-D2se": ("repvgg_d2se", OFFICIAL),
-    "official/RepVGGplus-L2pse/main": ("repvggplus_l2pse", PLUS),
-    "timm/repvgg_a0": ("repvgg_a0", TIMM),
-    "timm/repvgg_b1g4": ("repvgg_b1g4", TIMM),
-    "timm/repvgg_d2se": ("repvgg_d2se", TIMM),
-}
-
-
-def halves(block: int) -> str:
-    return f"first.blocks.{block}" if block < 12 else f"second.blocks.{block - 12}"
-
-
-def golden(name: str, rules: list[tuple[str, str]]) -> repvgg.RepVGG:
-    with torch.device("meta"):
-        model = repvgg.create_model(name)
-    weights = {
-        key: torch.tensor(0)
-        if key.endswith("num_batches_tracked")
-        else weight_by_name(rename(key, rules), value.shape)
-        for key, value in model.state_dict().items()
-    }
-    model.load_state_dict(weights, assign=True)
-    return model.eval()
-
-
-@pytest.mark.parametrize("case", CASES)
-@torch.no_grad()
-def test_logits_are_those_of_the_reference_implementation_in_both_forms(case):
-    model = golden(*CASES[case])
-    images, expected = torch.from_numpy(GOLDENS["input"]), torch.from_numpy(GOLDENS[case])
-
-    trained = model(images)
-    deployed = repvgg.switch_to_deploy(model)(images)
-
-    assert relative_error(expected, trained) < 1e-5
-    assert relative_error(expected, deployed) < 1e-5
-
-
-@torch.no_grad()
-def test_auxiliary_logits_are_those_of_the_reference_implementation():
-    model = golden("repvggplus_l2pse", PLUS)
-    images = torch.from_numpy(GOLDENS["input"])
-    expected = torch.from_numpy(GOLDENS["official/RepVGGplus-L2pse/stage1_aux"])
-
-    _, auxiliary = model.forward_auxiliary(images)
-
-    assert relative_error(expected, auxiliary[0]) < 1e-5
+from tests.support.networks import settle
 
 
 def small(name: str = "repvgg_a0", **overrides) -> repvgg.RepVGG:

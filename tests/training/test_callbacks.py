@@ -45,6 +45,7 @@ MODEL = {
     "in_channels": 1,
     "strides": [1, 1, 2, 2, 1],
     "depths": [1, 1, 1, 1],
+    "widths": [8, 8, 8, 8],
     "dropout": 0.2,
 }
 OUTPUT = {"capture_output": True, "text": True, "check": True}
@@ -112,13 +113,11 @@ def uninterrupted(tmp_path_factory) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("step", "signum"),
     [
-        *((step, signum) for step in (0, 4, 7) for signum in (signal.SIGINT, signal.SIGTERM)),
-        (3, signal.SIGHUP),
-        (9, signal.SIGHUP),
-        (3, signal.SIGUSR1),
-        (9, signal.SIGUSR1),
+        pytest.param(0, signal.SIGINT, id="first step"),
+        pytest.param(4, signal.SIGTERM, id="last step of an epoch"),
+        pytest.param(7, signal.SIGHUP, id="within an epoch"),
+        pytest.param(9, signal.SIGUSR1, id="last step of a later epoch"),
     ],
-    ids=str,
 )
 def test_a_run_stopped_by_a_signal_and_resumed_ends_with_the_same_weights(
     step, signum, tmp_path, uninterrupted
@@ -150,6 +149,7 @@ def test_a_signal_in_the_last_epoch_leaves_a_finished_run(tmp_path, uninterrupte
     assert all(torch.equal(a, b) for a, b in zip(saved, uninterrupted, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* not empty:UserWarning")
 @pytest.mark.parametrize(
     ("batch_size", "accumulate", "step"),
@@ -362,6 +362,7 @@ def test_the_best_is_the_most_accurate_and_of_those_the_lowest_loss(history, kep
     assert saved["state_dict"]["epoch"].item() == kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 2], ids=lambda every: f"validated every {every}")
 def test_every_checkpoint_holds_statistics_with_stochastic_layers_off(every, tmp_path):
     module, data = classifier(branch_drop=0.3), digits(batch_size=256)
@@ -386,6 +387,7 @@ def test_every_checkpoint_holds_statistics_with_stochastic_layers_off(every, tmp
     assert all(map(all, found))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* not empty:UserWarning")
 def test_a_run_with_reestimated_statistics_resumes_to_the_same_weights(tmp_path):
     def data() -> ImageData:
@@ -407,6 +409,7 @@ def test_a_run_with_reestimated_statistics_resumes_to_the_same_weights(tmp_path)
     assert all(map(torch.equal, weights(resumed), weights(whole)))
 
 
+@pytest.mark.slow
 def test_training_is_the_same_with_and_without_the_reestimate(tmp_path):
     def parameters(*callbacks: L.Callback) -> list[torch.Tensor]:
         module = classifier(drop_path=0.3)
@@ -479,6 +482,7 @@ def test_the_average_is_the_formulas_and_is_what_is_saved_validated_and_tested(t
     assert torch.equal(seen["test"], saved["net.linear.weight"])
 
 
+@pytest.mark.slow
 def test_training_is_the_same_with_and_without_the_average(tmp_path):
     without, with_it = Remember(), Remember()
 
@@ -488,9 +492,13 @@ def test_training_is_the_same_with_and_without_the_average(tmp_path):
     assert all(map(torch.equal, without.steps[-1], with_it.steps[-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* not empty:UserWarning")
-@pytest.mark.parametrize("noise", [{}, {"branch_drop": 0.3}], ids=["plain", "re-estimated"])
-@pytest.mark.parametrize("step", [7, 9])
+@pytest.mark.parametrize(
+    ("step", "noise"),
+    [(9, {}), (7, {"branch_drop": 0.3})],
+    ids=["last step of an epoch", "within an epoch, re-estimated"],
+)
 def test_a_run_with_an_average_resumes_to_the_same_average(step, noise, tmp_path):
     def callbacks() -> list[L.Callback]:
         return [*([ReestimateBN()] if noise else []), EMA(0.9)]
@@ -573,8 +581,11 @@ def test_a_remote_path_is_written_as_lightning_writes_it(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("options", [{"limit_val_batches": 0}, {"check_val_every_n_epoch": 9}])
-@pytest.mark.parametrize("average", [False, True], ids=["", "EMA"])
+@pytest.mark.parametrize(
+    ("options", "average"),
+    [({"limit_val_batches": 0}, False), ({"check_val_every_n_epoch": 9}, True)],
+    ids=["never validated", "not yet, EMA"],
+)
 def test_without_validation_the_best_checkpoint_is_the_last(options, average, tmp_path, capsys):
     averages = [EMA(0.9)] if average else []
 

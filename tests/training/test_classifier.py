@@ -245,6 +245,7 @@ def train_on_one_rank(rank: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_the_number_of_ranks(tmp_path):
     torch.multiprocessing.spawn(train_on_one_rank, (tmp_path,), nprocs=2)
 

@@ -37,6 +37,7 @@ def holder(folder: Path, program: str = HOLD) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.slow
 def test_a_folder_is_held_by_one_process(tmp_path):
     with holder(tmp_path / "run") as process:
         with pytest.raises(ValueError, match="run is in use by another run"):
@@ -47,6 +48,7 @@ def test_a_folder_is_held_by_one_process(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_a_folder_is_held_once_within_a_process(tmp_path):
     with lock.hold(tmp_path):
         with pytest.raises(ValueError, match="is in use by another run"):
@@ -58,6 +60,7 @@ def test_a_folder_is_held_once_within_a_process(tmp_path):
     assert "is in use by another run" in process.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs fork")
 def test_the_lock_ends_with_the_process_and_not_with_its_workers(tmp_path):
     with holder(tmp_path, FORK) as process:

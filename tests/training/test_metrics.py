@@ -69,6 +69,7 @@ def on_two(tmp_path_factory) -> list[dict[int, dict[str, float]]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", SIZES)
 def test_two_devices_measure_what_one_device_measures(count, on_two):
     alone = evaluate(count)

@@ -36,7 +36,8 @@ def run(program: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
     """Run train.py, deploy.py or a script, or a command of `python -m repvgg`, in this process.
 
     That saves the 7 seconds of its imports. Whatever it does to the process is undone. Signals,
-    several devices and the end of the interpreter need `run_process`.
+    several devices, the end of the interpreter and Lightning's log, which Hydra turns off where it
+    was imported first, need `run_process`.
     """
     path, *words = _words(program)
     command = [path, *words, *arguments]
@@ -114,7 +115,7 @@ def _undone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _captured() -> Iterator[tuple[list[str], list[str]]]:
-    """The standard streams, those of libraries in C and of Lightning's log among them."""
+    """The standard streams, those of libraries in C among them."""
     texts: tuple[list[str], list[str]] = [], []
     sys.stdout.flush()
     sys.stderr.flush()
@@ -127,12 +128,6 @@ def _captured() -> Iterator[tuple[list[str], list[str]]]:
             os.dup2(file.fileno(), number)
             files.append(file)
         out, err = files
-        for name in ("lightning.pytorch", "lightning.fabric"):
-            # They log to stderr, except where a root handler, as pytest's, was there before them.
-            logger = logging.getLogger(name)
-            stack.callback(setattr, logger, "handlers", logger.handlers)
-            stack.callback(setattr, logger, "propagate", logger.propagate)
-            logger.handlers, logger.propagate = [logging.StreamHandler(err)], False
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         try:

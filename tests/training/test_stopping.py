@@ -168,7 +168,7 @@ def test_a_run_without_a_test_keeps_its_checkpoints(tmp_path):
 
 @pytest.mark.slow
 def test_the_profiler_prints_its_report(tmp_path):
-    done = run("train.py", *SHORT, "+trainer.profiler=simple", cwd=tmp_path)
+    done = run_process("train.py", *SHORT, "+trainer.profiler=simple", cwd=tmp_path)
 
     assert done.returncode == 0, done.stderr
     assert "FIT Profiler Report" in done.stdout + done.stderr

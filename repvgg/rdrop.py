@@ -155,11 +155,11 @@ def predict_twice(
     return Predictions(first, second, auxiliary)
 
 
-class _RandomOperations(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
+class _RandomOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations that draw from torch's generators."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]  # torch has no types here
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
         self.count = 0
 
     def __torch_dispatch__(

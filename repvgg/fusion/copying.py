@@ -297,7 +297,7 @@ def _computed(hook: WeightHook, module: nn.Module) -> Tensor:
     weight: Tensor
     if isinstance(hook, BasePruningMethod):
         # torch does not annotate it.
-        weight = hook.apply_mask(module)  # type: ignore[no-untyped-call, unused-ignore]
+        weight = hook.apply_mask(module)  # type: ignore[no-untyped-call]
     elif isinstance(hook, WeightNorm):
         weight = hook.compute_weight(module)
     else:

@@ -257,11 +257,11 @@ class _Call:
 
 
 # Strict mypy rejects TorchDispatchMode, which torch does not annotate.
-class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
+class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records which tensors a forward computes with; proxies compute nothing."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        super().__init__()  # type: ignore[no-untyped-call]
         self.storages: set[int] = set()
 
     def __torch_dispatch__(

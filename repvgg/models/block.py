@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.jit import (  # type: ignore[attr-defined, unused-ignore]  # not in __all__
+from torch.jit import (  # type: ignore[attr-defined]  # not in __all__
     is_scripting,
     is_tracing,
 )
@@ -409,7 +409,7 @@ def compile_blocks(network: nn.Module, *, backend: str | Callable[..., object] =
 
 def is_traced(x: Tensor) -> bool:
     """Whether torch.fx or torch.jit.trace records the operations on a tensor."""
-    tracing: bool = is_tracing()  # type: ignore[no-untyped-call, unused-ignore]
+    tracing: bool = is_tracing()  # type: ignore[no-untyped-call]
     return isinstance(x, fx.Proxy) or tracing
 
 

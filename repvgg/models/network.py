@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, fx, nn
-from torch.jit import is_scripting  # type: ignore[attr-defined, unused-ignore]  # not in __all__
+from torch.jit import is_scripting  # type: ignore[attr-defined]  # not in __all__
 
 from repvgg.checks import (
     check_boolean,

@@ -40,8 +40,9 @@ STARTS = ("random weights", "multi-branch checkpoint", "folded file")
 
 
 def main(settings: dict[str, Any]) -> None:
-    for key in ("seeds", "steps", "finetuning_steps", "workers"):
+    for key in ("seeds", "steps", "finetuning_steps"):
         check_integer(key, settings[key], minimum=1, example=DEFAULTS[key])
+    check_integer("workers", settings["workers"], minimum=0, example=2)
     for key in ("labels", "lr", "finetuning_lr"):
         check_number(key, settings[key], example=DEFAULTS[key])
     with tempfile.TemporaryDirectory() as folder:

@@ -87,7 +87,7 @@ def main(settings: dict[str, Any]) -> None:
     for name in settings["only"]:
         if name not in known:
             raise wrong_value("only", name, "there is no such network in the study", "[resnet18]")
-    check_integer("workers", settings["workers"], minimum=1, example=1)
+    check_integer("workers", settings["workers"], minimum=0, example=1)
     out = Path(settings["out"])
     out.mkdir(parents=True, exist_ok=True)
     path = out / "networks.csv"

@@ -62,8 +62,9 @@ class Job(NamedTuple):
 
 
 def check(settings: dict[str, Any]) -> None:
-    for key in ("seeds", "epochs", "batch_size", "images", "workers"):
+    for key in ("seeds", "epochs", "batch_size", "images"):
         check_integer(key, settings[key], minimum=1, example=DEFAULTS[key])
+    check_integer("workers", settings["workers"], minimum=0, example=2)
     check_number("lr", settings["lr"], example=0.02)
     check_number("width", settings["width"], minimum=0.05, example=1.0)
     unknown = [name for name in settings["models"] if name not in list_models()]

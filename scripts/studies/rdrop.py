@@ -128,8 +128,9 @@ def main(settings: dict[str, Any]) -> None:
 
 def check(settings: dict[str, Any]) -> None:
     check_integer("seeds", settings["seeds"], minimum=2, example=5)
-    for name in ("epochs", "min_steps", "batch_size", "workers"):
+    for name in ("epochs", "min_steps", "batch_size"):
         check_integer(name, settings[name], minimum=1, example=DEFAULTS[name])
+    check_integer("workers", settings["workers"], minimum=0, example=2)
     check_number("label_smoothing", settings["label_smoothing"], below=1, example=0.1)
     for name in ("alphas", "dropouts", "labels", "budgets"):
         if not settings[name]:

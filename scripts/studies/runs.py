@@ -22,7 +22,15 @@ def run(
     """Call a job in single-threaded processes; append each row to a CSV file when it is ready.
 
     Finished rows stay when the study is stopped. The caller skips those that `read` returns.
+
+    Args:
+        workers: number of processes; 0 calls the job in this process.
     """
+    if workers == 0:
+        silence_lightning()
+        for call in calls:
+            append(path, job(*call))
+        return
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(
         workers, mp_context=context, initializer=start_worker

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -17,27 +18,34 @@ from tests.support.networks import settle
 from tests.support.reports import CONTRACT, report
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A deployed folder of two formats."""
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory):
+    """A deployed folder of two formats, which no test changes."""
+    path = tmp_path_factory.mktemp("deployed")
     torch.manual_seed(0)
     config = {"name": "repvgg_tiny", "num_classes": 3}
     model = settle(repvgg.create_model(**config))
     description = Description(config, CONTRACT)
-    deployed = repvgg.switch_to_deploy(model)
+    folded = repvgg.switch_to_deploy(model)
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     reference = build_program(model, description).double()
     with torch.no_grad():
         scores = reference(to_float(images).double())
     for name in ("safetensors", "onnx"):
-        FORMATS[name].save(deployed, tmp_path / FORMATS[name].filename, description)
+        FORMATS[name].save(folded, path / FORMATS[name].filename, description)
     files = {
         FORMATS[name].filename: DeployedFile(1, "0" * 64, {}, "float32")
         for name in ("safetensors", "onnx")
     }
     recorded = Recorded(images, scores.argmax(1), scores, torch.empty(0))
-    certificate.write(tmp_path, report(files=files), recorded)
-    return tmp_path
+    certificate.write(path, report(files=files), recorded)
+    return path
+
+
+@pytest.fixture
+def folder(deployed, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(deployed, tmp_path / "deployed")
 
 
 def seal(folder, change=lambda report: None) -> None:

@@ -1,9 +1,12 @@
 """Networks of torchvision and timm; scripts/studies/fusion.py has all of them."""
 
+import dataclasses
+
 import pytest
 import timm
 import torch
 import torchvision
+from timm.models import byobnet
 from torch import nn
 
 from repvgg import fuse_conv_bn, verify
@@ -21,7 +24,6 @@ def count(network: nn.Module) -> int:
 TORCHVISION = {
     "densenet121": 62,  # after a concatenation
     "googlenet": 0,
-    "maxvit_t": 0,
     "mobilenet_v3_small": 0,
     "shufflenet_v2_x0_5": 0,
 }
@@ -32,7 +34,6 @@ TIMM = {
     "ghostnet_100": 0,
     "hrnet_w18_small": 0,
     "mobilenetv2_100": 0,
-    "mobileone_s0": 0,
     "regnety_002": 0,
     "repvgg_a0": 0,
     "resnest14d": 0,
@@ -59,11 +60,17 @@ def check(network: nn.Module, left: int, *inputs: torch.Tensor) -> None:
 def test_classifiers_of_torchvision(name):
     torch.manual_seed(0)
     options = {"init_weights": False} if name == "googlenet" else {}
-    size = 224 if name == "maxvit_t" else 64
 
     network = torchvision.models.get_model(name, **options)
 
-    check(network, TORCHVISION[name], torch.randn(1, 3, size, size))
+    check(network, TORCHVISION[name], torch.randn(1, 3, 64, 64))
+
+
+def test_attention_over_partitions_beside_convolutions():
+    torch.manual_seed(0)
+    network = torchvision.models.MaxVit((64, 64), 16, 4, [16, 32], [1, 2], 8, 0.1, num_classes=5)
+
+    check(network, 0, torch.randn(1, 3, 64, 64))
 
 
 @pytest.mark.parametrize("name", TIMM)
@@ -71,6 +78,15 @@ def test_networks_of_timm(name):
     torch.manual_seed(0)
 
     check(timm.create_model(name), TIMM[name], torch.randn(1, 3, 64, 64))
+
+
+def test_over_parameterized_branches_of_timm():
+    torch.manual_seed(0)
+    one = byobnet.ByoBlockCfg("one", 2, 16, 2, 0, block_kwargs={"num_conv_branches": 4})
+    single = dataclasses.replace(one, c=24, block_kwargs={"num_conv_branches": 1})
+    config = byobnet.ByoModelCfg((one, single), stem_type="one", stem_chs=16, num_features=0)
+
+    check(byobnet.ByobNet(config, num_classes=5), 0, torch.randn(1, 3, 64, 64))
 
 
 @pytest.mark.parametrize("name", ["deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"])

@@ -363,8 +363,8 @@ def test_the_rate_warms_up_linearly_then_falls_as_a_cosine_to_zero():
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        ({"branch_drop": 1}, {}, "model.branch_drop=1"),
-        ({"drop_path": -0.1}, {}, "model.drop_path=-0.1"),
+        ({"branch_drop": 1}, {}, "branch_drop=1"),
+        ({"drop_path": -0.1}, {}, "drop_path=-0.1"),
         ({}, {"rdrop": -1}, "rdrop=-1: must be a number of at least 0"),
         ({}, {"rdrop": "maybe"}, "rdrop='maybe'"),
         ({}, {"rdrop": float("nan")}, "rdrop=nan"),
@@ -372,7 +372,7 @@ def test_the_rate_warms_up_linearly_then_falls_as_a_cosine_to_zero():
         ({}, {"lr": -0.1}, "optim.lr=-0.1"),
         ({}, {"momentum": 1.5}, "optim.momentum=1.5"),
         ({}, {"weight_decay": None}, "optim.weight_decay=None"),
-        ({"num_classes": -2}, {}, "model.num_classes=-2"),
+        ({"num_classes": -2}, {}, "num_classes=-2"),
         ({"num_classes": 1}, {}, "num_classes=1: must be an integer of at least 2"),
     ],
 )

@@ -80,7 +80,7 @@ from tests.support.commands import ROOT, run, run_process
         ("train.py", ["resume=nowhere.ckpt"], "resume=nowhere.ckpt: there is no such file"),
         ("train.py", ["init=nowhere.pth"], "'nowhere.pth' does not exist; pass the path of a"),
         ("import", [], "path is missing: pass path=FILE"),
-        ("import", ["path=."], "'.' is a folder; give the file in it"),
+        ("import", ["path=."], "'.' is a folder; pass a file in it"),
         ("import", ["mean=3"], "mean='3': must be a list"),
         ("inspect", [], "path is missing: pass path=FILE"),
         ("inspect", ["path=x"], "'x' does not exist"),

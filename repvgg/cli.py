@@ -430,6 +430,17 @@ def name_keys(error: BaseException, config: Mapping[str, object]) -> str:
     return text
 
 
+@contextlib.contextmanager
+def suggest_import(path: str | Path) -> Iterator[None]:
+    """Name `repvgg import` where opening a checkpoint needs arguments that only it takes."""
+    try:
+        yield
+    except ArgumentError as error:
+        convert = f"{command('import')} path={shlex.quote(str(path))}"
+        given = " ".join(f"{name}=..." for name in error.names)
+        raise ValueError(f"{error}; {convert} {given} converts the file") from error
+
+
 def known_keys(config: Path) -> list[str]:
     """Every key of a root configuration, dotted, and its groups."""
     import hydra

@@ -10,6 +10,7 @@ from torch import Tensor
 from repvgg.checkpoint.layouts import LAYOUTS, Layout, has_classifier, holds_folded
 from repvgg.checkpoint.standins import StandIn
 from repvgg.checkpoint.tensors import STORE
+from repvgg.checks import ArgumentError
 
 MOST_SHOWN = 4  # keys in a message
 
@@ -124,9 +125,10 @@ def choose(content: object, weights: str | None = None) -> Found:
     if twice:
         raise ValueError(f"there are two networks at '{twice[0]}': store one of them alone")
     if weights is None and len(found) > 1:
-        raise ValueError(
+        raise ArgumentError(
             f"there are {len(found)} networks in it, {', '.join(places)}: choose one, for example "
-            f"weights={places[0]}"
+            f"weights={places[0]}",
+            "weights",
         )
     return found[places.index(weights or places[0])]
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from repvgg.checkpoint import recognize
 from repvgg.checkpoint.layouts import holds_folded
 from repvgg.checkpoint.tensors import METADATA, Content, read
-from repvgg.checks import check_integer
+from repvgg.checks import ArgumentError, check_integer
 from repvgg.contract import (
     METADATA_KEY,
     DataContract,
@@ -199,7 +199,7 @@ def load(path: str | Path, **assumptions: Unpack[Assumptions]) -> Checkpoint:
     try:
         return with_noise(opened, opened.data or imagenet(opened.config))
     except ValueError as error:
-        raise ValueError(f"'{path}': {error}") from error
+        raise _of_file(error, path) from error
 
 
 def open_network(path: str | Path, **assumptions: Unpack[Assumptions]) -> Network:
@@ -245,12 +245,21 @@ def _open(path: Path, assumptions: Assumptions) -> Checkpoint | Network:
         try:
             return _open_foreign(content, **assumptions)
         except ValueError as error:
-            raise ValueError(f"'{path}': {error}") from error
+            raise _of_file(error, path) from error
     if keys := [key for key, value in assumptions.items() if value is not None]:
         raise ValueError(
             f"'{path}' is a checkpoint of ours, which records this: leave out {', '.join(keys)}"
         )
     return _open_ours(content, path)
+
+
+def _of_file(error: ValueError, path: str | Path) -> ValueError:
+    message = f"'{path}': {error}"
+    return (
+        ArgumentError(message, *error.names)
+        if isinstance(error, ArgumentError)
+        else ValueError(message)
+    )
 
 
 def _open_ours(content: Content, path: Path) -> Checkpoint:
@@ -332,9 +341,11 @@ def imagenet(config: ModelConfig) -> DataContract:
     """
     _require_classifier(config)
     if config["in_channels"] != 3:
-        raise ValueError(
+        raise ArgumentError(
             f"it takes images of {config['in_channels']} channels, so it was not trained on "
-            "ImageNet: pass mean and std of its images, for example mean=[0.5] std=[0.5]"
+            "ImageNet: pass mean and std of its images, for example mean=[0.5] std=[0.5]",
+            "mean",
+            "std",
         )
     count = check_integer("num_classes", config["num_classes"], minimum=1, example=1000)
     classes = imagenet_classes() if count == 1000 else [str(number) for number in range(count)]

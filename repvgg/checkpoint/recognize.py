@@ -11,6 +11,7 @@ from torch import Tensor
 
 from repvgg.checkpoint.locate import Found, choose, find, shorten
 from repvgg.checkpoint.shapes import plan, sizes
+from repvgg.checks import ArgumentError
 from repvgg.contract import ModelConfig
 from repvgg.models.network import RepVGG
 from repvgg.models.registry import create_model
@@ -113,10 +114,10 @@ def load(found: Found, config: ModelConfig) -> RepVGG:
     """
     network, misfit = build(found, config)
     if any(misfit):
-        hint = f"; {OTHER_STRIDES}" if misfit.is_about_identities(found) else ""
-        raise ValueError(
-            f"{found} looks like {describe_variant(config)}, but does not fit: {misfit}{hint}"
-        )
+        message = f"{found} looks like {describe_variant(config)}, but does not fit: {misfit}"
+        if misfit.is_about_identities(found):
+            raise ArgumentError(f"{message}; {OTHER_STRIDES}", "strides")
+        raise ValueError(message)
     copies = {}
     for key in network.state_dict():
         dtype = torch.int64 if key.endswith(f".{COUNTER}") else torch.float32

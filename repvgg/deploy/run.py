@@ -50,7 +50,8 @@ def deploy(settings: DeploySettings, folder: Path) -> Report:
     Raises:
         ValueError: the checkpoint or the data is wrong, or a check failed; the message names it.
     """
-    restored = checkpoint.load(settings.ckpt)
+    with cli.suggest_import(settings.ckpt):
+        restored = checkpoint.load(settings.ckpt)
     description = Description(restored.config, restored.data, settings.input, settings.output)
     sets = load_sets(settings, restored)
     images = to_float(restored.probe.images)

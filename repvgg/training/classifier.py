@@ -22,9 +22,9 @@ from repvgg.checks import check_integer, check_number, wrong_value
 from repvgg.losses import cross_entropy, rdrop_loss
 from repvgg.models.block import RepVGGBlock
 from repvgg.rdrop import StochasticLayers, find_stochastic_layers, predict, predict_twice
+from repvgg.training.settings import OPTIMIZERS
 
 AUXILIARY_WEIGHT = 0.1  # of each auxiliary cross-entropy, in the RepVGGplus recipe
-OPTIMIZERS = ("sgd", "adamw")
 NO_DIVERGENCE = 1e-9  # nats; below it two predictions differ by rounding alone
 
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W) and targets, as in `repvgg.losses`
@@ -102,12 +102,12 @@ class Classifier(L.LightningModule):
         super().__init__()
         if optimizer not in OPTIMIZERS:
             allowed = f"must be one of {', '.join(OPTIMIZERS)}"
-            raise wrong_value("optim.name", optimizer, allowed, "sgd")
+            raise wrong_value("optimizer", optimizer, allowed, "sgd")
         self.num_classes = check_integer("num_classes", num_classes, minimum=2, example=10)
-        self.lr = check_number("optim.lr", lr, example=0.1)
+        self.lr = check_number("lr", lr, example=0.1)
         self.optimizer = optimizer
-        self.momentum = check_number("optim.momentum", momentum, below=1, example=0.9)
-        self.weight_decay = check_number("optim.weight_decay", weight_decay, example=1e-4)
+        self.momentum = check_number("momentum", momentum, below=1, example=0.9)
+        self.weight_decay = check_number("weight_decay", weight_decay, example=1e-4)
         self.num_steps = int(num_steps)
         self.num_warmup_steps = int(num_warmup_steps)
         self.rdrop = check_number("rdrop", rdrop, example=1)

@@ -58,7 +58,7 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> Non
     compatibility.check_trainer(settings.trainer)
     parts = setup.build_parts(settings.trainer, folder)
     compatibility.check_network(settings)
-    start = checkpoint.open_network(settings.init) if settings.init and not resume else None
+    start = setup.open_start(settings.init) if settings.init and not resume else None
 
     data = setup.open_images(settings)
     images, labels = data.probe()

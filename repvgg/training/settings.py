@@ -30,6 +30,7 @@ SWITCHES = (
 PARTS = ("callbacks", "logger", "plugins")
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}  # Lightning's short names
 STOCHASTIC_KEYS = ("dropout", "branch_drop", "drop_path")  # of a model
+OPTIMIZERS = ("sgd", "adamw")
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,9 @@ def _check(settings: Settings) -> None:
 
 
 def _check_optim(optim: Optim, *, epochs: int) -> None:
+    if optim.name not in OPTIMIZERS:
+        allowed = f"must be one of {', '.join(OPTIMIZERS)}"
+        raise wrong_value("optim.name", optim.name, allowed, "sgd")
     if optim.base_batch_size is not None:
         check_integer("optim.base_batch_size", optim.base_batch_size, minimum=1, example=256)
     check_integer("trainer.max_epochs", epochs, minimum=1, example=24)

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor, nn
 
-from repvgg import checkpoint
+from repvgg import checkpoint, cli
 from repvgg.checks import did_you_mean
 from repvgg.contract import DataContract, Normalize, to_float
 from repvgg.data.module import ImageData
@@ -158,6 +158,12 @@ def complete_model(
                 f"model.{key}={given}: the data has {needed}; pass model.{key}={needed}"
             )
     return {**epsilon, **model, **held}
+
+
+def open_start(path: str) -> checkpoint.Network:
+    """Open the checkpoint that `init` names."""
+    with cli.suggest_import(path):
+        return checkpoint.open_network(path)
 
 
 def initialize(

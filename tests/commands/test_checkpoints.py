@@ -12,7 +12,7 @@ import repvgg
 from repvgg import __main__, checkpoint, create_model
 from repvgg.contract import DataContract, Description
 from repvgg.export.formats import save_safetensors
-from tests.support import foreign
+from tests.support import commands, foreign
 from tests.support.networks import settle
 
 
@@ -161,3 +161,25 @@ def test_the_doctor_says_which_keys_a_file_needs(run, tmp_path):
     assert (
         "would load: repvgg import path=gray.pth 'strides=[1,1,2,2,2]' 'mean=[0.5]' 'std=[0.5]'"
     ) in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["deploy", "ckpt=two.pth"], "path=two.pth weights=... converts the file"),
+        (["train", "init=two.pth"], "path=two.pth weights=... converts the file"),
+        (["deploy", "ckpt=gray.pth"], "path=gray.pth mean=... std=... converts the file"),
+    ],
+)
+def test_a_file_that_needs_arguments_names_the_command_that_takes_them(arguments, hint, tmp_path):
+    weights = weights_of(foreign.timm)
+    other = {key: 2 * value for key, value in weights.items()}
+    torch.save({"net": weights, "ema": other}, tmp_path / "two.pth")
+    torch.save(weights, tmp_path / "gray.pth")
+
+    done = commands.run(*arguments, cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert f"python -m repvgg import {hint}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gray.pth", "two.pth"]

@@ -110,6 +110,7 @@ def test_a_job_gets_the_composed_configuration_as_plain_types(command):
     assert seen == [{"alpha": 3, "out": "a b", "size": {"width": 5}}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "error", "line"),
     [
@@ -169,6 +170,7 @@ def test_ctrl_c_ends_with_its_own_status(command):
     assert stopped.value.code == 130
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_a_failed_job_and_says_which_failed(command, capsys):
     done = []
 
@@ -360,6 +362,7 @@ def test_the_help_lists_every_command(monkeypatch, capsys):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [["--version"], ["--help"], *([name, "--help"] for name in cli.COMMANDS)]
 )

@@ -21,6 +21,7 @@ def test_every_variant_has_its_file_and_every_file_its_variant():
     assert sorted(repvgg.list_models()) == MODELS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_composes(model):
     assert compose("train", f"model={model}")["model"]["name"] == model
@@ -31,6 +32,7 @@ def test_every_data_set_composes(data):
     assert compose("train", f"data={data}")["model"]["name"] == "repvgg_a0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_a_model_file_is_its_size_and_its_name(model):
     first, second = (CONFIGS / "model" / f"{model}.yaml").read_text().splitlines()
@@ -53,6 +55,7 @@ def test_a_network_of_torchvision_composes_with_every_data_set(data):
     assert {config[key] for key in ("strides", "dropout", "branch_drop", "drop_path")} == {None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_an_experiment_opens_with_its_command_and_composes(experiment):
     first, command, *_ = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text().splitlines()
@@ -85,6 +88,7 @@ def test_an_experiment_takes_the_default_recipe_of_its_data():
     assert config["trainer"]["max_epochs"] == 120
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("data", ["cifar10", "cifar100", "imagefolder"])
 def test_a_preset_of_transforms_augments(preset, data):

@@ -101,6 +101,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_stochastic_layers_are_found(name):
     build, expected = NETWORKS[name]
@@ -149,6 +150,7 @@ def record(network: nn.Module) -> list[Recorded]:
     return recorders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dropout in the head", "mobilenet_v2", "vgg11_bn"])
 def test_loss_and_gradients_are_those_of_two_explicit_passes_with_the_same_masks(name):
     torch.manual_seed(0)

@@ -37,6 +37,7 @@ def test_ci_runs_the_second_command_as_it_stands():
     assert found.stdout.strip() == SHELL[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [SHELL[0].split(" && ")[-1], *OURS])
 def test_every_command_composes(line):
     program, *arguments = shlex.split(line.replace("<time>", "time"))[1:]
@@ -56,6 +57,7 @@ def test_every_key_of_a_command_exists(line):
     assert {argument.partition("=")[0] for argument in arguments} <= set(known)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [text for language, text in BLOCKS if language == "python"])
 def test_every_python_example_runs(text):
     exec(compile(text, "README.md", "exec"), {})

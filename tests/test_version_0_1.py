@@ -23,6 +23,7 @@ def test_a_checkpoint_gives_the_logits_it_recorded(name):
     assert relative_error(held.probe.logits, held.predictor(to_float(held.probe.images))) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_within_an_epoch_is_resumed(tmp_path):
     shutil.copytree(HELD / "run", tmp_path / "run")
 
@@ -40,6 +41,7 @@ def test_a_run_that_stopped_within_an_epoch_is_resumed(tmp_path):
         torch.testing.assert_close(given["state_dict"][key], value, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_deployed_folder_is_verified_and_deployed_again(tmp_path):
     shutil.copytree(HELD / "deployed", tmp_path / "deployed")
 

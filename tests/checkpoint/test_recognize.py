@@ -61,6 +61,7 @@ def of_golden(name: str) -> dict[str, torch.Tensor]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", goldens())
 @torch.no_grad()
 def test_the_logits_are_those_of_the_reference_before_and_after_folding(name):
@@ -78,6 +79,7 @@ def test_the_logits_are_those_of_the_reference_before_and_after_folding(name):
     assert relative_error(expected, network(images)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["training", "deployed"])
 @pytest.mark.parametrize("name", list_models())
 def test_every_variant_is_recognized_by_its_shapes(name, form):
@@ -100,6 +102,7 @@ def test_every_variant_is_recognized_by_its_shapes(name, form):
             assert found.layout.name == layout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["training", "deployed"])
 @pytest.mark.parametrize(
     "name",
@@ -385,6 +388,7 @@ def test_another_network_is_not_recognized_as_a_repvgg():
         checkpoint.from_state_dict({"epoch": 1})
 
 
+@pytest.mark.slow
 def test_timms_own_network_is_read_in_both_forms():
     timm = pytest.importorskip("timm")
     from timm.utils.model import reparameterize_model

@@ -234,6 +234,7 @@ def test_a_pickled_network_is_an_error_that_asks_for_its_weights(tmp_path):
             checkpoint.load(tmp_path / "a.pth")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["all", "some", "npz", "big-endian", "pickled"])
 @torch.no_grad()
 def test_arrays_of_numpy_are_weights(how, tmp_path):
@@ -278,6 +279,7 @@ BACKBONES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["training", "deployed"])
 @pytest.mark.parametrize("source", BACKBONES)
 @torch.no_grad()

@@ -163,6 +163,7 @@ def test_the_doctor_says_which_keys_a_file_needs(run, tmp_path):
     ) in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [

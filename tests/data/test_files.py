@@ -278,6 +278,7 @@ def test_where_no_image_can_be_read_one_line_says_so(root):
         list(Batches(source, batch_size=4))
 
 
+@pytest.mark.slow
 def test_shards_give_the_images_of_the_folder_in_an_order_that_can_be_resumed(root, tmp_path):
     out = tmp_path / "shards"
     (root / "val").rename(root / "Valid")

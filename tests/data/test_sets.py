@@ -33,6 +33,7 @@ def test_digits_are_the_1797_images_in_three_disjoint_parts():
     assert sizes == [1283, 257, 257]
 
 
+@pytest.mark.slow
 def test_the_embedded_file_is_what_the_script_builds(tmp_path):
     made = tmp_path / "digits.safetensors"
 

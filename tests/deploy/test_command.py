@@ -52,6 +52,7 @@ def place(deploy_once) -> Path:
     return deploy_once[0] / "run" / "deploy"
 
 
+@pytest.mark.slow
 def test_deploying_writes_both_formats_and_a_report(place):
     assert sorted(path.name for path in place.iterdir()) == [
         "SHA256SUMS",
@@ -74,6 +75,7 @@ def test_a_process_of_its_own_deploys_the_same(place, tmp_path):
     assert same[0] == same[1]
 
 
+@pytest.mark.slow
 def test_the_report_certifies_every_step(place):
     report = json.loads((place / "report.json").read_text())
 
@@ -125,6 +127,7 @@ def test_an_existing_deployment_is_kept_unless_it_may_be_replaced(folder, tmp_pa
     assert {path for path in tree(tmp_path) if "model" in path} == {"out/model.safetensors"}
 
 
+@pytest.mark.slow
 def test_a_deployment_goes_where_it_is_told(folder, tmp_path):
     out = tmp_path / "new" / "it's a folder, with (signs)=ä"
 
@@ -170,6 +173,7 @@ def with_a_layer_too_many(name: str) -> Format:
     return replace(whole, load=load)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -521,6 +525,7 @@ def test_a_network_trained_with_every_regularizer_deploys_exactly(tmp_path):
     assert report["verdicts"]["folded, float64"]["error"] <= 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["truncated", "foreign", "code"])
 def test_a_file_that_is_no_checkpoint_is_rejected_in_one_line(kind, folder, tmp_path):
     path = tmp_path / "bad.ckpt"
@@ -561,6 +566,7 @@ def test_a_network_of_torchvision_is_trained_and_deployed(tmp_path):
     assert sum(node.op_type == "BatchNormalization" for node in graph.node) == 0
 
 
+@pytest.mark.slow
 def test_a_third_party_checkpoint_is_deployed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

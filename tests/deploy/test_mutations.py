@@ -195,6 +195,7 @@ def test_a_fault_is_caught_and_its_block_named(fault, case, place):
     assert wrong == [place]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in SUBTLE])
 def test_a_fault_fails_the_whole_network_in_float32_too(fault):
     case = next(case for name, case, _ in pairs() if name == fault)
@@ -233,6 +234,7 @@ def test_a_stage_folded_from_other_weights_is_caught():
     assert [name for name, error in errors.items() if error > 1e-10] == ["stages.1.0", "stages.1.1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", repvgg.list_models())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_a_variant_that_was_folded_correctly_passes(name, dtype):

@@ -41,6 +41,7 @@ def a0(tmp_path_factory):
     return reference, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PORTABLE)
 @pytest.mark.parametrize(
     "config",
@@ -66,6 +67,7 @@ def test_a_file_reloaded_from_disk_computes_what_was_trained(name, config, tmp_p
     assert predictor.description == description
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PORTABLE)
 @torch.no_grad()
 def test_a_file_can_take_uint8_images_and_return_probabilities(name, tmp_path):
@@ -82,6 +84,7 @@ def test_a_file_can_take_uint8_images_and_return_probabilities(name, tmp_path):
     torch.testing.assert_close(scores.sum(1), torch.ones(5))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_code_computes_what_was_trained(tmp_path):
     reference, deployed, description = networks(input="uint8")
@@ -126,6 +129,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PORTABLE)
 def test_a_file_holds_one_convolution_a_block(name, tmp_path):
     _, deployed, description = networks(groups=2)
@@ -136,6 +140,7 @@ def test_a_file_holds_one_convolution_a_block(name, tmp_path):
     assert FORMATS[name].load(path).layers == {"convolutions": 7, "batchnorms": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PORTABLE)
 @torch.no_grad()
 def test_a_file_takes_images_of_any_memory_layout(name, tmp_path):
@@ -149,6 +154,7 @@ def test_a_file_takes_images_of_any_memory_layout(name, tmp_path):
     assert relative_error(reference(images.double()), logits) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_graph_of_a0_is_minimal(a0):
     graph = onnx.load(a0[1]).graph
 
@@ -174,6 +180,7 @@ def test_an_archive_names_no_source_files(tmp_path):
     assert b".py" not in graph
 
 
+@pytest.mark.slow
 def test_the_graph_names_no_source_files(a0):
     model = onnx.load(a0[1])
     model.graph.ClearField("initializer")  # its bytes may spell anything
@@ -220,6 +227,7 @@ def without_description(name: str, path) -> None:
         openvino.save_model(openvino.Core().read_model(proto.SerializeToString()), path)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Unable to load .*extra_file:UserWarning")
 @pytest.mark.parametrize("name", PORTABLE)
 def test_a_file_without_our_description_is_rejected(name, tmp_path):

@@ -14,6 +14,8 @@ from repvgg.models.forms import deployed_form
 from repvgg.models.registry import build_model
 from tests.support.networks import settle
 
+pytestmark = pytest.mark.slow  # each test exports and quantizes a network
+
 CONTRACT = DataContract(["a", "b", "c"], 3, [32, 32], [0.4, 0.5, 0.6], [0.2, 0.3, 0.2], "bilinear")
 
 

@@ -20,6 +20,7 @@ def test_every_variant_computes_the_same_after_the_switch(name):
     assert relative_error(model(images), deployed(images)) < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_a0_folds_within_the_documented_error(dtype, tolerance):
     torch.manual_seed(0)

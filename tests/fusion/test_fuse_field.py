@@ -303,6 +303,7 @@ CONTEXTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CONTEXTS)
 def test_the_context_of_a_forward_stays(case):
     model = settle(type("Model", (Sum,), {"forward": CONTEXTS[case]})()).double()
@@ -705,6 +706,7 @@ def test_a_network_is_folded_inside_ddp():
     assert done.returncode == 0, done.stderr.decode()
 
 
+@pytest.mark.slow
 def test_a_feature_extractor_is_folded_in_eval_mode():
     from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -897,6 +899,7 @@ class Exports(Base):
     forward = exports
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("way", ["script", "trace", "fx", "export", "pickle"])
 @pytest.mark.filterwarnings(

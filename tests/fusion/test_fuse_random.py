@@ -1,5 +1,6 @@
 """Fusing random small graphs does not change their outputs."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,6 +63,7 @@ GRAPH = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(GRAPH)
 def test_random_graphs_compute_the_same_after_fusing(steps):
@@ -102,6 +104,7 @@ class Fixed(nn.Module):
         return total.relu()
 
 
+@pytest.mark.slow
 @settings(max_examples=75, deadline=None, derandomize=True)
 @given(
     st.lists(

@@ -252,6 +252,7 @@ def test_branches_of_single_images_are_dropped_and_others_scaled(case, allowed):
     assert found == [{round(share, 4) for share in branch} for branch in allowed]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["branch_drop", "drop_path", "both drops"])
 def test_the_folded_convolution_is_the_expectation_over_dropped_branches(case):
     rows = 20_000
@@ -261,6 +262,7 @@ def test_the_folded_convolution_is_the_expectation_over_dropped_branches(case):
     assert (shares.mean(1) - 1).abs().max() < 5 * 1.1 / rows**0.5
 
 
+@pytest.mark.slow
 def test_the_two_branches_are_dropped_independently():
     _, point, same = shares_of_branches("branch_drop", 20_000)
 
@@ -324,6 +326,7 @@ def test_recomputing_keeps_only_the_input_of_a_block():
     assert saved(True) < saved(False) / 3
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler, about torch's own code
 @pytest.mark.parametrize(("wider", "compiled"), [(0, 2), (1, 10)], ids=["same", "different"])
 def test_compiled_blocks_compute_the_same_and_share_code_by_shape(wider, compiled):

@@ -56,6 +56,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_pretrained_network_computes_the_same_at_first(case):
     network = settle(conv_bn(**case)).double()
@@ -75,6 +76,7 @@ def test_a_pretrained_network_computes_the_same_in_training_mode_too():
     assert relative_error(network(images(2, 3, 9, 8)), expanded(images(2, 3, 9, 8))) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_switch_gives_the_original_layers_back(case):
     network = settle(conv_bn(**case)).double()
@@ -90,6 +92,7 @@ def test_the_switch_gives_the_original_layers_back(case):
     assert shapes(deployed) == shapes(network)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_networks_of_torchvision_come_back_with_their_names_and_shapes(name):
     torch.manual_seed(0)
@@ -107,6 +110,7 @@ def test_networks_of_torchvision_come_back_with_their_names_and_shapes(name):
     assert relative_error(expanded(x), plain.eval()(x)) < 1e-10
 
 
+@pytest.mark.slow
 def test_fused_it_equals_the_fused_original():
     network = settle(torchvision.models.resnet18(num_classes=5))
 
@@ -120,6 +124,7 @@ def test_fused_it_equals_the_fused_original():
     assert relative_error(expanded(x), deployed(x)) < 1e-10
 
 
+@pytest.mark.slow
 def test_a_fresh_network_starts_with_all_branches():
     expanded = repvgg.over_parameterize(torchvision.models.resnet18())
 
@@ -143,6 +148,7 @@ def test_every_branch_learns():
     assert [key for key in same if not key.endswith("conv.bias")] == []
 
 
+@pytest.mark.slow
 def test_a_normalization_with_its_activation_comes_back():
     import timm
 
@@ -196,6 +202,7 @@ def test_a_network_without_such_convolutions_is_an_error(network):
         repvgg.over_parameterize(network)
 
 
+@pytest.mark.slow
 def test_the_network_given_is_not_changed():
     network = settle(torchvision.models.resnet18()).train()
     before = shapes(network), copy.deepcopy(network.state_dict())

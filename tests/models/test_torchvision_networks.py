@@ -30,6 +30,7 @@ def millions(model: torch.nn.Module) -> float:
     return round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_counts_are_the_published_ones_in_both_forms(name):
     with torch.device("meta"):
@@ -58,6 +59,7 @@ def test_the_list_has_every_published_variant_and_repvgg_tiny():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PARAMETERS if name != "repvgg_d2se"])
 def test_qarepvgg_deploys_to_the_shapes_of_repvgg(name):
     with torch.device("meta"):
@@ -147,6 +149,7 @@ def test_auxiliary_outputs_are_left_out(name):
     assert isinstance(logits, torch.Tensor)
 
 
+@pytest.mark.slow
 def test_a_config_over_parameterizes():
     network = build_model(
         library="torchvision", name="resnet18", over_parameterize=True, branch_drop=0.1
@@ -162,6 +165,7 @@ def test_none_keeps_the_default_of_the_builder():
     assert [m.p for m in network.modules() if isinstance(m, nn.Dropout)] == [0.2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "message"),
     [

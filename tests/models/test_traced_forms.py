@@ -48,6 +48,7 @@ def run(network):
     return network(IMAGES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("deployed", [False, True])
@@ -60,6 +61,7 @@ def test_every_form_can_be_recorded(way, name, deployed, training, recompute):
     assert relative_error(expected, run(recorded)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_features_have_the_same_names_in_both_forms(name):
     network, deployed = (build(name, deployed=form) for form in (False, True))
@@ -81,6 +83,7 @@ def test_pooling_is_a_mean_bit_for_bit():
     assert torch.equal(network.linear(features.mean((2, 3))), network.forward_head(features))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "qarepvgg", "d2se"])
 @pytest.mark.parametrize("aware", [False, True])
 def test_a_deployed_network_is_quantized_by_torch(name, aware):

@@ -21,6 +21,7 @@ from tests.support.commands import make
 from tests.support.networks import settle
 
 
+@pytest.mark.slow
 def test_rdrop_in_one_forward_costs_few_operations():
     flops = {}
     for way in benchmark_rdrop.WAYS:
@@ -35,6 +36,7 @@ def test_rdrop_in_one_forward_costs_few_operations():
     assert ratios[benchmark_rdrop.TWO_FORWARDS] == pytest.approx(2, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_rdrop_benchmark_prints_a_row_per_way(run, monkeypatch):
     ways = (benchmark_rdrop.PLAIN, benchmark_rdrop.ONE_FORWARD)
     monkeypatch.setattr(benchmark_rdrop, "WAYS", ways)
@@ -45,6 +47,7 @@ def test_the_rdrop_benchmark_prints_a_row_per_way(run, monkeypatch):
     assert rows == [f"| {way}" for way in ways]
 
 
+@pytest.mark.slow
 def test_the_fusion_benchmark_writes_table_and_figure(run, tmp_path):
     out = run(
         benchmark_fusion,
@@ -78,6 +81,7 @@ def prepared(tmp_path_factory):
     return folder, benchmark_deploy.build(DEPLOYMENT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", benchmark_deploy.candidates(DEPLOYMENT))
 @torch.no_grad()
 def test_every_timed_candidate_computes_the_network(name, prepared):
@@ -139,6 +143,7 @@ def test_steps_are_timed_from_a_batch_to_the_next_request():
     assert all(here.recv() >= 0 for _ in range(2))
 
 
+@pytest.mark.slow
 def test_loading_is_timed_alone_and_in_training(tmp_path, capsys):
     for part, count in (("train", 40), ("val", 2)):
         make(tmp_path / part, count=count)

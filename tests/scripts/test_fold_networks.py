@@ -12,6 +12,7 @@ from scripts.studies import fold_networks, paper_networks
 FEW = [("timm", "test_resnet"), ("papers", "repvgg_d2se")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "name"), FEW)
 def test_a_folded_network_equals_the_unfolded_one(family, name):
     row = fold_networks.measure(family, name)
@@ -23,6 +24,7 @@ def test_a_folded_network_equals_the_unfolded_one(family, name):
     assert row["again_fused"] == row["again_merged"] == 0
 
 
+@pytest.mark.slow
 def test_a_wrong_fold_is_reported():
     def wrong(network: nn.Module):
         folded, report = fuse_conv_bn(network)
@@ -51,6 +53,7 @@ def test_a_raising_and_a_repeating_fold_are_reported():
     assert again["again_fused"] == 1
 
 
+@pytest.mark.slow
 def test_the_page_counts_networks_and_reasons():
     rows = [fold_networks.measure("papers", name) for name in ("acnet", "orepa")]
 

@@ -29,6 +29,7 @@ def rows(folder: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
+@pytest.mark.slow
 def test_a_stopped_study_resumes_and_ends_in_table_and_figure(run, tmp_path, monkeypatch):
     monkeypatch.setattr(rdrop, "MEASURED_STEPS", 2)
     run(rdrop, *STUDY)
@@ -46,6 +47,7 @@ def test_a_stopped_study_resumes_and_ends_in_table_and_figure(run, tmp_path, mon
     assert sorted(row[:5] + row[6:] for row in rows(tmp_path)) == deterministic
 
 
+@pytest.mark.slow
 def test_a_study_reads_a_folder_of_images(run, tmp_path):
     for part in ("train", "test"):
         for label, shade in (("dark", 40), ("light", 200)):
@@ -94,6 +96,7 @@ def test_help_shows_the_keys(script, run):
     assert all(f"{key}:" in printed for key in script.DEFAULTS)
 
 
+@pytest.mark.slow
 def test_the_fusion_study_measures_a_network():
     row = fusion.measure("torchvision", "classification", "shufflenet_v2_x0_5")
 
@@ -104,6 +107,7 @@ def test_the_fusion_study_measures_a_network():
     assert f"| torchvision, classification | 1 | {row['batchnorms']} | 0 |" in text
 
 
+@pytest.mark.slow
 def test_the_int8_study_trains_rounds_and_compares(run, tmp_path):
     models = "models=[qarepvgg_tiny]"
 
@@ -117,6 +121,7 @@ def test_the_int8_study_trains_rounds_and_compares(run, tmp_path):
     assert len(list((tmp_path / "runs" / "int8").glob("*.ckpt"))) == 2
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_equals_the_uninterrupted_one(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "scripts.studies.kills", "kills=1", "epochs=2", "longest=4"],
@@ -133,6 +138,7 @@ def test_a_run_killed_at_random_equals_the_uninterrupted_one(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_finetuning_study_compares_every_start(run):
     printed = run(
         finetuning,

@@ -109,6 +109,7 @@ def uninterrupted(tmp_path_factory) -> list[torch.Tensor]:
     return weights(module)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* not empty:UserWarning")
 @pytest.mark.parametrize(
     ("step", "signum"),
@@ -660,6 +661,7 @@ def loader(**options) -> DataLoader:
 SETTINGS = {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4, "num_steps": 10}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
 @pytest.mark.parametrize("source", ["loaders", "persistent workers", "data module", "module"])
 def test_callbacks_work_with_the_loaders_of_a_user(source, tmp_path):

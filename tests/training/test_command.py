@@ -309,6 +309,7 @@ def test_a_sweep_makes_one_run_folder_a_job_and_names_the_job_that_failed(tmp_pa
     assert len(list(tmp_path.glob("runs/digits-repvgg_tiny/*"))) == 1
 
 
+@pytest.mark.slow
 def test_another_run_is_not_started_in_a_folder_that_has_one(trained, folder, home):
     before = tree(folder)
 
@@ -412,6 +413,7 @@ def test_a_resumed_run_takes_another_rate_and_as_many_images_in_a_step_on_two_de
         assert rates[step] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_classes_that_were_renamed_are_an_error_when_a_run_is_resumed(tmp_path):
     make(tmp_path / "images" / "train", count=24)
     make(tmp_path / "images" / "val", count=4)
@@ -431,6 +433,7 @@ def test_classes_that_were_renamed_are_an_error_when_a_run_is_resumed(tmp_path):
     assert "new: linear.weight of zebra, linear.bias of zebra" in begun.stdout
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_made_longer(trained, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "it's moved")
 
@@ -446,6 +449,7 @@ def test_a_finished_run_can_be_made_longer(trained, folder, tmp_path):
     assert last["epoch"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -462,6 +466,7 @@ def test_a_network_that_does_not_fit_is_rejected_before_training(tmp_path, argum
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_is_initialized_from_a_third_party_file(tmp_path):
     """Deployed, with other classes than the digits have."""
     network = settle(repvgg.create_model("repvgg_tiny", num_classes=4, in_channels=1))

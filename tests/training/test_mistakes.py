@@ -5,6 +5,7 @@ import pytest
 from tests.support.commands import ROOT, run, run_process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "arguments", "message"),
     [
@@ -113,6 +114,7 @@ def test_a_mistake_is_told_in_one_line_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "arguments"),
     [("train.py", ["trainer.max_epoch=3"]), ("deploy.py", ["ckpt=nowhere.ckpt"])],
@@ -125,6 +127,7 @@ def test_a_mistake_ends_the_process_with_its_status(program, arguments, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["train.py", "deploy.py"])
 def test_help_shows_the_keys_and_writes_nothing(program, tmp_path):
     done = run_process(program, "--help", cwd=tmp_path)

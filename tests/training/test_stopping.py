@@ -149,6 +149,7 @@ def test_a_development_run_ends_without_a_checkpoint(tmp_path):
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_a_run_without_validation_tests_the_last_checkpoint(tmp_path):
     done = run("train.py", *SHORT, "+trainer.limit_val_batches=0", cwd=tmp_path)
 
@@ -174,6 +175,7 @@ def test_the_profiler_prints_its_report(tmp_path):
     assert "FIT Profiler Report" in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("switch", "steps"),
     [

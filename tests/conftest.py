@@ -28,6 +28,14 @@ absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 Done = subprocess.CompletedProcess[str]
 
 
+@pytest.hookimpl(tryfirst=True)  # before the option -m is applied
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what uses the trained network as slow: whoever comes first trains it."""
+    for item in items:
+        if "train_once" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def once(tmp_path_factory) -> Callable[[str, Callable[[Path], Done]], tuple[Path, Done]]:
     """Runs a command in a folder of that name, in the first worker that asks for it."""

@@ -436,6 +436,8 @@ def suggest_import(path: str | Path) -> Iterator[None]:
     try:
         yield
     except ArgumentError as error:
+        if not {*error.names} <= {"weights", "strides", "bn_eps", "mean", "std"}:
+            raise
         convert = f"{command('import')} path={shlex.quote(str(path))}"
         given = " ".join(f"{name}=..." for name in error.names)
         raise ValueError(f"{error}; {convert} {given} converts the file") from error

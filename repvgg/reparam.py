@@ -9,18 +9,22 @@ To chain several without rounding in between, pass float64 tensors and cast the 
 Kernels are (O, I / groups, *size) with one, two or three spatial dimensions.
 """
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 
-@runtime_checkable
 class Reparameterizable(Protocol):
     """A module whose branches can become one convolution: a block, or a network of blocks."""
 
     def switch_to_deploy(self) -> None:
         """Replace the branches by the convolution that equals their sum, in place."""
+
+
+def is_reparameterizable(module: object) -> bool:
+    """Whether a module has a method `switch_to_deploy`."""
+    return callable(getattr(module, "switch_to_deploy", None))
 
 
 class Affine(NamedTuple):

@@ -287,6 +287,8 @@ def _open_ours(content: Content, path: Path) -> Checkpoint:
         if probe.images.ndim != 4 or len(probe.logits) != len(probe.images):
             raise ValueError(f"'{path}' has a damaged probe batch")
         return Checkpoint(model.eval(), config, data, probe, entry.get("origin", ""))
+    except ArgumentError as error:  # of the network's config
+        raise ValueError(f"'{path}' has a damaged description: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"'{path}' has a damaged description: {error!r}") from error
     except RuntimeError as error:  # of load_state_dict, whose second line names a key

@@ -14,7 +14,7 @@ from repvgg.deploy.measure import count_parameters
 def convert(path: Path, settings: Settings) -> None:
     if checkpoint.is_ours(read(path)):
         checkpoint.load(path)  # raises if it is damaged
-        deploy = f"{cli.command('deploy')} ckpt={path}"
+        deploy = f"{cli.command('deploy')} ckpt={shlex.quote(str(path))}"
         raise ValueError(f"'{path}' is a checkpoint of ours already: {deploy}")
     out = Path(settings.out) if settings.out else path.with_suffix(".ckpt")
     check_out(out, overwrite=settings.overwrite)

@@ -121,10 +121,10 @@ def _check_transforms(transforms: Sequence[v2.Transform] | None) -> list[v2.Tran
         return None
     allowed = "must be a list of transforms of torchvision.transforms.v2, or None"
     if isinstance(transforms, str) or not isinstance(transforms, Sequence):
-        raise wrong_value("augment", transforms, allowed, "[RandAugment()]")
+        raise wrong_value("augment", transforms, allowed)
     for transform in transforms:
         if not isinstance(transform, v2.Transform):
-            raise wrong_value("augment", transform, allowed, "[RandAugment()]")
+            raise wrong_value("augment", transform, allowed)
     return list(transforms)
 
 

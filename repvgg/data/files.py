@@ -284,7 +284,7 @@ def _litdata() -> ModuleType:
     try:
         import litdata
     except ImportError as error:
-        raise ValueError('shards need litdata: pip install -e ".[shards]"') from error
+        raise ValueError("shards need litdata: pip install litdata") from error
     return cast(ModuleType, litdata)
 
 

@@ -43,6 +43,10 @@ class TooManyPixels(ValueError):  # noqa: N818 - a kind of ValueError
     def __init__(self, name: str, pixels: int, limit: int) -> None:
         super().__init__(f"{name}: has {pixels:,} pixels, more than {limit:,}")
         self.pixels = pixels
+        self._arguments = name, pixels, limit
+
+    def __reduce__(self) -> tuple[type, tuple[str, int, int]]:
+        return type(self), self._arguments  # exceptions are pickled by their message otherwise
 
 
 def extensions() -> tuple[set[str], set[str]]:

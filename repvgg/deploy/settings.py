@@ -14,7 +14,11 @@ from repvgg.deploy.folder import check_replaceable
 # As in repvgg.export, repeated here because importing that imports torch.
 CHOICES = ("safetensors", "onnx", "pt2", "openvino", "aoti")
 EXTRAS = {"openvino"}  # formats that need a package of the same name
-TRAINING = ("model", "optim", "trainer")  # sections that a data set's file sets for train.py
+TRAINING = (
+    "model",
+    "optim",
+    "trainer",
+)  # a user's config of a data set may set these, for train.py
 
 Config = Mapping[str, object]  # a configuration as Hydra composed it, of plain values
 

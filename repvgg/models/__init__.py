@@ -10,7 +10,7 @@ from repvgg.models.multi_branch import switch_to_train
 from repvgg.models.network import RepVGG
 from repvgg.models.over_parameterize import over_parameterize
 from repvgg.models.registry import build_model, create_model, list_models
-from repvgg.reparam import Reparameterizable
+from repvgg.reparam import Reparameterizable, is_reparameterizable
 
 __all__ = [
     "QARepVGGBlock",
@@ -21,6 +21,7 @@ __all__ = [
     "create_model",
     "deployed_form",
     "is_deployed",
+    "is_reparameterizable",
     "list_models",
     "over_parameterize",
     "reestimate_bn",

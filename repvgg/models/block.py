@@ -13,7 +13,7 @@ two inside the branches. Its folded kernels lose less in int8.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -386,13 +386,13 @@ class QARepVGGBlock(RepVGGBlock):
         return y if self.post_bn is None else self.post_bn(y)
 
 
-def compile_blocks(network: nn.Module, *, backend: str | Callable[..., object] = "inductor") -> int:
+def compile_blocks(network: nn.Module, **options: object) -> int:
     """Compile every block of a network separately, in place; the keys of its weights stay.
 
     Blocks of one shape share their code, so a deep network compiles as fast as a shallow one.
 
     Args:
-        backend: of `torch.compile`.
+        options: of `torch.compile`.
 
     Returns:
         the number of blocks.
@@ -403,7 +403,7 @@ def compile_blocks(network: nn.Module, *, backend: str | Callable[..., object] =
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, 8 + 4 * len(blocks))
     for block in blocks:
-        block.compile(backend=backend)
+        block.compile(**options)
     return len(blocks)
 
 

@@ -19,7 +19,7 @@ from repvgg.fusion.surgery import put
 from repvgg.models.block import QARepVGGBlock, RepVGGBlock
 from repvgg.models.network import RepVGG
 from repvgg.models.over_parameterize import RepVGGConv
-from repvgg.reparam import Reparameterizable
+from repvgg.reparam import Reparameterizable, is_reparameterizable
 from repvgg.verify import SAME
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -251,7 +251,7 @@ def deployed_form(model: nn.Module) -> tuple[nn.Module, FusionReport]:
 def _switches(model: nn.Module) -> Sequence[tuple[str, nn.Module]]:
     """The `Reparameterizable` modules that are to be switched, by name."""
     modules: Iterable[tuple[str, nn.Module]] = model.named_modules()
-    found = [(name, module) for name, module in modules if isinstance(module, Reparameterizable)]
+    found = [(name, module) for name, module in modules if is_reparameterizable(module)]
     if any(isinstance(module, RepVGGConv) for _, module in found):
         # The network gets its original layers back, so modules of other libraries stay as well.
         return [(name, one) for name, one in found if isinstance(one, RepVGGBlock | RepVGG)]

@@ -17,7 +17,7 @@ from repvgg.fusion.surgery import put
 from repvgg.models.block import KERNEL_SIZE, RepVGGBlock
 from repvgg.models.branches import conv_geometry, set_geometry
 from repvgg.models.network import RepVGG
-from repvgg.reparam import Reparameterizable, identity_kernel, pad_kernel
+from repvgg.reparam import identity_kernel, is_reparameterizable, pad_kernel
 
 
 class RepVGGConv(RepVGGBlock):
@@ -161,7 +161,7 @@ def over_parameterize(model: nn.Module, *, branch_drop: float = 0.0) -> nn.Modul
         part
         for module in modules.values()
         if isinstance(module, RepVGGBlock | RepVGG)
-        or (module is not model and isinstance(module, Reparameterizable))
+        or (module is not model and is_reparameterizable(module))
         for part in module.modules()
     }
     holders: dict[int, set[nn.Module]] = {}  # of weights, which may be tied

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from repvgg import signals
 from repvgg.data.batches import WorkersDied
 from repvgg.models.forms import reestimate_bn, switch_to_deploy
-from repvgg.reparam import Reparameterizable
+from repvgg.reparam import is_reparameterizable
 from repvgg.signals import Interrupted
 from repvgg.training.classifier import Classifier
 
@@ -93,7 +93,7 @@ class SelfDescribing(Callback):
 
 def is_foldable(network: nn.Module) -> bool:
     """Whether a network has layers that `switch_to_deploy` folds."""
-    return any(isinstance(module, Reparameterizable) for module in network.modules())
+    return any(is_reparameterizable(module) for module in network.modules())
 
 
 class DeployedValidation(Callback):

@@ -57,6 +57,8 @@ class Classifier(L.LightningModule):
         network = repvgg.checkpoint.load(path).model
         module = Classifier.load_from_checkpoint(path, network=network, weights_only=True)
 
+    A checkpoint of version 0.1 needs `num_classes` as well.
+
     Args:
         network: images (N, C, H, W) -> logits (N, K).
         num_classes: K.

@@ -67,9 +67,9 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> Non
     rate = scale_learning_rate(settings.optim, steps.images)
 
     network = build_model(**model)
-    notes = []
+    notes = runs.describe_recipe() if resume is None else []
     if start is not None:
-        notes = setup.initialize(network, start, data, str(settings.init))
+        notes += setup.initialize(network, start, data, str(settings.init))
     if resume is not None:
         differences = compatibility.check_resumed(resume, model, data, images)
         notes = [*runs.describe_changes(config, folder), *differences]
@@ -90,7 +90,6 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> Non
         keep_memory()
     if trainer.is_global_zero:
         print(data.summary())
-        print(runs.describe_recipe())
         report.print_run(model["name"], module, steps, rate, folder)
         print(*notes, sep="\n", end="\n" if notes else "")
         if saves:

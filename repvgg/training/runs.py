@@ -139,13 +139,19 @@ def describe_changes(config: Config, folder: Path) -> list[str]:
     return lines
 
 
-def describe_recipe() -> str:
-    """A line that names the configs of strides, learning rate and epochs."""
+def describe_recipe() -> list[str]:
+    """A line that names the configs of strides, learning rate and epochs, if there are any."""
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
 
     choices = HydraConfig.get().runtime.choices
-    groups = [group for group in ("experiment/default", "experiment") if choices.get(group)]
-    return "recipe " + ", ".join(f"{group}={choices[group]}" for group in groups)
+    loader = GlobalHydra.instance().config_loader()
+    named = [
+        f"{group}={choices[group]}"
+        for group in ("experiment/default", "experiment")
+        if choices.get(group) in loader.get_group_options(group)
+    ]
+    return [f"recipe {', '.join(named)}"] if named else []
 
 
 def record(config: Config, folder: Path) -> None:
@@ -167,11 +173,17 @@ def read_config(folder: Path) -> dict[str, object]:
     """The configuration of the run in a folder, as it was recorded, without REMOVED keys.
 
     Raises:
-        ValueError: a removed key has a value that this version cannot honour.
+        ValueError: a removed key has a value that this version cannot honour; or a value is an
+            interpolation, which Hydra would resolve, to code too. `record` writes none.
     """
     from omegaconf import OmegaConf
 
     config = cast(dict[str, object], OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
+    if "${" in repr(config):
+        raise ValueError(
+            f"resume={relative(folder / LAST)}: {relative(folder / CONFIG)} holds ${{...}}, "
+            "which would be resolved to code; a recorded configuration holds plain values alone"
+        )
     for key in REMOVED:
         *sections, leaf = key.split(".")
         holder = _get(config, ".".join(sections)) if sections else config
@@ -202,6 +214,10 @@ def _changes(passed: list["Override"], recorded: Config, folder: Path) -> dict[s
             continue
         if one.is_sweep_override() or one.is_delete():
             raise ValueError(f"{line}: beside resume pass key=value, with one value")
+        if key in ("data.augment", "data/augment"):  # of version 0.1, in its words or in these
+            held = _get(recorded, "data.augment")
+            if any(one.value() == name and held == same for name, same in AUGMENT.items()):
+                continue
         before = _get(recorded, key)
         if key in choices or "/" in key or (isinstance(before, dict) and one.value() != before):
             before, same = choices.get(key), str(one.value()) == choices.get(key)
@@ -255,8 +271,13 @@ def _require_own_code(
     Raises:
         ValueError: a recorded `_target_` is neither ours nor passed on the command line.
     """
-    named = {str(one.value()) for one in passed if one.key_or_group.endswith("_target_")}
-    named |= {str(value) for key, value in _leaves(composed) if key.endswith("_target_")}
+    sources = [composed, *({one.key_or_group: one.value()} for one in passed)]
+    named = {
+        str(value)
+        for source in sources
+        for key, value in _leaves(source)
+        if key.endswith("_target_")
+    }
     for key, target in _leaves(recorded):
         if not key.endswith("_target_") or _OWN_CODE.fullmatch(str(target)) or target in named:
             continue

@@ -221,9 +221,9 @@ def _check(settings: Settings) -> None:
     check_number("cutmix", settings.cutmix, example=1.0)
     check_number("ema", settings.ema, below=1, example=0.999)
     check_integer("seed", settings.seed, minimum=0, example=0)
-    ours = str(settings.data["_target_"]).startswith("repvgg.data.")
+    presets = [f"repvgg.data.{name}" for name in ("cifar10", "cifar100", "imagefolder")]
     augment = settings.data.get("augment")
-    if ours and isinstance(augment, str):
+    if settings.data["_target_"] in presets and isinstance(augment, str):
         raise ValueError(
             f"data.augment={augment}: must be a list of transforms or null; presets are a group, "
             f"pass data/augment={augment}"

@@ -8,7 +8,7 @@ from torch import nn
 
 import repvgg
 from repvgg import QARepVGGBlock, RepVGGBlock, create_model
-from repvgg.models import Reparameterizable, is_deployed
+from repvgg.models import deployed_form, is_deployed, is_reparameterizable
 from tests.support.networks import relative_error, settle
 
 NARROW = {"depths": [1, 2, 3, 1], "widths": [16, 32, 32, 64], "num_classes": 7}
@@ -50,7 +50,16 @@ def test_a_network_without_blocks_has_nothing_to_switch():
     [(RepVGGBlock(1, 1), True), (create_model("repvgg_tiny"), True), (nn.Conv2d(1, 1, 3), False)],
 )
 def test_blocks_and_networks_of_blocks_are_reparameterizable(module, switchable):
-    assert isinstance(module, Reparameterizable) == switchable
+    assert is_reparameterizable(module) == switchable
+
+
+def test_an_attribute_that_is_no_method_does_not_make_a_block():
+    network = nn.Sequential(nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1))
+    network.switch_to_deploy = False
+
+    _, report = deployed_form(settle(network))
+
+    assert len(report.fused) == 1
 
 
 @pytest.mark.parametrize("name", VARIANTS)

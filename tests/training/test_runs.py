@@ -2,6 +2,7 @@ import os
 import re
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from repvgg import cli
@@ -148,7 +149,7 @@ def test_code_that_only_a_run_folder_names_has_to_be_passed(here):
     "target",
     [
         *("repvgg.cli.os.system", "repvgg.data.digits.os.system", "repvgg.data.sets.os.system"),
-        *("lightning.Trainer.fit", "lightning.pytorch.trainer.trainer.os.system", "${seed}"),
+        *("lightning.Trainer.fit", "lightning.pytorch.trainer.trainer.os.system"),
         *("torchvision.transforms.v2.functional.to_image", "torchvision.transforms.v2.warnings"),
         *("torchvision.transforms.v2.Compose.forward", "torchvision.transforms.Lambda"),
     ],
@@ -214,6 +215,40 @@ def test_the_transforms_of_torchvision_need_not_be_passed_again(here):
     make(here / "job", data=CONFIG["data"] | {"augment": chain})
 
     assert resumed(f"resume=job/{runs.LAST}")["data"]["augment"] == chain
+
+
+@pytest.mark.parametrize("where", ["padding", "augment", "_target_"])
+def test_an_interpolation_in_a_run_folder_is_never_resolved(where, here):
+    held = "${oc.create:{_target_:torch.load,f:evil.pt,weights_only:false}}"
+    data = CONFIG["data"] | {where: [held] if where == "augment" else held}
+    (here / "job" / ".hydra").mkdir(parents=True)
+    text = yaml.safe_dump(CONFIG | {"data": data})
+    (here / "job" / runs.CONFIG).write_text(text)
+    (here / "job" / runs.LAST).parent.mkdir()
+    (here / "job" / runs.LAST).touch()
+
+    with pytest.raises(ValueError, match="a recorded configuration holds plain values alone"):
+        resumed(f"resume=job/{runs.LAST}")
+
+
+def test_a_list_that_names_code_may_be_passed_again(here):
+    chain = [{"_target_": "mine.Transform"}]
+    make(here / "job", data=CONFIG["data"] | {"augment": chain})
+
+    passed = resumed(f"resume=job/{runs.LAST}", "data.augment=[{_target_: mine.Transform}]")
+
+    assert passed["data"]["augment"] == chain
+    with pytest.raises(ValueError, match="names code that is not this project's"):
+        resumed(f"resume=job/{runs.LAST}")
+
+
+@pytest.mark.parametrize("key", ["data.augment", "data/augment"])
+def test_a_run_of_version_0_1_takes_its_own_words(key, here):
+    record_removed(here / "job", "data.augment", "basic")
+
+    found = resumed(f"resume=job/{runs.LAST}", f"{key}=basic")
+
+    assert found["data"]["augment"] == []
 
 
 def test_the_names_of_torchvision_that_a_run_folder_may_use_are_classes():

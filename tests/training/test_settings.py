@@ -38,7 +38,10 @@ def test_short_names_of_precisions_are_lightnings(typed, precision):
     ("typed", "message"),
     [
         ("data.batch_size=soon", "data.batch_size='soon': must be an integer of at least 1"),
-        ("data.augment=basic", "data.augment=basic: must be a list .* pass data/augment=basic"),
+        (
+            "data=cifar10 data.augment=basic",
+            "must be a list .* pass data/augment=basic",
+        ),
         ("mixup=-1", "mixup=-1: must be a number of at least 0"),
         ("rdrop=-1", "rdrop=-1: must be a number of at least 0"),
         ("rdrop=maybe", "rdrop='maybe': must be a number of at least 0"),

@@ -549,6 +549,7 @@ def test_a_network_of_torchvision_is_trained_and_deployed(tmp_path):
         "model.name=resnet18",
         "model.over_parameterize=true",
         "trainer.max_epochs=1",
+        "+trainer.limit_train_batches=3",
         "data.batch_size=128",
         cwd=tmp_path,
     )

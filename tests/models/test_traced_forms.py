@@ -48,11 +48,17 @@ def run(network):
     return network(IMAGES)
 
 
+# Blocks recompute their activations in training, before they are folded; of one network all forms.
+FORMS = [
+    *((name, False, training, False) for name in NETWORKS for training in (False, True)),
+    *((name, False, True, True) for name in NETWORKS),
+    *((name, True, training, False) for name in NETWORKS for training in (False, True)),
+    *(("plain", *form) for form in [(False, False, True), (True, False, True), (True, True, True)]),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("deployed", [False, True])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "deployed", "training", "recompute"), FORMS)
 @pytest.mark.parametrize("way", WAYS)
 def test_every_form_can_be_recorded(way, name, deployed, training, recompute):
     network = build(name, deployed=deployed, training=training, recompute=recompute)

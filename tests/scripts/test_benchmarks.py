@@ -37,7 +37,7 @@ def test_rdrop_in_one_forward_costs_few_operations():
 
 
 @pytest.mark.slow
-def test_the_rdrop_benchmark_prints_a_row_per_way(run, monkeypatch):
+def test_the_rdrop_benchmark_prints_a_row_per_way(run, monkeypatch, in_threads):
     ways = (benchmark_rdrop.PLAIN, benchmark_rdrop.ONE_FORWARD)
     monkeypatch.setattr(benchmark_rdrop, "WAYS", ways)
 

@@ -29,9 +29,14 @@ def rows(folder: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-@pytest.mark.slow
-def test_a_stopped_study_resumes_and_ends_in_table_and_figure(run, tmp_path, monkeypatch):
+@pytest.fixture
+def short_costs(monkeypatch):
+    """The cost of a step is measured over two steps."""
     monkeypatch.setattr(rdrop, "MEASURED_STEPS", 2)
+
+
+@pytest.mark.slow
+def test_a_stopped_study_resumes_and_ends_in_table_and_figure(run, tmp_path, short_costs):
     run(rdrop, *STUDY)
     whole = rows(tmp_path)
     table = (tmp_path / "study" / "table.md").read_text()
@@ -48,7 +53,7 @@ def test_a_stopped_study_resumes_and_ends_in_table_and_figure(run, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_a_study_reads_a_folder_of_images(run, tmp_path):
+def test_a_study_reads_a_folder_of_images(run, tmp_path, short_costs):
     for part in ("train", "test"):
         for label, shade in (("dark", 40), ("light", 200)):
             folder = tmp_path / "images" / part / label

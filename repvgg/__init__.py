@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from repvgg import checkpoint, data, export, losses, rdrop, reparam, verify
     from repvgg.fusion.fuse import fuse_conv_bn
     from repvgg.models.block import QARepVGGBlock, RepVGGBlock
-    from repvgg.models.forms import reestimate_bn, switch_to_deploy
+    from repvgg.models.forms import switch_to_deploy
     from repvgg.models.multi_branch import switch_to_train
     from repvgg.models.network import RepVGG
     from repvgg.models.over_parameterize import over_parameterize
+    from repvgg.models.reestimate import reestimate_bn
     from repvgg.models.registry import create_model, list_models
 
 __version__ = "0.2.0"
@@ -48,7 +49,7 @@ _HOME = {
     "fuse_conv_bn": "fusion.fuse",
     "list_models": "models.registry",
     "over_parameterize": "models.over_parameterize",
-    "reestimate_bn": "models.forms",
+    "reestimate_bn": "models.reestimate",
     "switch_to_deploy": "models.forms",
     "switch_to_train": "models.multi_branch",
 }

@@ -33,6 +33,23 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     return f"did you mean {close[0]}? " if close else ""
 
 
+def unknown_key(
+    key: str, allowed: Sequence[str], *, section: str = "", elsewhere: Sequence[str] = ()
+) -> ValueError:
+    """The error of a key that nothing reads, for the caller to raise.
+
+    Args:
+        allowed: the keys of the same section.
+        section: where the key was passed, such as "optim."; not part of the names.
+        elsewhere: keys of other sections, which may have been meant.
+    """
+    full = {name: section + name for name in allowed}
+    close = difflib.get_close_matches(key, [*full, *elsewhere], n=1)
+    hint = f"did you mean {full.get(close[0], close[0])}? " if close else ""
+    shown = ", ".join(full.values())
+    return ValueError(f"{section}{key}: there is no such key; {hint}allowed are {shown}")
+
+
 def check_integer(
     argument: str, given: object, *, minimum: int, maximum: float = math.inf, example: int
 ) -> int:

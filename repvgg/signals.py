@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -76,3 +77,10 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         restore(previous)
+
+
+def end_on_signals() -> None:
+    """Clean up and exit with status 128 + number on a signal; Ctrl-C stays with Python."""
+    for number in stopping():
+        if number != signal.SIGINT:
+            signal.signal(number, lambda signum, _: sys.exit(128 + signum))

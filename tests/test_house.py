@@ -15,7 +15,7 @@ MODULES = [
 ]
 # Imported late, by what needs torchvision and hydra anyway.
 ALLOWED = re.compile(r"data/|training/(run|setup|compatibility)\.py")
-PRINTS = re.compile(r"cli\.py|__main__\.py|commands/|(training|deploy)/run\.py|training/report\.py")
+PRINTS = re.compile(r"cli/|__main__\.py|commands/|(training|deploy)/run\.py|training/report\.py")
 HEAVY = ("litdata", "onnx", "onnxruntime", "safetensors", "hydra", "omegaconf", "torchvision")
 
 

@@ -1,10 +1,12 @@
 """Checkpoints: our format, which describes itself, and third-party files.
 
-`native` is our format and opens every file; `warm_start` initializes a new network from one.
+`native` is our format, `foreign` what others write, and `opening` opens either. `warm_start`
+initializes a new network from one.
 `tensors` reads files, and `standins` their pickles without running code. `locate` finds a RepVGG by
 its keys (`layouts`), `shapes` derives its arguments, `recognize` loads its weights.
 """
 
+from repvgg.checkpoint.foreign import description, from_state_dict, imagenet, with_noise
 from repvgg.checkpoint.native import (
     KEY,
     NETWORK_PREFIX,
@@ -13,15 +15,10 @@ from repvgg.checkpoint.native import (
     Network,
     Probe,
     describe,
-    description,
-    from_state_dict,
-    imagenet,
     is_ours,
-    load,
-    open_network,
     save,
-    with_noise,
 )
+from repvgg.checkpoint.opening import load, open_network
 from repvgg.checkpoint.warm_start import initialize
 
 __all__ = [

@@ -1,18 +1,17 @@
 """Train a network."""
 
 from pathlib import Path
-from typing import Any
 
 from repvgg import cli
-from repvgg.training import runs
+from repvgg.training import resuming, runs
 from repvgg.training.settings import Settings
 
 
 def main() -> None:
-    cli.run(train, cli.CONFIGS / "train.yaml", prepare=runs.plan)
+    cli.run(train, cli.CONFIGS / "train.yaml", prepare=resuming.plan)
 
 
-def train(config: dict[str, Any], folder: Path) -> None:
+def train(config: cli.Config, folder: Path) -> None:
     """Train in the folder of a run; leave no empty folder where the settings are wrong."""
     try:
         settings = Settings.read(config)

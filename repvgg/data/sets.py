@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torchvision.transforms import v2
 
-from repvgg.checks import ArgumentError, check_integer, check_number, wrong_value
+from repvgg.checks import ArgumentError, check_boolean, check_integer, check_number, wrong_value
 from repvgg.contract import DataContract, to_float
 from repvgg.data.augment import by_batch, by_image, random_affine
 from repvgg.data.batches import AnyAugmentation, Source, Stored
@@ -208,9 +208,8 @@ def imagefolder(
     if interpolation not in ("bilinear", "bicubic"):
         allowed = "must be bilinear or bicubic"
         raise wrong_value("interpolation", interpolation, allowed, "bilinear")
-    for name, value in (("skip_unreadable", skip_unreadable), ("in_memory", in_memory)):
-        if not isinstance(value, bool):
-            raise wrong_value(name, value, "must be true or false", "true")
+    check_boolean("skip_unreadable", skip_unreadable)
+    check_boolean("in_memory", in_memory)
     if root is None:
         raise ArgumentError("root is missing: pass root=FOLDER, with train/ and val/", "root")
     root = root if "://" in root else str(Path(root).expanduser())

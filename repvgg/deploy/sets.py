@@ -7,8 +7,9 @@ from torch import Tensor
 
 from repvgg import data as data_sets
 from repvgg.checkpoint import UNKNOWN, Checkpoint, Probe
+from repvgg.cli import Config
 from repvgg.contract import DataContract, to_float
-from repvgg.deploy.settings import Config, DeploySettings
+from repvgg.deploy.settings import DeploySettings
 
 MOST_VALIDATED = 5000  # images, evenly spread: more would not fit into memory at 224 pixels
 

@@ -2,25 +2,20 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from repvgg import cli
-from repvgg.checks import check_integer, check_number, did_you_mean
+from repvgg.checks import check_boolean, check_integer, check_number, unknown_key
+from repvgg.cli import Config
 from repvgg.deploy.folder import check_replaceable
 
 # As in repvgg.export, repeated here because importing that imports torch.
 CHOICES = ("safetensors", "onnx", "pt2", "openvino", "aoti")
 EXTRAS = {"openvino"}  # formats that need a package of the same name
-TRAINING = (
-    "model",
-    "optim",
-    "trainer",
-)  # a user's config of a data set may set these, for train.py
-
-Config = Mapping[str, object]  # a configuration as Hydra composed it, of plain values
+# Sections that a user's own config of a data set may set, for training.
+TRAINING = ("model", "optim", "trainer")
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,8 @@ class DeploySettings:
             newest = found[-1] if found else "runs/.../checkpoints/best.ckpt"
             raise ValueError(f"ckpt is missing: run {cli.command('deploy')} ckpt={newest}")
         switches = {
-            key: _boolean(config, key) for key in ("benchmark", "overwrite", "int8", "bf16")
+            key: check_boolean(key, config[key])
+            for key in ("benchmark", "overwrite", "int8", "bf16")
         }
         formats = _formats(config["formats"])
         images = check_integer("int8_images", config["int8_images"], minimum=1, example=256)
@@ -131,7 +127,7 @@ def one_run(arguments: cli.Arguments) -> cli.Plan:
     for override in arguments.overrides:
         key = override.lstrip("+~").partition("=")[0]
         if key.partition(".")[0] in TRAINING:
-            raise _unknown(key)
+            raise unknown_key(key, KEYS)
     return cli.Plan(arguments)
 
 
@@ -139,22 +135,10 @@ def _check_keys(config: Config) -> None:
     """Raise ValueError for a key that nothing reads, also one that was passed with `+`."""
     for key in config:
         if key not in KEYS and not (key in TRAINING and config.get("data")):
-            raise _unknown(key)
+            raise unknown_key(key, KEYS)
     for key in KEYS:
         if key not in config and key != "data":  # Hydra leaves a group out that is null
             raise ValueError(f"{key} is missing: the configuration must set it")
-
-
-def _unknown(key: str) -> ValueError:
-    hint = did_you_mean(key, KEYS)
-    return ValueError(f"{key}: there is no such key; {hint}allowed are {', '.join(KEYS)}")
-
-
-def _boolean(config: Config, key: str) -> bool:
-    value = config[key]
-    if not isinstance(value, bool):
-        raise ValueError(f"{key}={value}: must be true or false")
-    return value
 
 
 def _formats(given: object) -> tuple[str, ...]:

@@ -5,10 +5,11 @@ between the forms, `over_parameterize` gives any network's convolutions branches
 """
 
 from repvgg.models.block import QARepVGGBlock, RepVGGBlock
-from repvgg.models.forms import deployed_form, is_deployed, reestimate_bn, switch_to_deploy
+from repvgg.models.forms import deployed_form, is_deployed, switch_to_deploy
 from repvgg.models.multi_branch import switch_to_train
 from repvgg.models.network import RepVGG
 from repvgg.models.over_parameterize import over_parameterize
+from repvgg.models.reestimate import reestimate_bn
 from repvgg.models.registry import build_model, create_model, list_models
 from repvgg.reparam import Reparameterizable, is_reparameterizable
 

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 
 from repvgg import signals
 from repvgg.data.batches import WorkersDied
-from repvgg.models.forms import reestimate_bn, switch_to_deploy
+from repvgg.models.forms import switch_to_deploy
+from repvgg.models.reestimate import reestimate_bn
 from repvgg.reparam import is_reparameterizable
 from repvgg.signals import Interrupted
 from repvgg.training.classifier import Classifier

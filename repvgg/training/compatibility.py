@@ -16,13 +16,14 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from repvgg import checkpoint
-from repvgg.checks import did_you_mean, wrong_value
+from repvgg.checks import unknown_key, wrong_value
+from repvgg.cli import Config
 from repvgg.data.module import ImageData
 from repvgg.models.network import RepVGG
 from repvgg.models.registry import build_model
-from repvgg.training import callbacks, processes, runs, schedule
+from repvgg.training import callbacks, processes, resuming, schedule
 from repvgg.training.schedule import Steps
-from repvgg.training.settings import Config, Settings, TrainerArguments, section
+from repvgg.training.settings import Settings, TrainerArguments, section
 from repvgg.training.setup import build_classifier
 
 
@@ -58,10 +59,7 @@ def check_network(settings: Settings) -> None:
     if model.get("library", "repvgg") == "repvgg":
         known = ["name", "library", *inspect.signature(RepVGG).parameters]
         for key in (key for key in model if key not in known):
-            raise ValueError(
-                f"model.{key}: there is no such key; {did_you_mean(key, known)}"
-                f"allowed are {', '.join(known)}"
-            )
+            raise unknown_key(key, known, section="model.")
     try:
         with torch.device("meta"):
             network = build_model(**model)
@@ -102,7 +100,7 @@ def check_same_steps(
     Raises:
         ValueError: a step or an epoch differs, or the run stopped within an epoch.
     """
-    recorded = runs.read_config(folder)
+    recorded = resuming.read_config(folder)
     before, now = _step_keys(recorded), _step_keys(config)
     if before == now:
         return

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from repvgg import cli
+from repvgg.cli import Config
 from repvgg.data.batches import WorkersDied
 from repvgg.data.module import ImageData
 from repvgg.signals import Interrupted
@@ -18,7 +19,7 @@ from repvgg.training import runs
 from repvgg.training.classifier import Classifier, parameter_groups
 from repvgg.training.divergence import Diverged
 from repvgg.training.schedule import Steps
-from repvgg.training.settings import Config, LearningRate, TrainerArguments, is_emulated
+from repvgg.training.settings import LearningRate, TrainerArguments, is_emulated
 
 
 def warn_of_emulation(arguments: TrainerArguments) -> None:
@@ -28,6 +29,21 @@ def warn_of_emulation(arguments: TrainerArguments) -> None:
             "many times slower than 32-true",
             file=sys.stderr,
         )
+
+
+def describe_recipe() -> list[str]:
+    """A line that names the configs of strides, learning rate and epochs, if there are any."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+
+    choices = HydraConfig.get().runtime.choices
+    loader = GlobalHydra.instance().config_loader()
+    named = [
+        f"{group}={choices[group]}"
+        for group in ("experiment/default", "experiment")
+        if choices.get(group) in loader.get_group_options(group)
+    ]
+    return [f"recipe {', '.join(named)}"] if named else []
 
 
 def print_run(name: object, module: Classifier, steps: Steps, rate: LearningRate, to: Path) -> None:

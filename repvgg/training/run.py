@@ -8,15 +8,16 @@ import lightning as L
 from hydra.core.hydra_config import HydraConfig
 
 from repvgg import checkpoint
+from repvgg.cli import Config
 from repvgg.contract import to_float
 from repvgg.data.batches import WorkersDied
 from repvgg.models.registry import build_model
 from repvgg.signals import Interrupted, interruptible
-from repvgg.training import compatibility, lock, processes, report, runs, setup
+from repvgg.training import compatibility, lock, processes, report, resuming, runs, setup
 from repvgg.training.divergence import Diverged
 from repvgg.training.malloc import keep_memory
 from repvgg.training.schedule import count_steps
-from repvgg.training.settings import Config, Settings, scale_learning_rate
+from repvgg.training.settings import Settings, scale_learning_rate
 
 
 def run(settings: Settings, config: Config, folder: Path) -> None:
@@ -67,12 +68,12 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> Non
     rate = scale_learning_rate(settings.optim, steps.images)
 
     network = build_model(**model)
-    notes = runs.describe_recipe() if resume is None else []
+    notes = report.describe_recipe() if resume is None else []
     if start is not None:
         notes += setup.initialize(network, start, data, str(settings.init))
     if resume is not None:
         differences = compatibility.check_resumed(resume, model, data, images)
-        notes = [*runs.describe_changes(config, folder), *differences]
+        notes = [*resuming.describe_changes(config, folder), *differences]
         compatibility.check_same_steps(resume, config, len(data.train.labels), steps, folder)
     compatibility.check_runs(network, to_float(images[:2]), model["name"])
     compatibility.check_batch_of_one(network, to_float(images[:1]), data.batch_size)

@@ -3,8 +3,9 @@
 import math
 from typing import Any, NamedTuple, cast
 
+from repvgg.cli import Config
 from repvgg.data.module import ImageData
-from repvgg.training.settings import Config, Settings
+from repvgg.training.settings import Settings
 
 LENGTH_KEYS = (  # arguments of lightning.Trainer that set the number of steps
     "max_epochs",

@@ -3,13 +3,19 @@
 import dataclasses
 import inspect
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
-from repvgg.checks import check_integer, check_number, did_you_mean, wrong_value
-
-Config = Mapping[str, object]  # a configuration as Hydra composed it, of plain values
+from repvgg.checks import (
+    check_boolean,
+    check_integer,
+    check_number,
+    did_you_mean,
+    unknown_key,
+    wrong_value,
+)
+from repvgg.cli import Config
 
 # Arguments of lightning.Trainer that a run sets or cannot honour, and what to pass instead.
 REJECTED_TRAINER_KEYS = {
@@ -201,11 +207,10 @@ def _check_keys(config: Config, kind: type, prefix: str) -> None:
     known = [field.name for field in dataclasses.fields(kind)]
     for key in config:
         if key not in known:
-            everywhere = [*known, *(f"optim.{field.name}" for field in dataclasses.fields(Optim))]
-            raise ValueError(
-                f"{prefix}{key}: there is no such key; {did_you_mean(prefix + key, everywhere)}"
-                f"allowed are {', '.join(prefix + name for name in known)}"
+            others = (
+                [] if prefix else [f"optim.{field.name}" for field in dataclasses.fields(Optim)]
             )
+            raise unknown_key(key, known, section=prefix, elsewhere=others)
     _check_missing(config, known, prefix)
 
 
@@ -234,8 +239,7 @@ def _check(settings: Settings) -> None:
         *("deployed_validation", "channels_last", "compile", "activation_checkpointing"),
         "keep_memory",
     ):
-        if not isinstance(getattr(settings, key), bool):
-            raise wrong_value(key, getattr(settings, key), "must be true or false", "true")
+        check_boolean(key, getattr(settings, key))
     if settings.compile and settings.activation_checkpointing:
         raise ValueError(
             "compile=true activation_checkpointing=true: choose one; inductor decides which "

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from repvgg import checkpoint, cli
 from repvgg.checks import did_you_mean
+from repvgg.cli import Config
 from repvgg.contract import DataContract, Normalize, to_float
 from repvgg.data.module import ImageData
 from repvgg.data.sets import open_data
@@ -27,7 +28,7 @@ from repvgg.training import callbacks, checkpoints, processes, runs
 from repvgg.training.classifier import Classifier
 from repvgg.training.divergence import StopOnDivergence
 from repvgg.training.schedule import Steps
-from repvgg.training.settings import Config, Settings, TrainerArguments
+from repvgg.training.settings import Settings, TrainerArguments
 
 NUM_CALIBRATION = 512  # training images from which a folded network gets its statistics back
 

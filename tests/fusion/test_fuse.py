@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import repvgg
-from repvgg.models.forms import reestimate_bn
+from repvgg.models.reestimate import reestimate_bn
 from tests.support.networks import relative_error, settle
 
 SMALL = {"depths": (1, 2, 2, 1), "widths": (8, 16, 16, 24), "num_classes": 5}

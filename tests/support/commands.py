@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -77,6 +78,15 @@ def run_process(program: str, *arguments: str, cwd: Path) -> subprocess.Complete
         text=True,
         timeout=SECONDS,
     )
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    """Wait until a running process has written a file."""
+    deadline = time.monotonic() + SECONDS
+    while not path.exists():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def quiet() -> list[str]:

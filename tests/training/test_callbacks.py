@@ -20,7 +20,7 @@ from repvgg import checkpoint
 from repvgg.data.batches import WorkersDied
 from repvgg.data.module import ImageData
 from repvgg.data.sets import digits
-from repvgg.models.forms import reestimate_bn
+from repvgg.models.reestimate import reestimate_bn
 from repvgg.models.registry import build_model
 from repvgg.training import callbacks
 from repvgg.training.callbacks import (

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import repvgg
 from repvgg.contract import to_float
 from tests.support import foreign
-from tests.support.commands import ROOT, SECONDS, SHORT, make, run, run_process, tree
+from tests.support.commands import ROOT, SECONDS, SHORT, make, run, run_process, tree, wait_for
 from tests.support.networks import settle
 
 
@@ -278,14 +277,6 @@ def test_a_damaged_image_ends_in_one_line_and_not_in_a_trace_of_a_worker(tmp_pat
     assert done.returncode == 1
     assert "images/train/dog/5.jpg: cannot be read as an image" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-
-
-def wait_for(path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not path.exists():
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def same_weights(*folders) -> bool:

@@ -28,7 +28,7 @@ from tests.support.commands import ROOT, run, run_process
             ["+data.foo=3"],
             "data.foo: repvgg.data.digits takes no such argument; allowed are",
         ),
-        ("train.py", ["+model.foo=3"], "model.foo: there is no such key; allowed are name"),
+        ("train.py", ["+model.foo=3"], "model.foo: there is no such key; allowed are model.name"),
         ("train.py", ["+trainer.callbacks=5"], "trainer.callbacks=5: must name a class"),
         ("train.py", ["+trainer.logger=wandb"], "trainer.logger='wandb': must name a class"),
         ("train.py", ["trainer.deterministic=maybe"], "deterministic='maybe': must be true or"),
@@ -89,7 +89,7 @@ from tests.support.commands import ROOT, run, run_process
         ("deploy.py", ["ckpt=nowhere.ckpt"], "ckpt=nowhere.ckpt: there is no file of that name"),
         ("deploy.py", ["ckpt=x.ckpt", "formats=[onnxx]"], "must be a list of safetensors, onnx"),
         ("deploy.py", ["ckpt=x.ckpt", "formats=[onnx,onnx]"], "each once"),
-        ("deploy.py", ["ckpt=x.ckpt", "benchmark=yess"], "benchmark=yess: must be true or false"),
+        ("deploy.py", ["ckpt=x.ckpt", "benchmark=yess"], "benchmark='yess': must be true or false"),
         ("deploy.py", ["ckpt=x.ckpt", "int8=1"], "int8=1: must be true or false"),
         (
             "deploy.py",

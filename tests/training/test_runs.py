@@ -6,7 +6,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from repvgg import cli
-from repvgg.training import runs
+from repvgg.training import resuming, runs
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def make(folder, *, saved: bool = True, seconds: int = 0, **changes):
 
 
 def plan(*typed: str) -> cli.Plan:
-    return runs.plan(cli.parse_arguments([*typed]))
+    return resuming.plan(cli.parse_arguments([*typed]))
 
 
 def resumed(*typed: str, composed: dict = CONFIG) -> dict:
@@ -128,7 +128,7 @@ def test_what_may_change_is_listed(typed, here):
     found = resumed(typed, f"resume=job/{runs.LAST}")
 
     before = {"optim.lr": 0.1, "trainer.devices": 1}.get(key, "not set")
-    assert runs.describe_changes(found, folder) == [
+    assert resuming.describe_changes(found, folder) == [
         f"resumes job/{runs.LAST}, with the configuration job/{runs.CONFIG}",
         f"{key}={value}, before {before}",
     ]
@@ -186,7 +186,7 @@ def test_a_removed_key_that_changed_nothing_is_dropped(key, value, here):
     assert resumed(f"resume=job/{runs.LAST}") == resumed(
         f"resume=job/{runs.LAST}", f"{key}={value}"
     )
-    assert runs._get(resumed(f"resume=job/{runs.LAST}"), key) is None
+    assert resuming._get(resumed(f"resume=job/{runs.LAST}"), key) is None
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_a_run_of_version_0_1_takes_its_own_words(key, here):
 def test_the_names_of_torchvision_that_a_run_folder_may_use_are_classes():
     from torchvision.transforms import v2
 
-    named = [n for n in dir(v2) if runs._OWN_CODE.fullmatch(f"torchvision.transforms.v2.{n}")]
+    named = [n for n in dir(v2) if resuming._OWN_CODE.fullmatch(f"torchvision.transforms.v2.{n}")]
 
     assert "RandAugment" in named
     assert all(isinstance(getattr(v2, name), type) for name in named)

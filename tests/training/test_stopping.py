@@ -14,7 +14,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.support.commands import ROOT, SECONDS, run, run_process
+from tests.support.commands import ROOT, SECONDS, run, run_process, wait_for
 
 LONG = ("model=repvgg_tiny", "trainer.max_epochs=1000", "hydra.run.dir=run")
 SHORT = ("model=repvgg_tiny", "trainer.max_epochs=2", "hydra.run.dir=run", "optim.warmup_epochs=0")
@@ -37,14 +37,6 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen:
         process.kill()
         raise
     return process
-
-
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not path.exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 class Stopped(NamedTuple):

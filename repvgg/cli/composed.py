@@ -1,0 +1,200 @@
+"""Commands that Hydra configures.
+
+Hydra's grammar cannot take every path, so `run` quotes them. What Hydra reports becomes one line.
+Everything else stays Hydra's.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple, NoReturn, cast
+
+from repvgg.cli.mistakes import FULL_ERROR, Config, explain, fail
+from repvgg.cli.names import command, subcommand
+from repvgg.signals import end_on_signals
+
+PATH_KEYS = ("ckpt", "out", "init", "resume", "verify", "data.root", "hydra.run.dir")
+SWEEP = {"-m", "--multirun"}
+
+Job = Callable[[Config, Path], None]
+
+
+class Arguments(NamedTuple):
+    """A command line, without the name of the command.
+
+    Attributes:
+        options: of Hydra's own: -m, --config-dir DIR, --cfg job.
+        overrides: key=value, with paths in quotes where Hydra's grammar needs them.
+    """
+
+    options: list[str]
+    overrides: list[str]
+
+    def line(self) -> list[str]:
+        """All of them, as Hydra reads them."""
+        return [*self.options, *self.overrides]
+
+
+class Plan(NamedTuple):
+    """What a command line comes to.
+
+    Attributes:
+        arguments: what Hydra composes.
+        complete: makes the job's configuration of the composed one.
+        again: the arguments of a process that is to do the same; None takes `arguments`.
+    """
+
+    arguments: Arguments
+    complete: Callable[[Config], Config] = dict
+    again: list[str] | None = None
+
+
+def run(
+    job: Job,
+    config: Path,
+    *,
+    prepare: Callable[[Arguments], Plan] = Plan,
+) -> None:
+    """Compose a configuration from the command line and do a job with it.
+
+    A user's mistake ends in one line on stderr and status 1. HYDRA_FULL_ERROR=1 shows a traceback
+    instead. In a sweep (`-m`) the other jobs run after one fails.
+
+    Args:
+        job: called with the configuration, of plain types, and the folder of the run. Relative
+            paths start from the folder of the command, also under hydra.job.chdir.
+        config: the file of the root configuration.
+        prepare: plans what the command line comes to.
+    """
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import DictConfig, OmegaConf
+
+    failures: list[Exception] = []
+    settings: Config = {}
+    sweep = started = False
+    given, words = sys.argv[1:], subcommand()
+    plan = Plan(Arguments([], []))
+    process = os.getpid()
+
+    @hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)
+    def main(composed: DictConfig) -> None:
+        nonlocal sweep, started, settings
+        sweep, started = HydraConfig.get().mode == RunMode.MULTIRUN, True
+        plain = cast(Config, OmegaConf.to_container(composed, resolve=True))
+        again = plan.arguments.line() if plan.again is None else plan.again
+        sys.argv[1:] = [*words, *again]  # Lightning repeats these for each device
+        try:
+            settings = plan.complete(plain)
+            if HydraConfig.get().job.chdir:
+                settings = absolute(settings, Path(HydraConfig.get().runtime.cwd))
+            job(settings, Path(HydraConfig.get().runtime.output_dir))
+        except Exception as error:
+            # Raised below: Hydra would report it in its own words.
+            failures.append(error)
+            if sweep:
+                overrides = " ".join(HydraConfig.get().overrides.task)
+                message = explain(error, config, settings)
+                print(f"{overrides}: {message or repr(error)}", file=sys.stderr)
+                if message is None:
+                    traceback.print_exception(error)
+            if os.getpid() != process:  # of a launcher, where `failures` is a copy
+                raise
+
+    show_traceback = os.environ.get(FULL_ERROR) == "1"
+    os.environ[FULL_ERROR] = "1"  # makes Hydra raise its errors instead of printing them
+    OmegaConf.register_new_resolver("command", command, replace=True)  # for the help texts
+    end_on_signals()
+    try:
+        plan = prepare(parse_arguments(given[len(words) :]))
+        with hydra_arguments(plan.arguments):
+            main()
+        if failures and sweep and not show_traceback:
+            fail(f"{len(failures)} of the sweep's jobs failed")
+        if failures:
+            raise failures[0]
+    except KeyboardInterrupt:
+        fail("stopped by Ctrl-C", 128 + signal.SIGINT)
+    except Exception as error:
+        message = explain(error, config, settings)
+        if message is None or show_traceback:
+            raise
+        if isinstance(error, OSError) and error.filename and not started:  # by Hydra, for the run
+            message += "; change to a folder that you can write to, or pass hydra.run.dir=FOLDER"
+        fail(message)
+
+
+@contextlib.contextmanager
+def hydra_arguments(arguments: Arguments) -> Iterator[None]:
+    """Put arguments where Hydra reads them, in sys.argv, and the user's own there afterwards."""
+    given = sys.argv[1:]
+    sys.argv[1:] = arguments.line()
+    try:
+        yield
+    finally:
+        sys.argv[1:] = given
+
+
+def parse_arguments(arguments: list[str]) -> Arguments:
+    """Split a command line into Hydra's options, wherever they stand, and key=value.
+
+    Raises:
+        ValueError: an option is unknown, or its value is missing.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+
+    def reject(message: str) -> NoReturn:
+        raise ValueError(f"{message}; pass key=value, or --help to see all keys")
+
+    parser.error = reject  # type: ignore[method-assign]  # argparse has no other way not to exit
+    overrides = parser.parse_intermixed_args(arguments).overrides
+    options, rest = [], [*overrides]
+    for argument in arguments:
+        if rest and argument == rest[0]:
+            del rest[0]
+        else:
+            options.append(argument)
+    return Arguments(options, [quote_path(argument) for argument in overrides])
+
+
+def start_folder() -> Path:
+    """The folder of the command; hydra.job.chdir leaves it."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
+
+
+def absolute(config: Config, folder: Path, prefix: str = "") -> Config:
+    """A copy of a configuration whose relative paths start from a folder."""
+    changed: dict[str, object] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            changed[key] = absolute(value, folder, f"{prefix}{key}.")
+        elif prefix + key in PATH_KEYS and isinstance(value, str) and "://" not in value:
+            changed[key] = str(folder / value)
+    return {**config, **changed}
+
+
+def quote_path(argument: str) -> str:
+    """Quote the value of `key=path` for Hydra's grammar, and expand `~` in it."""
+    key, equals, value = argument.partition("=")
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    if not equals or key.lstrip("+") not in PATH_KEYS or value in ("", "null") or quoted:
+        return argument
+    # Hydra takes a backslash literally, except before a quote, before ${ and at the end.
+    value = os.path.expanduser(value)
+    value = re.sub(r"(\\*)('|\$\{|$)", _escape, value)
+    return f"{key}='{value}'"
+
+
+def _escape(match: re.Match[str]) -> str:
+    slashes, special = match.groups()
+    return 2 * slashes + (f"\\{special}" if special else "")

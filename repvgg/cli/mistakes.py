@@ -1,0 +1,141 @@
+"""Mistakes of the user, in one line on stderr.
+
+Hydra and Python report mistakes in many lines, and the library's errors name its own arguments.
+Here they become one line that names keys of the command line.
+"""
+
+import contextlib
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NoReturn, cast
+
+from repvgg.checks import ArgumentError, did_you_mean
+from repvgg.cli.names import command, program
+
+FULL_ERROR = "HYDRA_FULL_ERROR"  # =1 shows tracebacks
+
+Config = Mapping[str, object]  # a configuration of plain types, as Hydra composed it
+
+
+def explain(error: Exception, config: Path, settings: Mapping[str, object]) -> str | None:
+    """One line for a mistake of the user; None for a bug.
+
+    Args:
+        config: the file of the root configuration.
+        settings: the composed configuration, whose keys replace the names of arguments.
+    """
+    from hydra.errors import (
+        ConfigCompositionException,
+        HydraException,
+        MissingConfigException,
+        OverrideParseException,
+    )
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, given = str(error.missing_cfg_file).rpartition("/")
+        return (
+            f"{group}={given}: there is no such choice; {did_you_mean(given, error.options)}"
+            f"allowed are {', '.join(error.options)}"
+        )
+    if isinstance(error, OverrideParseException):
+        return (
+            f"cannot parse '{error.override}'; pass key=value, and quote a value that holds "
+            f"spaces or any of = , ( ) [ ] {{ }}, as in \"key='a b'\""
+        )
+    if isinstance(error, ConfigCompositionException):
+        text = str(error)
+        if unknown := re.search(r"Could not override '([^']+)'", text):
+            if "/" in unknown[1]:
+                return (
+                    f"{unknown[1]}: the chosen configs have no such group; --help lists the groups"
+                )
+            given, keys = unknown[1], known_keys(config)
+            if given in keys:
+                return f"{given}: these choices do not set it; +{given}=... adds it"
+            siblings = [key for key in keys if key.rpartition(".")[0] == given.rpartition(".")[0]]
+            adds = f"; +{given}=... adds a key" if "." in given else ""
+            return (
+                f"{given}: there is no such key; {did_you_mean(given, keys)}"
+                f"allowed beside it are {', '.join(siblings or keys)}{adds}"
+            )
+        if missing := re.search(r"Could not delete from config\. '([^']+)' does not exist", text):
+            hint = did_you_mean(missing[1], known_keys(config))
+            return f"~{missing[1]}: there is no such key; {hint}".rstrip("; ")
+    cause = error.__cause__
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        # The constructor's own error is the cause; Hydra wraps it with the name of the class.
+        target = re.search(r"target '([^']+)'", str(error))
+        if missing := re.search(r"Error locating target '([^']+)'", str(error)):
+            return f"{missing[1]}: there is no such class or function"
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
+        if isinstance(cause, TypeError) and target and unknown:
+            return f"{unknown[1]}: {target[1]} takes no argument of that name"
+        by_lightning = type(cause).__name__ == "MisconfigurationException"
+        if cause is not None and (isinstance(cause, ValueError) or by_lightning):
+            return name_keys(cause, settings)
+        return name_keys(error, settings)
+    if isinstance(error, ValueError | OSError):
+        return name_keys(error, settings)
+    return None
+
+
+def name_keys(error: BaseException, config: Mapping[str, object]) -> str:
+    """The message of an error in one line; an argument becomes its key: root -> data.root."""
+    text = one_line(error)
+    for name in error.names if isinstance(error, ArgumentError) else ():
+        keys = [
+            f"{section}.{name}"
+            for section, held in config.items()
+            if isinstance(held, dict) and name in held
+        ]
+        if len(keys) == 1 and name not in config:
+            text = re.sub(rf"(?<![\w./]){re.escape(name)}(?==|:| is missing)", keys[0], text)
+    return text
+
+
+@contextlib.contextmanager
+def suggest_import(path: str | Path) -> Iterator[None]:
+    """Name `repvgg import` where opening a checkpoint needs arguments that only it takes."""
+    try:
+        yield
+    except ArgumentError as error:
+        if not {*error.names} <= {"weights", "strides", "bn_eps", "mean", "std"}:
+            raise
+        convert = f"{command('import')} path={shlex.quote(str(path))}"
+        given = " ".join(f"{name}=..." for name in error.names)
+        raise ValueError(f"{error}; {convert} {given} converts the file") from error
+
+
+def known_keys(config: Path) -> list[str]:
+    """Every key of a root configuration, dotted, and its groups."""
+    import hydra
+    from omegaconf import OmegaConf
+
+    with hydra.initialize_config_dir(str(config.parent), version_base="1.3"):
+        composed = hydra.compose(config.stem)
+    keys: list[str] = []
+
+    def collect(node: Config, prefix: str) -> None:
+        for key, value in node.items():
+            keys.append(prefix + key)
+            if isinstance(value, dict):
+                collect(value, f"{prefix}{key}.")
+
+    collect(cast(Config, OmegaConf.to_container(composed, resolve=False)), "")
+    return keys
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks."""
+    return " ".join(str(error).split())
+
+
+def fail(message: str, status: int = 1) -> NoReturn:
+    """Print one line on stderr and exit."""
+    with contextlib.suppress(OSError):  # the terminal was closed
+        print(f"{program()}: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)

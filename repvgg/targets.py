@@ -1,0 +1,130 @@
+"""The user's own code: found by its dotted name, and called with arguments that are checked first.
+
+Only names that the user passed belong here. A checkpoint or the folder of a run never names code.
+"""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from repvgg.checks import ArgumentError, did_you_mean, wrong_value
+
+LONGEST_SIGNATURE = 300  # characters
+
+
+def make_importable() -> None:
+    """Let Python find modules in the current folder, after all installed packages."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+
+
+def locate(target: str, key: str) -> Callable[..., object]:
+    """Import a function or class.
+
+    Modules in the current folder are found too.
+
+    Args:
+        target: the dotted name: package.module.Class.
+        key: the argument that named it, for the errors.
+
+    Raises:
+        ArgumentError: there is no such module, class or function, or it cannot be called. Errors
+            that a module raises while it is imported pass through.
+    """
+    parts = target.split(".") if isinstance(target, str) else []
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        allowed = "must be the dotted name of a class or function"
+        raise wrong_value(key, target, allowed, "mypackage.MyClass")
+    make_importable()
+    found: object = None
+    depth = 0
+    for depth in range(len(parts)):
+        module = _import(".".join(parts[: depth + 1]))
+        if module is None:
+            break
+        found = module
+    if found is None:
+        raise ArgumentError(
+            f"{key}={target}: there is no module {parts[0]}, neither in {Path.cwd()} nor among the "
+            "installed packages",
+            key,
+        )
+    for part in parts[depth:]:
+        if not hasattr(found, part):
+            where = ".".join(parts[: parts.index(part)])
+            hint = did_you_mean(part, [name for name in dir(found) if name[0] != "_"])
+            raise ArgumentError(f"{key}={target}: {where} has no {part}; {hint}".rstrip("; "), key)
+        found = getattr(found, part)
+    if not callable(found):
+        kind = type(found).__name__
+        raise ArgumentError(f"{key}={target}: is a {kind}, not a class or function", key)
+    return found
+
+
+def call(
+    function: Callable[..., object], key: str, target: str, *positional: object, **arguments: object
+) -> object:
+    """Call the user's function or class, if it takes these arguments.
+
+    Raises:
+        ArgumentError: it does not; the message shows its signature. Its own errors pass through.
+    """
+    check_arguments(function, key, target, *positional, **arguments)
+    return function(*positional, **arguments)
+
+
+def check_arguments(
+    function: Callable[..., object], key: str, target: str, *positional: object, **arguments: object
+) -> None:
+    """Check that a function takes these arguments.
+
+    Raises:
+        ArgumentError: it does not; the message shows its signature.
+    """
+    signature = signature_of(function)
+    if signature is None:
+        return
+    try:
+        signature.bind(*positional, **arguments)
+    except TypeError as error:
+        shown = str(signature.replace(return_annotation=inspect.Signature.empty))
+        if len(shown) > LONGEST_SIGNATURE:
+            shown = f"{shown[:LONGEST_SIGNATURE]}...)"
+        unknown = [name for name in arguments if f"'{name}'" in str(error)]
+        hint = did_you_mean(unknown[0], signature.parameters) if unknown else ""
+        raise ArgumentError(
+            f"{key}={target}: {error}; {hint}its signature is {target.rpartition('.')[2]}{shown}",
+            key,
+        ) from error
+
+
+def accepts(function: Callable[..., object], argument: str) -> bool:
+    """Whether a function takes an argument by name; false if that cannot be told."""
+    signature = signature_of(function)
+    if signature is None:
+        return False
+    kinds = {name: part.kind for name, part in signature.parameters.items()}
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return kinds.get(argument) in by_name or inspect.Parameter.VAR_KEYWORD in kinds.values()
+
+
+def signature_of(function: Callable[..., object]) -> inspect.Signature | None:
+    """The signature of a function or class; None if Python does not know it."""
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):  # of functions in C
+        return None
+
+
+def _import(name: str) -> ModuleType | None:
+    """A module; None if there is none of that name. Its own failed imports are errors."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+            return None
+        raise

@@ -6,6 +6,8 @@ Only names that the user passed belong here. A checkpoint or the folder of a run
 import importlib
 import inspect
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +15,33 @@ from types import ModuleType
 from repvgg.checks import ArgumentError, did_you_mean, wrong_value
 
 LONGEST_SIGNATURE = 300  # characters
+INSTALLED = {"site-packages", "dist-packages"}  # folders of packages, in any environment
+NOT_THE_USERS = [Path(__file__).absolute().parent, Path(sysconfig.get_path("stdlib"))]
+
+
+def is_from_user_code(error: BaseException) -> bool:
+    """Whether an error, or one that it was raised from, passed through the user's own code.
+
+    That is code which is neither ours nor Python's nor installed.
+    """
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        frames = traceback.walk_tb(current.__traceback__)
+        if any(_is_users(frame.f_code.co_filename) for frame, _ in frames):
+            return True
+        hidden = None if current.__suppress_context__ else current.__context__
+        current = current.__cause__ or hidden
+    return False
+
+
+def _is_users(filename: str) -> bool:
+    path = Path(filename)
+    if not path.is_absolute():  # <string>, <frozen importlib._bootstrap>
+        return False
+    installed = not INSTALLED.isdisjoint(path.parts)
+    return not installed and not any(path.is_relative_to(folder) for folder in NOT_THE_USERS)
 
 
 def make_importable() -> None:

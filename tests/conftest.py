@@ -16,6 +16,7 @@ import absl.logging
 import pytest
 from filelock import FileLock
 
+from repvgg import targets
 from tests.support.commands import SHORT, run
 
 if hasattr(signal, "SIGHUP"):  # ignored under nohup, and then in every run that a test starts
@@ -24,6 +25,9 @@ if hasattr(signal, "SIGHUP"):  # ignored under nohup, and then in every run that
 # Hydra closes every handler there is, and absl's closes its stream unless it is the process's own:
 # pytest's, where OpenVINO was the first to import absl, in a test.
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
+
+# What a test puts in the place of our code counts as ours; the user's own is in tmp_path.
+targets.NOT_THE_USERS.append(Path(__file__).parent)
 
 Done = subprocess.CompletedProcess[str]
 

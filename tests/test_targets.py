@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from repvgg.checks import ArgumentError
-from repvgg.targets import accepts, call, locate
+from repvgg.targets import accepts, call, is_from_user_code, locate
 
 
 @pytest.fixture
@@ -88,3 +88,20 @@ def test_accepted_arguments_are_named_or_taken_by_keyword():
 
     assert [accepts(takes, name) for name in "abcd"] == [False, True, True, False]
     assert accepts(takes_all, "anything")
+
+
+def test_an_error_that_passed_through_the_users_code_is_told_from_ours(own):
+    (own / "own_code.py").write_text("def build():\n    raise ValueError('of mine')\n")
+    build = locate("own_code.build", "model._target_")
+    with pytest.raises(ValueError, match="of mine") as theirs:
+        build()
+    with pytest.raises(ArgumentError) as ours:
+        locate("own_code.biuld", "model._target_")
+    try:
+        raise RuntimeError("of a library") from theirs.value
+    except RuntimeError as error:
+        wrapped = error
+
+    assert is_from_user_code(theirs.value)
+    assert is_from_user_code(wrapped)
+    assert not is_from_user_code(ours.value)

@@ -11,6 +11,7 @@ from repvgg.checks import did_you_mean, wrong_value
 from repvgg.cli.mistakes import FULL_ERROR, Config, fail, one_line
 from repvgg.cli.names import subcommand
 from repvgg.signals import end_on_signals
+from repvgg.targets import is_from_user_code
 
 
 class Unset(NamedTuple):
@@ -50,7 +51,7 @@ def script(job: Callable[[dict[str, object]], None], text: str, defaults: Config
     except KeyboardInterrupt:
         fail("stopped by Ctrl-C", 128 + signal.SIGINT)
     except (ValueError, OSError, ImportError) as error:
-        if os.environ.get(FULL_ERROR) == "1":
+        if os.environ.get(FULL_ERROR) == "1" or is_from_user_code(error):
             raise
         fail(one_line(error))
 

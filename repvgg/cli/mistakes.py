@@ -14,6 +14,7 @@ from typing import NoReturn, cast
 
 from repvgg.checks import ArgumentError, did_you_mean
 from repvgg.cli.names import command, program
+from repvgg.targets import is_from_user_code
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # =1 shows tracebacks
 
@@ -21,7 +22,7 @@ Config = Mapping[str, object]  # a configuration of plain types, as Hydra compos
 
 
 def explain(error: Exception, config: Path, settings: Mapping[str, object]) -> str | None:
-    """One line for a mistake of the user; None for a bug.
+    """One line for a mistake of the user; None for a bug, and for errors of the user's own code.
 
     Args:
         config: the file of the root configuration.
@@ -35,6 +36,8 @@ def explain(error: Exception, config: Path, settings: Mapping[str, object]) -> s
     )
     from omegaconf.errors import OmegaConfBaseException
 
+    if is_from_user_code(error):
+        return None
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, given = str(error.missing_cfg_file).rpartition("/")
         return (

@@ -33,6 +33,13 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     return f"did you mean {close[0]}? " if close else ""
 
 
+def unknown_name(what: str, given: str, allowed: Sequence[str]) -> ArgumentError:
+    """The error of a word that is in no list, for the caller to raise."""
+    hint = did_you_mean(given.lower(), allowed)
+    shown = ", ".join(allowed)
+    return ArgumentError(f"unknown {what} '{given}': {hint}allowed are {shown}", what)
+
+
 def unknown_key(
     key: str, allowed: Sequence[str], *, section: str = "", elsewhere: Sequence[str] = ()
 ) -> ValueError:

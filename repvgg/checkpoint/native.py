@@ -25,6 +25,7 @@ from repvgg.contract import (
     Plain,
     to_float,
 )
+from repvgg.models.libraries import Factory
 from repvgg.models.network import RepVGG
 from repvgg.models.registry import build_model
 
@@ -165,8 +166,8 @@ def is_ours(content: Content) -> bool:
     return isinstance(entry, Mapping) and "format" in entry
 
 
-def open_ours(content: Content, path: Path) -> Checkpoint:
-    """Rebuild the network of a checkpoint of ours.
+def open_ours(content: Content, path: Path, network: Factory | None = None) -> Checkpoint:
+    """Rebuild the network of a checkpoint of ours; see `repvgg.checkpoint.load`.
 
     Raises:
         ValueError: the description or the weights are damaged.
@@ -182,7 +183,7 @@ def open_ours(content: Content, path: Path) -> Checkpoint:
         config, data, probe = entry["model"], DataContract(**entry["data"]), entry["probe"]
         if config.get("num_classes") == 0:
             raise ValueError(f"'{path}' has a damaged description: a network of 0 classes")
-        model = build_model(**config)
+        model = build_model(config, network=network)
         stored = {
             key.removeprefix(NETWORK_PREFIX): value
             for key, value in weights.items()
@@ -196,6 +197,8 @@ def open_ours(content: Content, path: Path) -> Checkpoint:
             raise ValueError(f"'{path}' has a damaged probe batch")
         return Checkpoint(model.eval(), config, data, probe, entry.get("origin", ""))
     except ArgumentError as error:  # of the network's config
+        if "network" in error.names:  # missing, or not what the file was written with
+            raise ArgumentError(f"'{path}': {error}", "network") from error
         raise ValueError(f"'{path}' has a damaged description: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"'{path}' has a damaged description: {error!r}") from error

@@ -1,11 +1,13 @@
 """The work of `repvgg import`: read a third-party checkpoint and write one of ours."""
 
+import contextlib
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
 from repvgg import checkpoint, cli
 from repvgg.checkpoint.tensors import read
+from repvgg.checks import ArgumentError
 from repvgg.commands.import_checkpoint import Settings
 from repvgg.contract import DataContract
 from repvgg.deploy.measure import count_parameters
@@ -13,7 +15,8 @@ from repvgg.deploy.measure import count_parameters
 
 def convert(path: Path, settings: Settings) -> None:
     if checkpoint.is_ours(read(path)):
-        checkpoint.load(path)  # raises if it is damaged
+        with contextlib.suppress(ArgumentError):  # the code of a custom network is missing
+            checkpoint.load(path)  # raises if it is damaged
         deploy = f"{cli.command('deploy')} ckpt={shlex.quote(str(path))}"
         raise ValueError(f"'{path}' is a checkpoint of ours already: {deploy}")
     out = Path(settings.out) if settings.out else path.with_suffix(".ckpt")

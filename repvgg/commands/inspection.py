@@ -12,6 +12,7 @@ from repvgg.checkpoint import recognize
 from repvgg.checkpoint.layouts import holds_folded
 from repvgg.checkpoint.standins import StandIn
 from repvgg.checkpoint.tensors import read
+from repvgg.checks import ArgumentError
 from repvgg.contract import Description
 
 LONGEST_LIST = 6
@@ -27,7 +28,10 @@ def inspect(path: Path, strides: Sequence[int] | None) -> None:
     print(f"{path}: {path.stat().st_size:,} bytes")
     print(f"holds {shorten([describe_entry(key, value) for key, value in content.items()])}")
     if checkpoint.is_ours(content):
-        print_ours(path, strides)
+        try:
+            print_ours(path, strides)
+        except ArgumentError as error:  # the code of a custom network is missing
+            print(f"a checkpoint of ours: {error}")
         return
     found = recognize.find(content)
     for network in found:

@@ -1,12 +1,14 @@
 """Verify a deployed folder again: every byte, and every file on the recorded images.
 
 The recorded float64 logits are the reference. The status is 0 if every file is as it was deployed
-and computes the same.
+and computes the same. model.safetensors of a network of your own needs network=mypackage.MyNet.
 """
+
+from typing import Any
 
 from repvgg import cli
 
-DEFAULTS: cli.Config = {"folder": None}
+DEFAULTS: cli.Config = {"folder": None, "network": None}
 
 
 def main() -> None:
@@ -14,8 +16,8 @@ def main() -> None:
     cli.script(verify, f"{__doc__}\n{usage}", DEFAULTS)
 
 
-def verify(settings: cli.Config) -> None:
+def verify(settings: dict[str, Any]) -> None:
     folder = cli.given_path(settings, "folder", "FOLDER")
     from repvgg.deploy.run import verify_again  # takes seconds
 
-    verify_again(folder)
+    verify_again(folder, settings["network"])

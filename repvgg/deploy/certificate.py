@@ -14,6 +14,7 @@ from repvgg.contract import to_float
 from repvgg.deploy.folder import PAGE, PROBE, REPORT, check_sums, write_sums
 from repvgg.deploy.report import Report
 from repvgg.export.formats import open_artifact
+from repvgg.models.libraries import Factory
 from repvgg.verify import Predictor, Verdict
 
 
@@ -44,11 +45,14 @@ def write(folder: Path, report: Report, recorded: Recorded) -> None:
     write_sums(folder)
 
 
-def check(folder: Path) -> dict[str, Verdict]:
+def check(folder: Path, *, network: Factory | None = None) -> dict[str, Verdict]:
     """Verify a deployed folder again: every byte, then every file on the recorded images.
 
     float32 files are compared with the recorded float64 logits. The int8 file must reproduce its
     recorded top-1, except for one image.
+
+    Args:
+        network: as in `repvgg.export.open_artifact`.
 
     Returns:
         a verdict for each file, passed or not.
@@ -72,7 +76,9 @@ def check(folder: Path) -> dict[str, Verdict]:
     if not verified or not listed or not len(recorded.images):
         raise ValueError(f"{folder}: its report does not list the files of the folder")
     return {
-        name: _compare(open_artifact(folder / name), precision, recorded, report.float32_bound)
+        name: _compare(
+            open_artifact(folder / name, network=network), precision, recorded, report.float32_bound
+        )
         for name, precision in verified.items()
     }
 

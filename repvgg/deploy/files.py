@@ -28,6 +28,7 @@ from repvgg.export import int8
 from repvgg.export.artifact import Artifact, count_layers
 from repvgg.export.formats import FORMATS, load_onnx, load_openvino
 from repvgg.fusion.normalizations import is_never_updated, is_normalization
+from repvgg.models.libraries import Factory
 from repvgg.verify import Predictor
 
 INT8 = "model-int8.onnx"
@@ -49,9 +50,17 @@ class Int8File:
 
 
 def export(
-    network: nn.Module, description: Description, formats: Iterable[str], folder: Path
+    network: nn.Module,
+    description: Description,
+    formats: Iterable[str],
+    folder: Path,
+    *,
+    factory: Factory | None = None,
 ) -> dict[str, Artifact]:
     """Write every format, open each file from disk, and check its layers.
+
+    Args:
+        factory: builds the network, if it is the user's own.
 
     Returns:
         the opened files, by their names.
@@ -61,7 +70,7 @@ def export(
         target = folder / FORMATS[name].filename
         with writing(target.name):
             FORMATS[name].save(network, target, description)
-        artifact = FORMATS[name].load(target)  # from disk: what will be shipped
+        artifact = FORMATS[name].open(target, network=factory)  # from disk: what will be shipped
         require_layers(target.name, artifact, count_layers(network))
         artifacts[target.name] = artifact
     return artifacts

@@ -18,9 +18,16 @@ from repvgg.deploy.sets import load_sets
 from repvgg.deploy.settings import DeploySettings
 from repvgg.deploy.verification import DEPLOYED, OWN, TRAINED, Forms, require
 from repvgg.models.forms import deployed_form
+from repvgg.models.libraries import Factory
+from repvgg.targets import locate
 from repvgg.verify import TOLERANCE, Predictor
 
 BF16_BOUND = TOLERANCE[torch.bfloat16]
+
+
+def find_factory(network: str | None) -> Factory | None:
+    """The function or class that the user passed by name."""
+    return None if network is None else locate(network, "network")
 
 
 def run(settings: DeploySettings) -> None:
@@ -31,10 +38,14 @@ def run(settings: DeploySettings) -> None:
     print(f"written to {shlex.quote(os.path.relpath(settings.out))}")
 
 
-def verify_again(folder: Path) -> None:
-    """Verify a deployed folder again: every byte, and every file on the recorded images."""
+def verify_again(folder: Path, network: str | None = None) -> None:
+    """Verify a deployed folder again: every byte, and every file on the recorded images.
+
+    Args:
+        network: the dotted name of what builds the network, if it is the user's own.
+    """
     try:
-        verdicts = certificate.check(folder)
+        verdicts = certificate.check(folder, network=find_factory(network))
     except ImportError as error:
         raise ValueError(str(error)) from error
     for name, verdict in verdicts.items():
@@ -50,8 +61,9 @@ def deploy(settings: DeploySettings, folder: Path) -> Report:
     Raises:
         ValueError: the checkpoint or the data is wrong, or a check failed; the message names it.
     """
+    factory = find_factory(settings.network)
     with cli.suggest_import(settings.ckpt):
-        restored = checkpoint.load(settings.ckpt)
+        restored = checkpoint.load(settings.ckpt, network=factory)
     description = Description(restored.config, restored.data, settings.input, settings.output)
     sets = load_sets(settings, restored)
     images = to_float(restored.probe.images)
@@ -64,7 +76,7 @@ def deploy(settings: DeploySettings, folder: Path) -> Report:
     of_forms = verification.evaluate_forms(forms, images, blocks)
     bound = of_forms[OWN].tolerance
 
-    files = export(network, description, settings.formats, folder)
+    files = export(network, description, settings.formats, folder, factory=factory)
     bf16 = in_bf16(forms.folded, folder) if settings.bf16 else {}
     verdicts = {
         **of_forms,

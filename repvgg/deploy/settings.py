@@ -24,6 +24,7 @@ class DeploySettings:
 
     Attributes:
         ckpt: an existing file.
+        network: the dotted name of what builds the network, if it is the user's own.
         out: the folder to create, absolute.
         data: a function that returns an `ImageData`, under `_target_`, and its arguments.
     """
@@ -41,6 +42,7 @@ class DeploySettings:
     int8_drop: float
     benchmark: bool
     data: Config | None = None
+    network: str | None = None
 
     @classmethod
     def read(cls, config: Config) -> "DeploySettings":
@@ -90,6 +92,7 @@ class DeploySettings:
             int8_float_layers=layers,
             int8_drop=drop,
             data=data,
+            network=read_network(config),
             **switches,
         )
 
@@ -99,9 +102,10 @@ KEYS = ["verify", *(field.name for field in dataclasses.fields(DeploySettings))]
 
 @dataclass(frozen=True)
 class VerifySettings:
-    """The one key of a command that verifies a deployed folder again."""
+    """The keys of a command that verifies a deployed folder again."""
 
     folder: Path
+    network: str | None = None
 
     @classmethod
     def read(cls, config: Config) -> "VerifySettings":
@@ -113,7 +117,13 @@ class VerifySettings:
         _check_keys(config)
         if config["ckpt"] is not None or config["out"] is not None:
             raise ValueError(f"verify: it stands alone; run {cli.command('deploy')} verify=FOLDER")
-        return cls(Path(str(config["verify"])))
+        return cls(Path(str(config["verify"])), read_network(config))
+
+
+def read_network(config: Config) -> str | None:
+    """The name of the user's own network, if there is one."""
+    given = config["network"]
+    return None if given is None else str(given)
 
 
 def one_run(arguments: cli.Arguments) -> cli.Plan:

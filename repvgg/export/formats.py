@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from repvgg.checks import ArgumentError
 from repvgg.contract import METADATA_KEY, Description
 from repvgg.export.artifact import (
     Artifact,
@@ -25,6 +26,7 @@ from repvgg.export.artifact import (
     without_grad,
 )
 from repvgg.models.forms import deployed_form, is_deployed
+from repvgg.models.libraries import Factory
 from repvgg.models.registry import build_model
 
 if TYPE_CHECKING:
@@ -43,11 +45,17 @@ class Format:
         filename: inside a deployed folder. If the format has several files, the one to load.
         save: writes a folded network to a path, and files beside it if the format needs them.
         load: opens such a file.
+        builds: the file holds weights alone, so `load` builds the network, and takes `network`.
     """
 
     filename: str
     save: Callable[[nn.Module, Path, Description], None]
-    load: Callable[[Path], Artifact]
+    load: Callable[..., Artifact]
+    builds: bool = False
+
+    def open(self, path: Path, *, network: Factory | None = None) -> Artifact:
+        """Open a file; `network` as in `open_artifact`."""
+        return self.load(path, network=network) if self.builds else self.load(path)
 
 
 def save_safetensors(model: nn.Module, path: Path, description: Description) -> None:
@@ -64,19 +72,25 @@ def save_safetensors(model: nn.Module, path: Path, description: Description) -> 
     path.write_bytes(save(weights, metadata={METADATA_KEY: description.to_json()}))
 
 
-def load_safetensors(path: Path) -> Artifact:
+def load_safetensors(path: Path, *, network: Factory | None = None) -> Artifact:
     """Rebuild the folded network from the file's metadata, and load its weights.
 
+    Args:
+        network: as in `open_artifact`.
+
     Raises:
-        ValueError: the file has no description, or its weights do not fit the description.
+        ValueError: the file has no description, its weights do not fit the description, or
+            `network` is missing or has no use.
     """
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         description = described(path, (file.metadata() or {}).get(METADATA_KEY))
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    with torch.device("meta"):
-        model, _ = deployed_form(build_model(**description.config))
+    try:
+        model = _build_folded(description, network)
+    except ArgumentError as error:
+        raise ArgumentError(f"'{path}': {error}", *error.names) from error
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
@@ -84,6 +98,14 @@ def load_safetensors(path: Path) -> Artifact:
         raise ValueError(f"'{path}' does not fit its own description: {detail}") from error
     program = build_program(model, description)
     return Artifact(description, without_grad(program), count_layers(program))
+
+
+def _build_folded(description: Description, network: Factory | None) -> nn.Module:
+    """A folded network without weights; a custom one may need memory to be built."""
+    if network is None:
+        with torch.device("meta"):
+            return deployed_form(build_model(description.config))[0]
+    return deployed_form(build_model(description.config, network=network))[0]
 
 
 def export_program(model: nn.Module, description: Description) -> torch.export.ExportedProgram:
@@ -315,8 +337,12 @@ def require(package: str) -> ModuleType:
         raise ImportError(f"{package} is missing: run pip install {package}") from error
 
 
-def open_artifact(path: Path) -> Artifact:
+def open_artifact(path: Path, *, network: Factory | None = None) -> Artifact:
     """Open an exported file; the end of its name is that of its format.
+
+    Args:
+        network: the function or class that builds the network, if it is the user's own and the file
+            holds weights alone (safetensors). Other formats hold the program.
 
     Raises:
         ValueError: there is no such file, its format is unknown, it is damaged, or it has no
@@ -327,7 +353,7 @@ def open_artifact(path: Path) -> Artifact:
     for known in sorted(FORMATS.values(), key=lambda known: -len(known.filename)):
         if path.name.endswith(known.filename.partition(".")[2]):
             try:
-                return known.load(path)
+                return known.open(path, network=network)
             except (ImportError, ValueError):
                 raise
             except Exception as error:  # every engine has its own types
@@ -354,7 +380,7 @@ def _require_deployed(network: nn.Module) -> None:
 
 
 FORMATS: dict[str, Format] = {
-    "safetensors": Format("model.safetensors", save_safetensors, load_safetensors),
+    "safetensors": Format("model.safetensors", save_safetensors, load_safetensors, builds=True),
     "onnx": Format("model.onnx", save_onnx, load_onnx),
     "pt2": Format("model.pt2", save_pt2, load_pt2),
     "openvino": Format("model.xml", save_openvino, load_openvino),

@@ -18,9 +18,13 @@ from torch import Tensor, nn
 from repvgg import checkpoint
 from repvgg.checks import unknown_key, wrong_value
 from repvgg.cli import Config
+from repvgg.contract import ModelConfig
 from repvgg.data.module import ImageData
+from repvgg.models import libraries
+from repvgg.models.libraries import Factory
 from repvgg.models.network import RepVGG
 from repvgg.models.registry import build_model
+from repvgg.targets import is_from_user_code
 from repvgg.training import callbacks, processes, resuming, schedule
 from repvgg.training.schedule import Steps
 from repvgg.training.settings import Settings, TrainerArguments, section
@@ -47,22 +51,31 @@ def check_trainer(arguments: TrainerArguments) -> None:
     instantiate({**arguments.scalars(), **quiet, "enable_model_summary": False}, _convert_="all")
 
 
-def check_network(settings: Settings) -> None:
+def check_network(settings: Settings, arguments: ModelConfig, factory: Factory | None) -> None:
     """Build the network without its weights: an error in its arguments shows before data is read.
+
+    The user's own code does not run here; only its signature is checked.
+
+    Args:
+        arguments: of the network, without published weights.
+        factory: of a custom network.
 
     Raises:
         ValueError: an argument of the network or of the training is unknown or out of its range.
     """
     assumed = {"num_classes": 2, "in_channels": 3}
-    missing = {key: n for key, n in assumed.items() if settings.model.get(key) is None}
-    model: dict[str, Any] = {**settings.model, **missing}
+    missing = {key: n for key, n in assumed.items() if arguments.get(key) is None}
+    model: dict[str, Any] = {**arguments, **missing}
+    if factory is not None:
+        libraries.check_custom(factory, **model)
+        return
     if model.get("library", "repvgg") == "repvgg":
         known = ["name", "library", *inspect.signature(RepVGG).parameters]
         for key in (key for key in model if key not in known):
             raise unknown_key(key, known, section="model.")
     try:
         with torch.device("meta"):
-            network = build_model(**model)
+            network = build_model(model)
             steps = Steps(1, 1, 0, 0, 1, 1)
             build_classifier(settings, network, model["num_classes"], steps, settings.optim.lr)
     except (NotImplementedError, RuntimeError):  # of a network that cannot be built like this
@@ -72,13 +85,18 @@ def check_network(settings: Settings) -> None:
         raise wrong_value("deployed_validation", True, allowed, "false")
 
 
-def check_resumed(resume: str, model: Config, data: ImageData, images: Tensor) -> list[str]:
+def check_resumed(
+    resume: str, model: Config, data: ImageData, images: Tensor, factory: Factory | None
+) -> list[str]:
     """Check that a checkpoint holds this network and these classes; lines on what else differs.
+
+    Args:
+        factory: of a custom network.
 
     Raises:
         ValueError: it is of another network or of other classes.
     """
-    recorded = checkpoint.load(resume)
+    recorded = checkpoint.load(resume, network=factory)
     if recorded.config != model:
         raise ValueError(f"resume={resume}: it holds {recorded.config}, this run builds {model}")
     before, now = recorded.data.classes, data.contract.classes
@@ -126,23 +144,33 @@ def check_same_steps(
         )
 
 
-def check_runs(network: nn.Module, images: Tensor, name: object) -> None:
-    """Check that a network runs on the images: most need a minimum size.
+def check_runs(network: nn.Module, images: Tensor, model: Config) -> None:
+    """Check that a network runs on the images and gives logits of the classes.
 
     Raises:
-        ValueError: the network raised an error.
+        ValueError: it does not. Errors of the user's own code pass through.
     """
+    name, num_classes = model["name"], model["num_classes"]
     network.eval()
     try:
         with torch.no_grad():
-            network(images)
+            logits = network(images)
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError) as error:
+        if is_from_user_code(error):
+            raise
         size = "x".join(map(str, images.shape[2:]))
         detail = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"model.name={name}: does not run on images of {size} ({detail}); "
             "pass another model.name, or other data"
         ) from error
+    given = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    if given != (len(images), num_classes):
+        raise ValueError(
+            f"model={model.get('_target_') or name}: for {len(images)} images it returns {given}; "
+            f"the data has {num_classes} classes, so it must return logits of shape "
+            f"{(len(images), num_classes)}"
+        )
     network.train()
 
 

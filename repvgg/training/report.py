@@ -83,9 +83,18 @@ def report_stop(stopped: Interrupted | Diverged | WorkersDied, last: Path) -> No
 
 
 def report_results(
-    trainer: L.Trainer, metrics: Mapping[str, float], data: ImageData, best: Path
+    trainer: L.Trainer,
+    metrics: Mapping[str, float],
+    data: ImageData,
+    best: Path,
+    *,
+    target: object = None,
 ) -> None:
-    """Print the results and the next commands."""
+    """Print the results and the next commands.
+
+    Args:
+        target: the dotted name of the user's own network.
+    """
     keeper = trainer.checkpoint_callback
     if isinstance(keeper, ModelCheckpoint) and keeper.best_model_score is None:
         print("no validation ran: best.ckpt is the last checkpoint")
@@ -101,7 +110,8 @@ def report_results(
         shown = "" if top5 is None else f", top-5 {top5:.4f}"
         print(f"{what} {metrics['test/accuracy']:.4f}{shown}, loss {metrics['test/loss']:.4f}{why}")
     print(f"checkpoint    {checkpoint_path}")
-    print(f"deploy it     {cli.command('deploy')} ckpt={checkpoint_path}")
+    network = "" if target is None else f" network={target}"
+    print(f"deploy it     {cli.command('deploy')} ckpt={checkpoint_path}{network}")
     if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
         folder = best.parent.parent
         own = folder.is_relative_to(cli.start_folder() / runs.RUNS)

@@ -3,14 +3,16 @@
 import contextlib
 import functools
 from pathlib import Path
+from typing import cast
 
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
 
 from repvgg import checkpoint
 from repvgg.cli import Config
-from repvgg.contract import to_float
+from repvgg.contract import ModelConfig, to_float
 from repvgg.data.batches import WorkersDied
+from repvgg.models.pretrained import split_weights
 from repvgg.models.registry import build_model
 from repvgg.signals import Interrupted, interruptible
 from repvgg.training import compatibility, lock, processes, report, resuming, runs, setup
@@ -58,24 +60,29 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> Non
     compatibility.check_sweep(devices)
     compatibility.check_trainer(settings.trainer)
     parts = setup.build_parts(settings.trainer, folder)
-    compatibility.check_network(settings)
-    start = setup.open_start(settings.init) if settings.init and not resume else None
+    arguments, weights = split_weights(cast(ModelConfig, settings.model))
+    factory = setup.find_factory(arguments)
+    compatibility.check_network(settings, arguments, factory)
+    start = None if resume or not settings.init else setup.open_start(settings.init, factory)
 
     data = setup.open_images(settings)
     images, labels = data.probe()
-    model = setup.complete_model(settings.model, data.contract, start)
+    if weights is not None and start is None and not resume:
+        start = setup.open_pretrained(settings.model, data.contract)
+    model = setup.complete_model(arguments, data.contract, start)
     steps = count_steps(settings, data, devices)
     rate = scale_learning_rate(settings.optim, steps.images)
 
-    network = build_model(**model)
+    network = build_model(model, network=factory)
     notes = report.describe_recipe() if resume is None else []
     if start is not None:
-        notes += setup.initialize(network, start, data, str(settings.init))
+        key = f"init={settings.init}" if settings.init else f"model={model['name']}"
+        notes += setup.initialize(network, start, data, key)
     if resume is not None:
-        differences = compatibility.check_resumed(resume, model, data, images)
+        differences = compatibility.check_resumed(resume, model, data, images, factory)
         notes = [*resuming.describe_changes(config, folder), *differences]
         compatibility.check_same_steps(resume, config, len(data.train.labels), steps, folder)
-    compatibility.check_runs(network, to_float(images[:2]), model["name"])
+    compatibility.check_runs(network, to_float(images[:2]), model)
     compatibility.check_batch_of_one(network, to_float(images[:1]), data.batch_size)
     stochastic = setup.find_stochastic(network, settings, to_float(images))
     setup.lay_out(network, settings)
@@ -113,6 +120,6 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> Non
         shown = {**config, "rdrop": module.rdrop, "model": model}
         report.log_hyperparameters(trainer.loggers, shown, metrics)
     if trainer.is_global_zero and saves:
-        report.report_results(trainer, metrics, data, best)
+        report.report_results(trainer, metrics, data, best, target=model.get("_target_"))
     elif trainer.is_global_zero:
         print("fast_dev_run: trained, validated and tested; nothing was saved")

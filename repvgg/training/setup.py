@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from repvgg import checkpoint, cli
 from repvgg.checks import did_you_mean
 from repvgg.cli import Config
-from repvgg.contract import DataContract, Normalize, to_float
+from repvgg.contract import DataContract, ModelConfig, Normalize, Plain, to_float
 from repvgg.data.module import ImageData
 from repvgg.data.sets import open_data
 from repvgg.models.block import RepVGGBlock, compile_blocks
+from repvgg.models.libraries import Factory
+from repvgg.models.pretrained import pretrained
 from repvgg.rdrop import StochasticLayers, find_stochastic_layers
+from repvgg.targets import locate
 from repvgg.training import callbacks, checkpoints, processes, runs
 from repvgg.training.classifier import Classifier
 from repvgg.training.divergence import StopOnDivergence
@@ -142,35 +145,59 @@ def open_images(settings: Settings) -> ImageData:
         ) from error
 
 
+def find_factory(model: Config) -> Factory | None:
+    """What builds the user's own network, by the name on the command line; None for other networks.
+
+    Raises:
+        ValueError: there is no such function or class.
+    """
+    if model.get("library") != "custom":
+        return None
+    if model.get("_target_") is None:
+        raise ValueError("model._target_ is missing: pass model._target_=mypackage.MyNet")
+    return locate(str(model["_target_"]), "model._target_")
+
+
+def open_pretrained(model: Config, contract: DataContract) -> checkpoint.Network:
+    """Open the published weights that a model names, for images of as many channels as the data."""
+    found = pretrained(cast(ModelConfig, model), contract.in_channels)
+    config: dict[str, Plain] = {"name": str(model["name"]), **found.arguments}
+    return checkpoint.Network(found.network, config, found.data, found.origin)
+
+
 def complete_model(
     model: Config, contract: DataContract, start: checkpoint.Network | None
 ) -> dict[str, Any]:
-    """The arguments of a network, with those that follow from the data and from `init`.
+    """The arguments of a network, with those that follow from the data and from its first weights.
 
     Raises:
         ValueError: the network has other classes or channels than the data.
     """
-    epsilon = {"bn_eps": start.config["bn_eps"]} if start and "bn_eps" in start.config else {}
+    first = start.config if start else {}
+    config: dict[str, Any] = {k: first[k] for k in ("bn_eps", "transform_input") if k in first}
     held = {"num_classes": len(contract.classes), "in_channels": contract.in_channels}
-    for key, needed in held.items():
-        given = model.get(key)
-        if given not in (None, needed):
+    for key, value in held.items():
+        if model.get(key) not in (None, value):
             raise ValueError(
-                f"model.{key}={given}: the data has {needed}; pass model.{key}={needed}"
+                f"model.{key}={model[key]}: the data has {value}; pass model.{key}={value}"
             )
-    return {**epsilon, **model, **held}
+    return config | dict(model) | held
 
 
-def open_start(path: str) -> checkpoint.Network:
-    """Open the checkpoint that `init` names."""
+def open_start(path: str, factory: Factory | None) -> checkpoint.Network:
+    """Open the checkpoint that `init` names; `factory` builds a custom network in it."""
     with cli.suggest_import(path):
-        return checkpoint.open_network(path)
+        return checkpoint.open_network(path, network=factory)
 
 
 def initialize(
-    network: nn.Module, start: checkpoint.Network, data: ImageData, path: str
+    network: nn.Module, start: checkpoint.Network, data: ImageData, key: str
 ) -> list[str]:
-    """Copy the weights of a checkpoint into a network; a line for the reader on what is new."""
+    """Copy first weights into a network; lines for the reader on what is new.
+
+    Args:
+        key: what named the weights, as in "init=PATH".
+    """
     normalize = Normalize(data.contract.mean, data.contract.std)
     images, _ = data.spread(data.train, NUM_CALIBRATION)
     try:
@@ -178,9 +205,14 @@ def initialize(
             network, start, normalize(to_float(images)), classes=data.contract.classes
         )
     except ValueError as error:
-        raise ValueError(f"init={path}: {error}") from error
+        raise ValueError(f"{key}: {error}") from error
     what = start.origin or start.config["name"]
-    return [f"initialized from {what}; new: {', '.join(new) or 'nothing'}"]
+    lines = [f"initialized from {what}; new: {', '.join(new) or 'nothing'}"]
+    if start.data is not None and not key.startswith("init"):
+        before, now = (_statistics(contract) for contract in (start.data, data.contract))
+        if before != now:
+            lines.append(f"its images were normalized with {before}; these are with {now}")
+    return lines
 
 
 def find_stochastic(
@@ -195,10 +227,16 @@ def find_stochastic(
         return None
     found = find_stochastic_layers(network, images)
     if not any(found):
+        advice = {
+            "timm": "model.dropout=0.2",
+            "custom": "give it one, such as torch.nn.Dropout",
+        }.get(
+            str(settings.model.get("library")),
+            "model.over_parameterize=true model.branch_drop=0.1",
+        )
         raise ValueError(
             f"rdrop={settings.rdrop:g}: {settings.model['name']} has no stochastic layer, so two "
-            "predictions are equal; pass rdrop=false, or model.over_parameterize=true "
-            "model.branch_drop=0.1"
+            f"predictions are equal; pass rdrop=false, or {advice}"
         )
     return found
 
@@ -243,6 +281,11 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
     # Only a resumed run finds its folder in use: `check_folder` rejects any other.
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* not empty")
+
+
+def _statistics(contract: DataContract) -> str:
+    mean, std = ([round(value, 2) for value in values] for values in (contract.mean, contract.std))
+    return f"mean {mean}, std {std}"
 
 
 def _instances(config: object) -> list[object]:

@@ -303,7 +303,8 @@ def test_another_network_is_an_error_and_stays_unchanged():
 
 def test_the_classifier_of_any_network_is_the_layer_declared_last():
     source, network = (
-        build_model(library="torchvision", name="resnet18", num_classes=count) for count in (4, 6)
+        build_model({"library": "torchvision", "name": "resnet18", "num_classes": count})
+        for count in (4, 6)
     )
     start = checkpoint.Network(source, {"name": "resnet18"}, None, "")
 

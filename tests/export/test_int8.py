@@ -191,7 +191,7 @@ def test_a_network_that_computes_inf_is_rejected():
 def test_a_network_that_adds_concatenates_and_computes_shapes_is_quantized(name):
     config = {"library": "torchvision", "name": name, "num_classes": 3}
     torch.manual_seed(0)
-    model, _ = deployed_form(settle(build_model(**config)))
+    model, _ = deployed_form(settle(build_model(config)))
     description = Description(config, CONTRACT)
     proto = build_onnx(model, description)
     ranges = {key: minmax(h) for key, h in measure(proto, description, images(8)).items()}

@@ -6,6 +6,8 @@ from torch import nn
 import repvgg
 from repvgg.models.registry import build_model
 
+TORCHVISION = {"library": "torchvision"}
+
 # Millions of parameters, training / deployed. Published for A0 to B3g4 (RepVGG, tables 3 and 4,
 # and the authors' model list) and for D2se; RepVGGplus-L2pse counts its auxiliary heads.
 PARAMETERS = {
@@ -130,11 +132,11 @@ def test_a_bad_name_or_value_is_an_error_that_names_it(name, overrides, message)
 
 
 def test_a_config_builds_ours_by_default():
-    assert isinstance(build_model(name="repvgg_tiny", num_classes=10), repvgg.RepVGG)
+    assert isinstance(build_model({"name": "repvgg_tiny", "num_classes": 10}), repvgg.RepVGG)
 
 
 def test_a_config_builds_a_network_of_torchvision():
-    network = build_model(library="torchvision", name="resnet18", num_classes=7, in_channels=1)
+    network = build_model(TORCHVISION | {"name": "resnet18", "num_classes": 7, "in_channels": 1})
 
     assert type(network) is torchvision.models.ResNet
     assert network(torch.randn(2, 1, 32, 32)).shape == (2, 7)
@@ -143,7 +145,7 @@ def test_a_config_builds_a_network_of_torchvision():
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_auxiliary_outputs_are_left_out(name):
     with torch.device("meta"):
-        network = build_model(library="torchvision", name=name, num_classes=7, init_weights=False)
+        network = build_model(TORCHVISION | {"name": name, "num_classes": 7, "init_weights": False})
         logits = network.train()(torch.randn(2, 3, 96, 96))
 
     assert isinstance(logits, torch.Tensor)
@@ -151,16 +153,15 @@ def test_auxiliary_outputs_are_left_out(name):
 
 @pytest.mark.slow
 def test_a_config_over_parameterizes():
-    network = build_model(
-        library="torchvision", name="resnet18", over_parameterize=True, branch_drop=0.1
-    )
+    config = TORCHVISION | {"name": "resnet18", "over_parameterize": True, "branch_drop": 0.1}
+    network = build_model(config)
 
     assert network.layer1[0].conv1.branch_1x1 is not None
     assert network.layer1[0].conv1.branch_drop.p == 0.1
 
 
 def test_none_keeps_the_default_of_the_builder():
-    network = build_model(library="torchvision", name="mobilenet_v2", dropout=None)
+    network = build_model(TORCHVISION | {"name": "mobilenet_v2", "dropout": None})
 
     assert [m.p for m in network.modules() if isinstance(m, nn.Dropout)] == [0.2]
 
@@ -185,12 +186,12 @@ def test_none_keeps_the_default_of_the_builder():
 )
 def test_a_bad_config_is_an_error_that_names_it(config, message):
     with pytest.raises(ValueError, match=message):
-        build_model(library="torchvision", **config)
+        build_model(TORCHVISION | config)
 
 
 def test_an_unknown_library_is_an_error():
     with pytest.raises(ValueError, match=r"library='keras': must be one of repvgg, torch"):
-        build_model(library="keras", name="resnet18")
+        build_model({"library": "keras", "name": "resnet18"})
 
 
 def test_without_classes_a_network_gives_pooled_features():

@@ -102,6 +102,7 @@ def _undone() -> Iterator[None]:
         raise TooLong(f"{SECONDS} seconds")
 
     folder, environment = Path.cwd(), dict(os.environ)
+    paths = [*sys.path]
     given, original = sys.argv, sys.orig_argv
     handlers = {number: signal.getsignal(number) for number in signals.stopping()}
     root = logging.getLogger()
@@ -113,6 +114,10 @@ def _undone() -> Iterator[None]:
             yield
     finally:
         signal.alarm(0)
+        added, sys.path[:] = [*{*sys.path} - {*paths}], paths
+        for name, module in [*sys.modules.items()]:  # of the user, in the folder of a test
+            if (getattr(module, "__file__", None) or "").startswith(tuple(added)):
+                del sys.modules[name]
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)

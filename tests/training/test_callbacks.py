@@ -54,7 +54,7 @@ OUTPUT = {"capture_output": True, "text": True, "check": True}
 def classifier(**noise) -> Classifier:
     torch.manual_seed(0)
     return Classifier(
-        build_model(**MODEL | noise),
+        build_model(MODEL | noise),
         num_classes=10,
         lr=0.02,
         momentum=0.9,
@@ -666,7 +666,7 @@ SETTINGS = {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4, "num_steps": 10}
 @pytest.mark.parametrize("source", ["loaders", "persistent workers", "data module", "module"])
 def test_callbacks_work_with_the_loaders_of_a_user(source, tmp_path):
     kind = Own if source == "module" else Classifier
-    network = build_model(**MODEL | {"branch_drop": 0.3})
+    network = build_model(MODEL | {"branch_drop": 0.3})
     module = kind(network, num_classes=10, num_warmup_steps=2, **SETTINGS)
     workers = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "fork"}
     options = workers if source == "persistent workers" else {}

@@ -39,7 +39,7 @@ SETTINGS = {
 def classifier(model: dict | None = None, **options) -> Classifier:
     torch.manual_seed(0)
     config = {**MODEL, **(model or {})}
-    network = build_model(**config)
+    network = build_model(config)
     module = Classifier(
         network, num_classes=config["num_classes"], **{**SETTINGS, **options}
     ).double()
@@ -391,7 +391,7 @@ def fit(module: Classifier, *callbacks, data=None, **options) -> list[torch.Tens
 
 def plain(**options) -> Classifier:
     torch.manual_seed(0)
-    network = build_model(**MODEL | {"num_classes": 10})
+    network = build_model(MODEL | {"num_classes": 10})
     return Classifier(network, num_classes=10, **{**SETTINGS, **options})
 
 
@@ -534,7 +534,7 @@ def test_a_module_is_built_again_from_a_checkpoint(tmp_path):
     trainer.fit(module, datamodule=digits(batch_size=64))
     trainer.save_checkpoint(tmp_path / "last.ckpt")
 
-    network = build_model(**MODEL | {"num_classes": 10})
+    network = build_model(MODEL | {"num_classes": 10})
     again = Classifier.load_from_checkpoint(
         tmp_path / "last.ckpt", network=network, weights_only=True
     )
@@ -546,7 +546,7 @@ def test_a_module_is_built_again_from_a_checkpoint(tmp_path):
 
 
 def test_hyper_parameters_are_all_arguments_but_modules_as_plain_values():
-    network = build_model(**MODEL)
+    network = build_model(MODEL)
     settings = {**SETTINGS, "lr": np.float64(0.1), "num_steps": np.int64(100)}
 
     stored = dict(Classifier(network, num_classes=5, **settings).hparams)

@@ -181,6 +181,9 @@ def complete_model(
             raise ValueError(
                 f"model.{key}={model[key]}: the data has {value}; pass model.{key}={value}"
             )
+    if model.get("library") == "custom" and model["name"] == "custom":
+        config = config | {"name": str(model["_target_"]).rpartition(".")[2]}
+        model = {key: value for key, value in model.items() if key != "name"}
     return config | dict(model) | held
 
 

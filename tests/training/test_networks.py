@@ -128,7 +128,7 @@ def test_it_trains_on_from_its_checkpoint_and_inspect_names_its_code(trained):
     again = run("train.py", f"init={path}", *CUSTOM, *SHORT, "hydra.run.dir=runs/b", cwd=folder)
     shown = run("inspect", f"path={path}", cwd=folder)
 
-    assert "initialized from custom; new: nothing" in again.stdout
+    assert "initialized from MyNet; new: nothing" in again.stdout
     assert "the code mynets.MyNet(width=4)" in shown.stdout
 
 

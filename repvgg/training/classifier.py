@@ -14,10 +14,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+from torchmetrics import Metric
 
+from repvgg import metrics
 from repvgg.checks import check_integer, check_number, wrong_value
 from repvgg.losses import cross_entropy, rdrop_loss
 from repvgg.models.block import RepVGGBlock
@@ -138,7 +137,9 @@ class Classifier(L.LightningModule):
         self.stochastic = stochastic
         self.evaluated: Callable[[Tensor], Tensor] | None = None
         self._divergence: Tensor | None = None  # the largest of the epoch
-        self.evaluation = nn.ModuleDict({stage: _metrics(num_classes) for stage in ("val", "test")})
+        self.evaluation = nn.ModuleDict(
+            {stage: metrics.classification(num_classes) for stage in ("val", "test")}
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         return cast(Tensor, self.net(images))
@@ -297,13 +298,7 @@ class Classifier(L.LightningModule):
         images, targets = batch
         if len(targets) == 0:  # the batch of a device that has no images
             return
-        logits = (self.evaluated or self.net)(images)
-        classes = _classes(targets)
-        metrics = self._metrics(stage)
-        metrics["loss"].update(F.cross_entropy(logits, targets, reduction="none"))
-        metrics["calibration_error"].update(logits.softmax(1), classes)
-        for name in metrics.keys() & {"accuracy", "accuracy_top5"}:
-            metrics[name].update(logits, classes)
+        metrics.update(self._metrics(stage), (self.evaluated or self.net)(images), targets)
 
     def _log_evaluation(self, stage: str) -> None:
         # Once an epoch and on every device: computing a metric waits for the other devices.
@@ -311,7 +306,7 @@ class Classifier(L.LightningModule):
             self.log(f"{stage}/{name}", metric, prog_bar=name == "accuracy", batch_size=1)
 
     def _metrics(self, stage: str) -> dict[str, Metric]:
-        return dict(cast(nn.ModuleDict, self.evaluation[stage]).items())  # type: ignore[arg-type]
+        return metrics.named(cast(nn.ModuleDict, self.evaluation[stage]))
 
 
 def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -337,24 +332,6 @@ def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]
         {"name": "decay", "params": decay, "weight_decay": weight_decay},
         {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
     ]
-
-
-def _metrics(num_classes: int) -> nn.ModuleDict:
-    """What validation and test measure: means over images, whatever the batches and devices."""
-
-    def accuracy(top_k: int) -> MulticlassAccuracy:
-        return MulticlassAccuracy(num_classes, top_k, average="micro", validate_args=False)
-
-    metrics = nn.ModuleDict(
-        {
-            "loss": MeanMetric(nan_strategy="disable"),
-            "accuracy": accuracy(1),
-            "calibration_error": MulticlassCalibrationError(num_classes, n_bins=15),
-        }
-    )
-    if num_classes > 5:
-        metrics["accuracy_top5"] = accuracy(5)
-    return metrics
 
 
 def _classes(targets: Tensor) -> Tensor:

@@ -8,11 +8,12 @@ COMMANDS = {
     "train": "train a network",
     "deploy": "fold, export and verify a trained network",
     "verify": "verify a deployed folder again",
-    "predict": "label images with a deployed file",
+    "predict": "label images with a checkpoint or a deployed file",
+    "evaluate": "measure a checkpoint or a deployed file on a data set",
     "inspect": "show what a checkpoint holds and whether it loads",
     "import": "convert a third-party checkpoint",
 }
-SCRIPTS = {"train": "train.py", "deploy": "deploy.py"}  # of a clone  # of a clone
+SCRIPTS = {"train": "train.py", "deploy": "deploy.py"}  # of a clone
 
 CONFIGS = Path(__file__).absolute().parents[1] / "configs"  # in a wheel
 if not CONFIGS.is_dir():  # in a clone
@@ -26,6 +27,8 @@ def command(name: str) -> str:
     `python -m repvgg train`, and `repvgg deploy` otherwise.
     """
     started = Path(sys.argv[0])
+    if started.name == f"{name}.py":
+        return f"python {shlex.quote(str(started))}"
     if started.name in SCRIPTS.values() and name in SCRIPTS:
         return f"python {shlex.quote(str(started.with_name(SCRIPTS[name])))}"
     if started.parts[-2:] == ("repvgg", "__main__.py"):

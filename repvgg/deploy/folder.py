@@ -8,7 +8,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -95,8 +95,13 @@ def check_replaceable(out: Path) -> None:
 
 
 @contextmanager
-def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+def new_folder(
+    out: Path, *, overwrite: bool, check: Callable[[Path], None] = check_replaceable
+) -> Iterator[Path]:
     """Open a temporary folder that becomes `out` at the end, unless an error occurs.
+
+    Args:
+        check: raises ValueError if `out` may not be replaced.
 
     Raises:
         ValueError: `out` exists and may not be replaced.
@@ -105,13 +110,13 @@ def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=near))
     try:
         yield work
-        _publish(work, out, overwrite=overwrite)
+        _publish(work, out, overwrite=overwrite, check=check)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _publish(work: Path, out: Path, *, overwrite: bool) -> None:
-    """Rename the finished folder; an older deployment is deleted only after that."""
+def _publish(work: Path, out: Path, *, overwrite: bool, check: Callable[[Path], None]) -> None:
+    """Rename the finished folder; an older one is deleted only after that."""
     umask = os.umask(0)
     os.umask(umask)
     work.chmod(0o777 & ~umask)  # mkdtemp makes it private
@@ -121,7 +126,7 @@ def _publish(work: Path, out: Path, *, overwrite: bool) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         work.rename(out)
         return
-    check_replaceable(out)
+    check(out)
     old = work.with_name(work.name + "-old")
     out.rename(old)
     try:

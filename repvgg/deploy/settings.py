@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -126,27 +127,32 @@ def read_network(config: Config) -> str | None:
     return None if given is None else str(given)
 
 
-def one_run(arguments: cli.Arguments) -> cli.Plan:
+def one_run(
+    arguments: cli.Arguments, command: str = "deploy", keys: Sequence[str] = KEYS
+) -> cli.Plan:
     """Reject a sweep, and a key of training.
+
+    Args:
+        keys: of the command.
 
     Raises:
         ValueError: the command line holds one of them.
     """
     if cli.SWEEP & set(arguments.options):
-        raise ValueError(f"-m: one checkpoint at a time; run {cli.command('deploy')} ckpt=PATH")
+        raise ValueError(f"-m: one checkpoint at a time; run {cli.command(command)} ckpt=PATH")
     for override in arguments.overrides:
         key = override.lstrip("+~").partition("=")[0]
         if key.partition(".")[0] in TRAINING:
-            raise unknown_key(key, KEYS)
+            raise unknown_key(key, keys)
     return cli.Plan(arguments)
 
 
-def _check_keys(config: Config) -> None:
+def _check_keys(config: Config, keys: Sequence[str] = KEYS) -> None:
     """Raise ValueError for a key that nothing reads, also one that was passed with `+`."""
     for key in config:
-        if key not in KEYS and not (key in TRAINING and config.get("data")):
-            raise unknown_key(key, KEYS)
-    for key in KEYS:
+        if key not in keys and not (key in TRAINING and config.get("data")):
+            raise unknown_key(key, keys)
+    for key in keys:
         if key not in config and key != "data":  # Hydra leaves a group out that is null
             raise ValueError(f"{key} is missing: the configuration must set it")
 

@@ -1,14 +1,25 @@
-"""Label images with a deployed file.
+"""Label images with a checkpoint or a deployed file.
 
-Everything else comes from the file's metadata: channels, size, interpolation, normalization,
-classes. An image of another size is resized by its shorter side and cropped at the center. Prints a
-line for each image: its name, the label, and the label's probability.
+The file records channels, size, interpolation, normalization and classes. An image of another size
+is resized by its shorter side and cropped at the center. `images` is a file, a folder, which is
+searched, a pattern such as 'shots/*.jpg', or a list [a.jpg,b.jpg]. Prints a line for each image:
+its name, and its `top` classes with their probabilities; `out` writes them into a .json or .csv
+file instead. An image that cannot be read is an error at the end: all others are labelled.
 """
 
-from repvgg import cli
-from repvgg.checks import check_integer
+from pathlib import Path
 
-DEFAULTS: cli.Config = {"model": None, "images": None, "batch_size": 32}
+from repvgg import cli
+from repvgg.checks import check_boolean, check_integer
+
+DEFAULTS: cli.Config = {
+    "model": None,
+    "images": None,
+    "top": 1,
+    "out": None,
+    "overwrite": False,
+    "batch_size": 32,
+}
 
 
 def main() -> None:
@@ -19,8 +30,10 @@ def main() -> None:
 def predict(settings: cli.Config) -> None:
     model = cli.given_path(settings, "model", "PATH")
     images = cli.given_path(settings, "images", "PATH")
+    out = None if settings["out"] is None else Path(str(settings["out"]))
+    top = check_integer("top", settings["top"], minimum=1, example=5)
     size = check_integer("batch_size", settings["batch_size"], minimum=1, example=32)
-    from repvgg.deploy.predict import label  # takes seconds
+    overwrite = check_boolean("overwrite", settings["overwrite"])
+    from repvgg.commands.labelling import run  # takes seconds
 
-    for path, name, probability in label(images, model, batch_size=size):
-        print(f"{path}\t{name}\t{probability:.4f}")
+    run(model, str(images), top=top, batch_size=size, out=out, overwrite=overwrite)

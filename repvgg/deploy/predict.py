@@ -1,6 +1,11 @@
-"""Labels for images, by a deployed file."""
+"""Labels for images, by a network from any file."""
 
-from collections.abc import Iterator
+import csv
+import glob
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -8,41 +13,74 @@ from PIL import Image
 from torch import Tensor
 
 from repvgg.contract import DataContract, to_float
-from repvgg.data.images import fit, open_image, to_tensor
-from repvgg.export.formats import open_artifact
+from repvgg.data.images import MODES, fit, open_image, to_tensor
+from repvgg.deploy.opening import Opened
+from repvgg.deploy.tables import Prediction, cells, header, most_likely, open_text
 
 
-def label(images: Path, model: Path, *, batch_size: int) -> Iterator[tuple[Path, str, float]]:
-    """Label images: path, class and its probability.
+@dataclass(frozen=True)
+class Labelled:
+    """An image and its most likely classes; no classes if it could not be read.
+
+    Attributes:
+        error: why it could not be read.
+    """
+
+    path: Path
+    predictions: list[Prediction]
+    error: str = ""
+
+
+def label(
+    images: Sequence[Path], network: Opened, *, top: int = 1, batch_size: int
+) -> Iterator[Labelled]:
+    """Label images, in order.
 
     Args:
-        images: an image, or a folder that is searched.
-        model: a deployed file.
+        top: classes for each image.
 
     Raises:
-        ValueError: there is no image, the file is not a deployed one, or an image is unreadable.
+        ValueError: the network takes other images than files hold.
     """
-    paths = find(images)
-    predict = open_artifact(model)
-    contract = predict.description.data
-    for start in range(0, len(paths), batch_size):
-        batch = paths[start : start + batch_size]
-        scores = predict(torch.stack([read(path, contract) for path in batch]))
-        if predict.description.output == "logits":
-            scores = scores.softmax(1)
-        best = scores.max(1)
-        for path, value, index in zip(batch, best.values, best.indices, strict=True):
-            yield path, contract.classes[int(index)], float(value)
+    contract = network.data
+    if contract.in_channels not in MODES:
+        raise ValueError(
+            f"the network takes {contract.in_channels} channels, image files have 1 or 3"
+        )
+    for start in range(0, len(images), batch_size):
+        batch: list[Path] = []
+        pixels: list[Tensor] = []
+        errors: dict[Path, str] = {}
+        for path in images[start : start + batch_size]:
+            try:
+                pixels.append(read(path, contract))
+                batch.append(path)
+            except ValueError as error:
+                errors[path] = str(error)
+        found: dict[Path, list[Prediction]] = {}
+        if batch:
+            shares = network.predict(torch.stack(pixels)).softmax(1)
+            found = dict(zip(batch, most_likely(shares, contract.classes, top), strict=True))
+        for path in images[start : start + batch_size]:
+            yield Labelled(path, found.get(path, []), errors.get(path, ""))
 
 
-def find(place: Path) -> list[Path]:
-    """Images below a folder, in order, or the one image.
+def find(place: str) -> list[Path]:
+    """Find images: a file, a folder, a pattern such as shots/*.jpg, or a list [a,b] of these.
 
     Raises:
         ValueError: there is none.
     """
     known = Image.registered_extensions()
-    found = [place] if place.is_file() else sorted(place.rglob("*"))
+    if Path(place).is_file():
+        found = [Path(place)]
+    elif Path(place).is_dir():
+        found = sorted(Path(place).rglob("*"))
+    elif place.startswith("[") and place.endswith("]"):
+        parts = [part.strip() for part in place[1:-1].split(",")]
+        return list(dict.fromkeys(path for part in parts for path in find(part)))
+    else:
+        found = [Path(match) for match in sorted(glob.glob(place, recursive=True))]
     images = [path for path in found if path.is_file() and path.suffix.lower() in known]
     if not images:
         raise ValueError(f"images={place}: there is no image; known are .png, .jpg and others")
@@ -63,3 +101,48 @@ def read(path: Path, contract: DataContract) -> Tensor:
         resize=contract.resize_size,
     )
     return to_float(to_tensor(image))
+
+
+def check_out(out: Path, *, overwrite: bool) -> None:
+    """Check that a file of predictions can be written.
+
+    Raises:
+        ValueError: its ending is unknown, its folder is missing, or it exists.
+    """
+    if out.suffix.lower() not in (".json", ".csv"):
+        raise ValueError(f"out={out}: its ending must be .json or .csv; for example out=labels.csv")
+    if not out.parent.is_dir():
+        raise ValueError(f"out={out}: there is no folder {out.parent}; make it, or pass another")
+    if out.is_dir():
+        raise ValueError(f"out={out}: is a folder; pass a file")
+    if out.exists() and not overwrite:
+        raise ValueError(f"out={out} exists: pass overwrite=true to replace it, or another file")
+
+
+def write(found: Sequence[Labelled], out: Path) -> None:
+    """Write predictions as JSON or CSV, whole or not at all."""
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        with open_text(temporary) as file:
+            if out.suffix.lower() == ".json":
+                rows = [
+                    {
+                        "path": str(image.path),
+                        "predictions": [
+                            {"class": name, "probability": share}
+                            for name, share in image.predictions
+                        ],
+                    }
+                    for image in found
+                ]
+                file.write(json.dumps(rows, indent=1) + "\n")
+            else:
+                table = csv.writer(file, lineterminator="\n")
+                count = max((len(image.predictions) for image in found), default=0)
+                table.writerow(header(["path"], count))
+                table.writerows([image.path, *cells(image.predictions)] for image in found)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,50 @@
+"""The work of `repvgg predict`: label images, and print or write the classes."""
+
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from repvgg.deploy.opening import open_any
+from repvgg.deploy.predict import Labelled, check_out, find, label, write
+from repvgg.deploy.tables import escape
+
+
+def run(
+    model: Path, images: str, *, top: int, batch_size: int, out: Path | None, overwrite: bool
+) -> None:
+    """Label images. Those that cannot be read are reported; the others are labelled.
+
+    Raises:
+        ValueError: there is no image, the model cannot be opened, `out` cannot be written, or, at
+            the end, images could not be read.
+    """
+    if out is not None:
+        check_out(out, overwrite=overwrite)
+    paths = find(images)
+    network = open_any(model, "model")
+    found: list[Labelled] = []
+    unreadable = 0
+    # Lines and a bar on one terminal would overwrite each other.
+    hidden = True if out is None and sys.stdout.isatty() else None
+    with tqdm(total=len(paths), unit="image", leave=False, disable=hidden) as bar:
+        for image in label(paths, network, top=top, batch_size=batch_size):
+            bar.update()
+            if image.error:
+                unreadable += 1
+                bar.write(escape(image.error), file=sys.stderr)
+            elif out is None:
+                print(line(image))
+            else:
+                found.append(image)
+    if out is not None:
+        write(found, out)
+        print(f"written to {out}: {len(found):,} images")
+    if unreadable:
+        raise ValueError(f"{unreadable:,} of {len(paths):,} images could not be read")
+
+
+def line(image: Labelled) -> str:
+    """An image in one line: its path, then each class and its probability, between tabs."""
+    classes = (f"{escape(name)}\t{share:.4f}" for name, share in image.predictions)
+    return "\t".join([escape(image.path), *classes])

@@ -77,7 +77,7 @@ def build(found: Found, config: ModelConfig) -> tuple[RepVGG, Misfit]:
     """
     with torch.device("meta"):  # draws no random numbers: all are replaced
         overrides = {key: value for key, value in config.items() if key != "name"}
-        network = create_model(str(config["name"]), **overrides)
+        network = create_model(str(config["name"]), features_only=False, **overrides)
         if found.deployed:
             network.switch_to_deploy()
     wanted, keys = network.state_dict(), found.keys

@@ -1,10 +1,12 @@
 """Networks and their two forms: multi-branch to train, folded to deploy.
 
-`block` and `network` are RepVGG, `registry` has its variants, `forms` and `multi_branch` switch
-between the forms, `over_parameterize` gives any network's convolutions branches.
+`block` and `network` are RepVGG, `features` is RepVGG as a backbone, `registry` has the variants,
+`forms` and `multi_branch` switch between the forms, `over_parameterize` gives any network's
+convolutions branches.
 """
 
 from repvgg.models.block import QARepVGGBlock, RepVGGBlock
+from repvgg.models.features import RepVGGFeatures
 from repvgg.models.forms import deployed_form, is_deployed, switch_to_deploy
 from repvgg.models.multi_branch import switch_to_train
 from repvgg.models.network import RepVGG
@@ -17,6 +19,7 @@ __all__ = [
     "QARepVGGBlock",
     "RepVGG",
     "RepVGGBlock",
+    "RepVGGFeatures",
     "Reparameterizable",
     "build_model",
     "create_model",

@@ -16,6 +16,7 @@ from repvgg.fusion.fuse import fuse_any
 from repvgg.fusion.normalizations import is_normalization
 from repvgg.fusion.surgery import put
 from repvgg.models.block import QARepVGGBlock, RepVGGBlock
+from repvgg.models.features import Backbone
 from repvgg.models.network import RepVGG
 from repvgg.models.over_parameterize import RepVGGConv
 from repvgg.reparam import Reparameterizable, is_reparameterizable
@@ -102,10 +103,11 @@ def _in_words(error: Exception, module: nn.Module) -> str:
 
 def _is_trusted(module: nn.Module) -> bool:
     """Whether a module's `switch_to_deploy` and `forward` are those of this library."""
-    if isinstance(module, RepVGG):
-        return type(module).switch_to_deploy is RepVGG.switch_to_deploy
-    known = type(module) in (RepVGGBlock, QARepVGGBlock, RepVGGConv)
-    return known and not {"forward", "switch_to_deploy"} & vars(module).keys()
+    if isinstance(module, Backbone):
+        known = (Backbone.switch_to_deploy, RepVGG.switch_to_deploy)
+        return type(module).switch_to_deploy in known
+    ours = type(module) in (RepVGGBlock, QARepVGGBlock, RepVGGConv)
+    return ours and not {"forward", "switch_to_deploy"} & vars(module).keys()
 
 
 @torch.no_grad()
@@ -253,5 +255,5 @@ def _switches(model: nn.Module) -> Sequence[tuple[str, nn.Module]]:
     found = [(name, module) for name, module in modules if is_reparameterizable(module)]
     if any(isinstance(module, RepVGGConv) for _, module in found):
         # The network gets its original layers back, so modules of other libraries stay as well.
-        return [(name, one) for name, one in found if isinstance(one, RepVGGBlock | RepVGG)]
+        return [(name, one) for name, one in found if isinstance(one, RepVGGBlock | Backbone)]
     return found

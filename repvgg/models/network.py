@@ -7,7 +7,7 @@ global average pooling, dropout, a linear layer. RepVGGplus adds auxiliary class
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,11 +21,12 @@ from repvgg.checks import (
     wrong_value,
 )
 from repvgg.models.block import BLOCKS, RepVGGBlock, is_traced
+from repvgg.models.features import Backbone
 
 MAX_STEM_WIDTH = 64
 
 
-class RepVGG(nn.Module):
+class RepVGG(Backbone):
     """A RepVGG network.
 
     Shapes: images (N, in_channels, H, W) -> logits (N, num_classes).
@@ -75,7 +76,6 @@ class RepVGG(nn.Module):
         se_after_relu: int = 0,
         auxiliary_heads: bool = False,
     ) -> None:
-        super().__init__()
         depths = check_integers("depths", depths, length=4, example="[2,4,14,1]")
         widths = check_integers("widths", widths, length=4, example="[48,96,192,1280]")
         strides = check_integers("strides", strides, length=5, example="[2,2,2,2,2]")
@@ -100,8 +100,6 @@ class RepVGG(nn.Module):
             raise wrong_value("groups", groups, f"must divide all widths {widths}", 1)
         if block not in BLOCKS:
             raise wrong_value("block", block, f"must be one of {', '.join(BLOCKS)}", "repvgg")
-        self.num_classes = num_classes
-        self.in_channels = in_channels
 
         def build(number: int, in_width: int, out_width: int, stride: int) -> RepVGGBlock:
             """Build block `number`; the stem is block 0."""
@@ -119,7 +117,7 @@ class RepVGG(nn.Module):
             )
 
         width = min(MAX_STEM_WIDTH, widths[0])
-        self.stem = build(0, in_channels, width, strides[0])
+        stem = build(0, in_channels, width, strides[0])
         stages = []
         number = 0
         for depth, out_width, stride in zip(depths, widths, strides[1:], strict=True):
@@ -129,7 +127,9 @@ class RepVGG(nn.Module):
                 stage.append(build(number, width, out_width, stride if i == 0 else 1))
                 width = out_width
             stages.append(nn.Sequential(*stage))
-        self.stages = nn.Sequential(*stages)
+        super().__init__(stem, nn.Sequential(*stages))
+        self.num_classes = num_classes
+        self.in_channels = in_channels
         if drop_path > 0 and not any(
             isinstance(module, RepVGGBlock) and module.branch_identity is not None
             for module in self.modules()
@@ -138,7 +138,7 @@ class RepVGG(nn.Module):
                 "drop_path", drop_path, "this network has no block with an identity branch", 0
             )
         self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(width, num_classes) if num_classes else nn.Identity()
+        self.linear = _classifier(width, num_classes)
 
         # The block after which each auxiliary classifier reads the features.
         self._taps: dict[int, str] = {}
@@ -166,14 +166,52 @@ class RepVGG(nn.Module):
         features: Tensor = self.stages(self.stem(images))
         return features
 
-    def forward_head(self, features: Tensor) -> Tensor:
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool, drop out, classify: (N, widths[3], h, w) -> (N, K).
 
         It is random in training mode if `dropout` is on.
+
+        Args:
+            pre_logits: return what enters the linear layer, (N, widths[3]).
         """
         pooled = features.mean((2, 3)) if is_scripting() else _pool(features)  # (N, widths[3])
-        logits: Tensor = self.linear(self.dropout(pooled))
-        return logits
+        head: Tensor = self.dropout(pooled)
+        if not pre_logits:
+            head = self.linear(head)
+        return head
+
+    def get_classifier(self) -> nn.Module:
+        """The linear layer; with num_classes=0 an nn.Identity."""
+        return self.linear
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the linear layer, and those of the auxiliary classifiers, by new ones.
+
+        They have new random weights, and device and dtype of the backbone. The config of a
+        checkpoint records the number of classes too, so save it with the new one.
+
+        Args:
+            num_classes: with 0 the network returns pooled features, and auxiliary classifiers are
+                removed.
+            global_pool: for callers of timm's method: None or "avg", as this network averages.
+
+        Raises:
+            ArgumentError: `num_classes` is below 0, or `global_pool` is another pooling.
+        """
+        check_integer("num_classes", num_classes, minimum=0, example=10)
+        if global_pool not in (None, "avg"):
+            allowed = "must be avg; for the feature maps call forward_features"
+            raise wrong_value("global_pool", global_pool, allowed)
+        weight = next(self.stages.parameters())
+        self.num_classes = num_classes
+        self.linear = _classifier(self.num_features, num_classes).to(weight.device, weight.dtype)
+        if num_classes == 0:
+            self._remove_auxiliary()
+        for head in self.auxiliary.values():
+            assert isinstance(head, nn.Sequential)
+            old = head[-1]
+            assert isinstance(old, nn.Linear)
+            head[-1] = _classifier(old.in_features, num_classes).to(weight.device, weight.dtype)
 
     def forward_auxiliary(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Run the backbone and the auxiliary classifiers.
@@ -207,26 +245,22 @@ class RepVGG(nn.Module):
                 stacklevel=4,
             )
 
-    def blocks(self) -> Iterator[nn.Module]:
-        """All blocks after the stem, in order."""
-        for stage in self.stages.children():
-            yield from stage.children()
-
     def switch_to_deploy(self) -> None:
         """Fold every block and remove the auxiliary classifiers, in place; set eval mode.
 
         Raises:
             ValueError: a block cannot be folded; the error names it. Earlier blocks are folded.
         """
-        for name, module in self.named_modules():
-            if isinstance(module, RepVGGBlock):
-                try:
-                    module.switch_to_deploy()
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
+        super().switch_to_deploy()
+        self._remove_auxiliary()
+
+    def _remove_auxiliary(self) -> None:
         self._taps = {}
         self.auxiliary = nn.ModuleDict()
-        self.eval()
+
+
+def _classifier(width: int, num_classes: int) -> nn.Module:
+    return nn.Linear(width, num_classes) if num_classes else nn.Identity()
 
 
 def _pool(features: Tensor) -> Tensor:

@@ -7,13 +7,15 @@ QARepVGG (Chu et al., 2022, arXiv:2212.01593), with the depths and widths of Rep
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, overload
 
 from torch import nn
 
-from repvgg.checks import ArgumentError, unknown_name, wrong_value
+from repvgg.checks import ArgumentError, check_boolean, unknown_name, wrong_value
 from repvgg.contract import ModelConfig, Plain
 from repvgg.models import libraries
+from repvgg.models.features import RepVGGFeatures
 from repvgg.models.libraries import Factory
 from repvgg.models.network import RepVGG
 
@@ -56,11 +58,36 @@ def list_models() -> list[str]:
     return list(_VARIANTS)
 
 
-def create_model(name: str, **overrides: Plain) -> RepVGG:
+@overload
+def create_model(
+    name: str,
+    *,
+    features_only: Literal[True],
+    out_indices: int | Sequence[int] = ...,
+    **overrides: Plain,
+) -> RepVGGFeatures: ...
+
+
+@overload
+def create_model(
+    name: str, *, features_only: Literal[False] = False, **overrides: Plain
+) -> RepVGG: ...
+
+
+def create_model(
+    name: str,
+    *,
+    features_only: Plain = False,
+    out_indices: Plain = None,
+    **overrides: Plain,
+) -> RepVGG | RepVGGFeatures:
     """Build a multi-branch network of the family, with fresh weights.
 
     Args:
         name: one of `list_models()`.
+        features_only: build a backbone that returns a list of feature maps, as in timm: see
+            `repvgg.models.RepVGGFeatures`. It has no classifiers, so num_classes has no effect.
+        out_indices: of these maps; None is all five. 0 is the stem, 1 to 4 are the stages.
         overrides: any argument of `RepVGG`, in place of the variant's: num_classes, in_channels,
             dropout, strides, widths, depths, groups, bn_eps, ... With num_classes=0 the network has
             no classifier, as in timm, and returns pooled features. RepVGGplus then needs
@@ -76,9 +103,21 @@ def create_model(name: str, **overrides: Plain) -> RepVGG:
     allowed = list(inspect.signature(RepVGG).parameters)
     for key in overrides:
         if key not in allowed:
-            raise unknown_name("override", key, allowed)
+            hints = [*allowed, "features_only", "out_indices"]
+            raise unknown_name("override", key, hints)
     build: Callable[..., RepVGG] = RepVGG  # which checks its arguments
-    return build(**{"depths": depths, "widths": widths, **extra, **overrides})
+    arguments = {"depths": depths, "widths": widths, **extra, **overrides}
+    if not check_boolean("features_only", features_only):
+        if out_indices is not None:
+            needed = "selects feature maps, so it needs features_only=true"
+            raise wrong_value("out_indices", out_indices, needed)
+        return build(**arguments)
+    for key in ("dropout", "auxiliary_heads"):
+        if overrides.get(key):
+            unused = "is of the head, which a network of features_only=true does not have"
+            raise wrong_value(key, overrides[key], unused)
+    network = build(**arguments | {"auxiliary_heads": False})
+    return RepVGGFeatures(network, (0, 1, 2, 3, 4) if out_indices is None else out_indices)
 
 
 def identify(shape: Mapping[str, Plain], *, deployed: bool = False) -> dict[str, Plain]:

@@ -121,7 +121,8 @@ def arguments(settings: dict[str, Any], contract: DataContract) -> dict[str, Any
 
 def build(settings: dict[str, Any], contract: DataContract, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return repvgg.create_model(**arguments(settings, contract))
+    network: nn.Module = repvgg.create_model(**arguments(settings, contract))
+    return network
 
 
 def fit(

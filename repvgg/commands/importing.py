@@ -10,7 +10,7 @@ from repvgg.checkpoint.tensors import read
 from repvgg.checks import ArgumentError
 from repvgg.commands.import_checkpoint import Settings
 from repvgg.contract import DataContract
-from repvgg.deploy.measure import count_parameters
+from repvgg.models.size import count_parameters
 
 
 def convert(path: Path, settings: Settings) -> None:

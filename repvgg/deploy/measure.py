@@ -1,4 +1,4 @@
-"""How big and how fast a network is: parameters, operations, and latency in interleaved rounds."""
+"""How big and how fast a network is: sizes of both forms, and latency in interleaved rounds."""
 
 import os
 import platform
@@ -9,29 +9,16 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 import repvgg
 from repvgg.deploy.report import Latency, Quartiles, Size, Timing
 from repvgg.deploy.verification import DEPLOYED, Forms
 from repvgg.export.artifact import Artifact
+from repvgg.models.size import count_macs, count_parameters
 from repvgg.verify import Predictor
 
 MAX_NOISE = 0.1  # of the A/A control; beyond it no ratio is reported
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of learned scalars; BatchNorm statistics do not count."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-@torch.no_grad()
-def count_macs(model: nn.Module, images: Tensor) -> int:
-    """Multiply-accumulates of one forward of `images`, by torch's counter (two FLOPs each)."""
-    with FlopCounterMode(display=False) as counter:
-        model(images)
-    return int(counter.get_total_flops()) // 2
 
 
 @torch.inference_mode()

@@ -24,10 +24,10 @@ import repvgg
 from repvgg import cli, verify
 from repvgg.checks import check_integer, wrong_value
 from repvgg.contract import METADATA_KEY, DataContract, Description
-from repvgg.deploy.measure import count_macs
 from repvgg.export import formats, int8
 from repvgg.export.artifact import build_program
 from repvgg.export.calibration import minmax
+from repvgg.models.size import count_macs
 from scripts.studies import report, timing
 from scripts.studies.networks import randomize_batchnorms
 

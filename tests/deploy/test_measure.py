@@ -1,17 +1,6 @@
 import torch
-from torch import nn
 
-from repvgg.deploy.measure import count_macs, count_parameters, measure_latency
-
-
-def test_multiply_accumulates_follow_the_formula():
-    conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-
-    assert count_macs(conv, torch.zeros(1, 3, 16, 16)) == 16 * 16 * 8 * 3 * 9
-
-
-def test_batchnorm_statistics_are_no_parameters():
-    assert count_parameters(nn.BatchNorm2d(5)) == 10
+from repvgg.deploy.measure import measure_latency
 
 
 def test_every_predictor_is_timed_the_same_number_of_rounds():

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from repvgg.checks import ArgumentError, wrong_value
 from repvgg.data.batches import Augmentation
 from repvgg.data.files import Transform
-from repvgg.data.images import to_tensor
+from repvgg.data.images import MODES, to_tensor
 
 
 def random_affine(images: Tensor, generator: torch.Generator, *, strength: float) -> Tensor:
@@ -38,7 +38,9 @@ def random_affine(images: Tensor, generator: torch.Generator, *, strength: float
     return F.grid_sample(images.float(), grid, align_corners=False).round().to(torch.uint8)
 
 
-def crop_and_flip(images: Tensor, generator: torch.Generator, *, padding: int) -> Tensor:
+def crop_and_flip(
+    images: Tensor, generator: torch.Generator, *, padding: int, flip: bool = True
+) -> Tensor:
     """Pad by reflection, crop at random, and flip about half of the images.
 
     As in K. Jordan's 94 % on CIFAR-10 (arXiv:2404.00498).
@@ -46,13 +48,14 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, *, padding: int) -
     Args:
         images: (N, C, H, W), uint8. The result has the same shape and type.
         padding: largest shift of the crop, in pixels.
+        flip: False only crops, as for digits and letters.
     """
     count, channels, height, width = images.shape
     shifts = torch.randint(2 * padding + 1, (2, count, 1), generator=generator)
     flips = torch.rand(count, 1, generator=generator) < 0.5
     rows = torch.arange(height) + shifts[0]  # (N, H), of the padded image
     columns = torch.arange(width)
-    columns = torch.where(flips, columns.flip(0), columns) + shifts[1]  # (N, W)
+    columns = torch.where(flips & flip, columns.flip(0), columns) + shifts[1]  # (N, W)
     source = _reflect(rows, height, padding)[:, :, None] * width
     source = source + _reflect(columns, width, padding)[:, None, :]  # (N, H, W)
     index = source.reshape(count, 1, -1).expand(-1, channels, -1).to(images.device)
@@ -60,7 +63,12 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, *, padding: int) -
 
 
 def by_batch(
-    transforms: Sequence[v2.Transform] | None, *, padding: int, size: int
+    transforms: Sequence[v2.Transform] | None,
+    *,
+    padding: int,
+    size: int | tuple[int, int],
+    channels: int = 3,
+    flip: bool = True,
 ) -> Augmentation | None:
     """Augment images in memory: `crop_and_flip`, then the transforms, image by image.
 
@@ -69,6 +77,8 @@ def by_batch(
             sequence only crops and flips, None does not augment.
         padding: largest shift of the crop, in pixels.
         size: height and width of the images, in pixels.
+        channels: of the images.
+        flip: False does not flip.
 
     Raises:
         ValueError: `transforms` holds something else, or a transform fails on an image.
@@ -77,11 +87,12 @@ def by_batch(
     if chain is None:
         return None
     if not chain:
-        return functools.partial(crop_and_flip, padding=padding)
-    _try(chain, torch.zeros(3, size, size, dtype=torch.uint8), (size, size))
+        return functools.partial(crop_and_flip, padding=padding, flip=flip)
+    height, width = (size, size) if isinstance(size, int) else size
+    _try(chain, torch.zeros(channels, height, width, dtype=torch.uint8))
 
     def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-        images = crop_and_flip(images, generator, padding=padding)
+        images = crop_and_flip(images, generator, padding=padding, flip=flip)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(generator.initial_seed())
             return torch.stack([_apply(chain, image) for image in images])
@@ -90,17 +101,24 @@ def by_batch(
 
 
 def by_image(
-    transforms: Sequence[v2.Transform] | None, *, size: tuple[int, int], interpolation: str
+    transforms: Sequence[v2.Transform] | None,
+    *,
+    size: tuple[int, int],
+    interpolation: str,
+    channels: int = 3,
+    flip: bool = True,
 ) -> Transform | None:
     """Augment images in files: a random resized crop, a flip, then the transforms.
 
     The crop has 8 to 100 % of the area and an aspect ratio of 3:4 to 4:3 (Szegedy et al., 2015).
 
     Args:
-        transforms: take an RGB image of Pillow; an empty sequence only crops and flips, None does
-            not augment.
+        transforms: take an image of Pillow; an empty sequence only crops and flips, None does not
+            augment.
         size: height and width in pixels.
         interpolation: "bilinear" or "bicubic".
+        channels: 3, or 1 for greyscale.
+        flip: False does not flip.
 
     Raises:
         ValueError: `transforms` holds something else, or a transform fails on an image.
@@ -110,10 +128,11 @@ def by_image(
         return None
     height, width = size
     if chain:
-        _try(chain, Image.new("RGB", (width, height)), size)
+        _try(chain, Image.new(MODES[channels], (width, height)))
     mode = v2.InterpolationMode(interpolation)
     crop = v2.RandomResizedCrop(size, interpolation=mode, antialias=True)
-    return functools.partial(_apply, [crop, v2.RandomHorizontalFlip(), *chain])
+    flips = [v2.RandomHorizontalFlip()] if flip else []
+    return functools.partial(_apply, [crop, *flips, *chain])
 
 
 def _check_transforms(transforms: Sequence[v2.Transform] | None) -> list[v2.Transform] | None:
@@ -128,22 +147,24 @@ def _check_transforms(transforms: Sequence[v2.Transform] | None) -> list[v2.Tran
     return list(transforms)
 
 
-def _try(chain: list[v2.Transform], image: Image.Image | Tensor, size: tuple[int, int]) -> None:
+def _try(chain: list[v2.Transform], image: Image.Image | Tensor) -> None:
     """Run the transforms once, so that a wrong one is an error before training.
 
     Raises:
-        ValueError: one fails, or the result is not an image of the same size.
+        ValueError: one fails, or the result is not an image of the same shape.
     """
     names = ", ".join(type(transform).__name__ for transform in chain)
+    given = image if isinstance(image, Tensor) else to_tensor(image)
     try:
         with torch.random.fork_rng(devices=[]):
             result = _apply(chain, image)
     except Exception as error:  # any, of any transform
-        message = f"augment: {names} cannot transform an image: {error}"
+        kind = "a greyscale image" if len(given) == 1 else "an image"
+        message = f"augment: {names} cannot transform {kind}: {error}"
         raise ArgumentError(message, "augment") from error
-    if result.dtype != torch.uint8 or tuple(result.shape) != (3, *size):
+    if result.dtype != torch.uint8 or result.shape != given.shape:
         raise ArgumentError(
-            f"augment: {names} must return uint8 of shape {(3, *size)}, returned "
+            f"augment: {names} must return uint8 of shape {tuple(given.shape)}, returned "
             f"{str(result.dtype).removeprefix('torch.')} of shape {tuple(result.shape)}",
             "augment",
         )

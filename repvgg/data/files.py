@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from repvgg.checks import ArgumentError
+from repvgg.data import progress
 from repvgg.data.batches import Batch, Request, Stored, same_seed
 from repvgg.data.images import MOST_PIXELS, TooManyPixels, fit, open_image, pixel_limit, to_tensor
 from repvgg.data.workers import Workers
@@ -26,13 +27,15 @@ Fit = Callable[[Image.Image], Image.Image]
 Transform = Callable[[Image.Image], Tensor]
 Decoded = tuple[Tensor | None, list[int], list[str]]  # images, their rows, failures
 Task = tuple[list[int], int | None]  # rows, seed of the augmentation
+CHUNK = 256  # images that a worker decodes at a time, into memory
 
 
 class Decoding(TypedDict, total=False):
-    """Arguments of `Files` that do not change what is read."""
+    """Arguments of `Files` with a default, but for `skip_unreadable`."""
 
     num_workers: int
-    max_pixels: int
+    max_pixels: int | None
+    channels: int
 
 
 class Reading(Decoding):
@@ -59,15 +62,19 @@ class Files:
         evaluate: a decoded image -> the image for evaluation; all have one size.
         num_workers: processes that decode; 0 decodes in this process.
         skip_unreadable: replaces an image that cannot be read by the next one that can.
-        max_pixels: a larger image is an error.
+        max_pixels: a larger image is an error, which names this argument; None is Pillow's limit.
+        channels: 3, or 1 for greyscale.
 
     Attributes:
+        SKIPPABLE: errors of `open` that mean an image cannot be read; others pass through.
         unreadable: files that could not be read so far.
 
     Raises, while it is read:
         ValueError: an image cannot be read; the message names it.
         WorkersDied: worker processes failed; the message says why.
     """
+
+    SKIPPABLE: tuple[type[Exception], ...] = (ValueError,)
 
     def __init__(
         self,
@@ -77,7 +84,8 @@ class Files:
         evaluate: Fit,
         num_workers: int = 0,
         skip_unreadable: bool = False,
-        max_pixels: int = MOST_PIXELS,
+        max_pixels: int | None = None,
+        channels: int = 3,
     ) -> None:
         self.paths = [str(path) for path in paths]  # smaller than Path when pickled
         self.labels = labels
@@ -85,6 +93,7 @@ class Files:
         self.num_workers = num_workers
         self.skip_unreadable = skip_unreadable
         self.max_pixels = max_pixels
+        self.channels = channels
         self.unreadable: set[str] = set()
         self._workers: Workers[Task, Decoded] | None = None
         self._augment: Transform | None = None  # of these workers
@@ -95,7 +104,7 @@ class Files:
         Raises:
             ValueError: it cannot be read; the message names it.
         """
-        return open_image(Path(self.paths[row]))
+        return open_image(Path(self.paths[row]), self.channels)
 
     def order(self, generator: torch.Generator) -> Tensor:
         return torch.randperm(len(self.labels), generator=generator)
@@ -151,7 +160,7 @@ class Shards(Files):
         labels: (N,), int64.
         shard_size: images in a shard.
         cache_size: disk space for fetched shards, as in "100GB".
-        options: evaluate, num_workers, skip_unreadable, max_pixels, of `Files`.
+        options: evaluate, num_workers, skip_unreadable, max_pixels, channels, of `Files`.
     """
 
     TOGETHER = 8  # shards whose images are mixed
@@ -177,7 +186,8 @@ class Shards(Files):
     def open(self, row: int) -> Image.Image:
         if self._shards is None:
             self._shards = _litdata().StreamingDataset(self.url, max_cache_size=self.cache_size)
-        return open_image(io.BytesIO(self._shards[row]["image"]), name=f"{self.url}, image {row}")
+        content = io.BytesIO(self._shards[row]["image"])
+        return open_image(content, self.channels, name=f"{self.url}, image {row}")
 
     def order(self, generator: torch.Generator) -> Tensor:
         shards = torch.split(torch.arange(len(self.labels)), self.shard_size)
@@ -201,7 +211,7 @@ class _Decode:
         images: list[Tensor] = []
         taken: list[int] = []
         failures: list[str] = []
-        with pixel_limit(self.files.max_pixels):
+        with pixel_limit(self.files.max_pixels or MOST_PIXELS):
             for i, row in enumerate(rows or [0]):  # the first gives no images their size
                 seed = None if batch_seed is None else same_seed((batch_seed, i))
                 chosen, image = self._read(row, seed, failures)
@@ -217,8 +227,8 @@ class _Decode:
         for chosen in ((row + shift) % count for shift in range(count)):
             try:
                 return chosen, self._prepare(self.files.open(chosen), seed)
-            except ValueError as error:
-                failures.append(_one_line(error))
+            except self.files.SKIPPABLE as error:
+                failures.append(_one_line(error, self.files.max_pixels))
                 if not self.files.skip_unreadable:
                     break
         return row, None
@@ -231,8 +241,8 @@ class _Decode:
             return self.augment(image)
 
 
-def _one_line(error: ValueError) -> str:
-    if isinstance(error, TooManyPixels):
+def _one_line(error: Exception, limit: int | None) -> str:
+    if isinstance(error, TooManyPixels) and limit is not None:
         return f"{error}; pass max_pixels={error.pixels} to allow it"
     return " ".join(str(error).split())
 
@@ -289,12 +299,17 @@ def _litdata() -> ModuleType:
 
 
 def store(
-    paths: Sequence[Path | str], labels: Tensor, size: tuple[int, int], **options: Unpack[Decoding]
+    paths: Sequence[Path | str],
+    labels: Tensor,
+    size: tuple[int, int],
+    *,
+    interpolation: str = "bilinear",
+    **options: Unpack[Decoding],
 ) -> Stored:
     """Decode all images into memory, scaled and cropped to one size.
 
     Args:
-        options: num_workers and max_pixels, of `Files`.
+        options: num_workers, max_pixels and channels, of `Files`.
 
     Raises:
         ValueError: images cannot be read; the message counts them and names the first.
@@ -302,14 +317,15 @@ def store(
     files = Files(
         paths,
         labels,
-        evaluate=functools.partial(fit, size=size),
+        evaluate=functools.partial(fit, size=size, interpolation=interpolation),
         skip_unreadable=True,
         **options,
     )
-    rows = torch.split(torch.arange(len(labels)), 256)
+    rows = torch.split(torch.arange(len(labels)), CHUNK)
     parts: list[Tensor] = []
     unreadable: set[str] = set()
-    for images, _, failures in files.decode([Request(part) for part in rows], None):
+    decoded = files.decode([Request(part) for part in rows], None)
+    for images, _, failures in progress.show(decoded, len(labels), CHUNK, "decoding"):
         parts += [] if images is None else [images]
         unreadable.update(failures)
     files.close()

@@ -115,6 +115,15 @@ def open_image(path: Path | BinaryIO, channels: int = 3, *, name: str | None = N
         raise TooManyPixels(name, int(numbers[0]) if numbers else 0, limit) from error
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{name}: cannot be read as an image: {error}") from error
+    return to_channels(image, channels, name)
+
+
+def to_channels(image: Image.Image, channels: int, name: str) -> Image.Image:
+    """Convert an image to uint8 in 1 or 3 channels.
+
+    Raises:
+        ValueError: the scale of its pixels or its background is unknown.
+    """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         pixels = np.asarray(image).astype(np.uint32).clip(0, 65535)
         image = Image.fromarray((pixels >> 8).astype(np.uint8))

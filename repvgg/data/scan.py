@@ -11,13 +11,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from repvgg.checks import ArgumentError, check_number, wrong_value
+from repvgg.checks import ArgumentError
 from repvgg.data.images import extensions, looks_like_image, printable
+from repvgg.data.split import Parts, complete, first_names
 
 NAMES = {
     "train": ("train", "training"),
@@ -25,6 +25,7 @@ NAMES = {
     "test": ("test", "testing"),
 }
 Entries = list[os.DirEntry[str]]
+CACHE = ".repvgg-cache"  # how the names of our own files begin, see `data.cache`
 HIDDEN = ("__macosx", "thumbs.db", "desktop.ini", "@eadir")  # and names with a leading dot
 
 
@@ -94,22 +95,6 @@ class Tally:
         return False
 
 
-class Parts(NamedTuple):
-    """The images of a folder.
-
-    Attributes:
-        files: paths and labels (N,) by part: train, val and, if there is one, test.
-        classes: in the order of the labels.
-        origins: where the images of each part come from, to be printed.
-        notes: lines on what else was found, to be printed.
-    """
-
-    files: dict[str, tuple[list[Path], Tensor]]
-    classes: list[str]
-    origins: dict[str, str]
-    notes: list[str]
-
-
 def read_parts(folder: Path, holdout: float, *, skip_unreadable: bool = False) -> Parts:
     """List the images of train/, val/ and test/; without train/ the folder holds the classes.
 
@@ -130,19 +115,7 @@ def read_parts(folder: Path, holdout: float, *, skip_unreadable: bool = False) -
             files[part] = find(folders[part], classes, tally=tally)[:2]
             origins[part] = _place(folders[part], folder)
     tally.check(skip_unreadable=skip_unreadable)
-    notes = []
-    for part in files.keys() - {"train"}:
-        held = set(files[part][1].tolist())
-        if lacking := [name for label, name in enumerate(classes) if label not in held]:
-            notes.append(f"without images in {origins[part]}: {_first(lacking)}")
-    if "val" not in files:
-        kept, out = hold_out(labels, holdout)
-        files["train"], files["val"] = (
-            ([paths[row] for row in rows.tolist()], labels[rows]) for rows in (kept, out)
-        )
-        origins["val"] = f"held out of {origins['train']}"
-        notes += note_single(labels, classes)
-    return Parts(files, classes, origins, notes + tally.lines())
+    return complete(Parts(files, classes, origins, tally.lines()), holdout)
 
 
 def has_part(folder: Path, part: str) -> bool:
@@ -234,7 +207,7 @@ def find(
         meant = cases.get(unknown[0].casefold())
         advice = f"rename {unknown[0]} to {meant}, or " if meant else ""
         raise ArgumentError(
-            f"{where} holds classes that the training images lack: {_first(unknown)}; {advice}"
+            f"{where} holds classes that the training images lack: {first_names(unknown)}; {advice}"
             "remove these folders, or add images of them to train/",
             "root",
         )
@@ -257,7 +230,9 @@ def find(
         paths += found
         labels += [classes.index(name)] * len(found)
     if not paths:
-        raise ArgumentError(f"{where} holds no images of the classes {_first(classes)}", "root")
+        raise ArgumentError(
+            f"{where} holds no images of the classes {first_names(classes)}", "root"
+        )
     if tally is None:
         counted.check()
     return paths, torch.tensor(labels), classes
@@ -273,36 +248,6 @@ def check_name(path: Path | str) -> None:
         raise ArgumentError(
             f"root: the name {printable(path)} is not UTF-8; rename the folder", "root"
         )
-
-
-def hold_out(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Split off a share of each class for validation: rows that train, rows that validate.
-
-    The split does not depend on the seed. At least one image of each class trains. At least one
-    validates if the class has two.
-
-    Raises:
-        ValueError: the share is not in (0, 1), or no class has two images.
-    """
-    check_number("holdout", share, below=1, example=0.05)
-    if share == 0:
-        raise wrong_value("holdout", share, "no image would be left to validate", 0.05)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    counts = [count for count in labels.bincount().tolist() if count]
-    by_class = torch.split(order[labels[order].argsort(stable=True)], counts)
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    for rows in by_class:
-        held[rows[: min(max(1, round(share * len(rows))), len(rows) - 1)]] = True
-    if not held.any():
-        raise ArgumentError("holdout: each class has only one image; add a folder val/", "holdout")
-    return (~held).nonzero().flatten(), held.nonzero().flatten()
-
-
-def note_single(labels: Tensor, classes: Sequence[str]) -> list[str]:
-    """A line on classes of one image."""
-    counts = labels.bincount(minlength=len(classes)).tolist()
-    single = [name for name, count in zip(classes, counts, strict=True) if count == 1]
-    return [f"trains on its one image, without validation: {_first(single)}"] if single else []
 
 
 def _walk(folder: str, trail: tuple[str, ...], tally: Tally) -> list[Path]:
@@ -342,6 +287,8 @@ def _entries(folder: Path, tally: Tally | None = None) -> tuple[Entries, Entries
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
+                if entry.name.startswith(CACHE):
+                    continue
                 is_folder = entry.is_dir()
                 if entry.name.startswith(".") or entry.name.casefold() in HIDDEN:
                     tally.left_out["hidden folder" if is_folder else "hidden file"] += 1
@@ -369,7 +316,3 @@ def _plural(kind: str, count: int) -> str:
     if not countable or count == 1:
         return kind
     return kind.replace("file", "files", 1) if kind.startswith("file ") else f"{kind}s"
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f", ... ({len(names)})" if len(names) > 3 else "")

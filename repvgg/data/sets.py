@@ -1,7 +1,6 @@
-"""The data sets: the images that a run trains, validates and tests on, and their description.
+"""The data sets by name whose images live in memory: digits, CIFAR-10, CIFAR-100.
 
-Small sets live in memory as uint8 and are augmented by the batch. Large ones are read from files by
-worker processes.
+They are uint8 and are augmented by the batch.
 """
 
 import functools
@@ -12,18 +11,18 @@ from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from torchvision.transforms import v2
 
-from repvgg.checks import ArgumentError, check_boolean, check_integer, check_number, wrong_value
+from repvgg.checks import ArgumentError, check_boolean, check_integer, check_number
 from repvgg.contract import DataContract, to_float
-from repvgg.data.augment import by_batch, by_image, random_affine
+from repvgg.data.augment import by_batch, random_affine
 from repvgg.data.batches import AnyAugmentation, Source, Stored
-from repvgg.data.files import Files, Reading, Shards, has_shards, read_contents, store
-from repvgg.data.images import MOST_PIXELS, fit
+from repvgg.data.cache import cached, fingerprint
+from repvgg.data.memory import keep, statistics
 from repvgg.data.module import ImageData
-from repvgg.data.scan import check_name, has_part, hold_out, read_parts
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from repvgg.data.scan import check_name, has_part, read_parts
+from repvgg.data.split import hold_out
 
 
 class Options(TypedDict, total=False):
@@ -47,10 +46,11 @@ class CifarOptions(BatchOptions, total=False):
     padding: int
     holdout: float
     num_workers: int | None
+    cache: bool
 
 
 class Found(NamedTuple):
-    """The contents of a folder.
+    """The images of a data set.
 
     Attributes:
         sources: by part: train, val and, if there is one, test.
@@ -61,27 +61,6 @@ class Found(NamedTuple):
     classes: list[str]
     origins: Mapping[str, str]
     notes: Sequence[str] = ()
-
-
-def open_data(config: Mapping[str, object], **options: object) -> ImageData:
-    """Open the data that a configuration names under `_target_`, with the arguments beside it.
-
-    Args:
-        options: further arguments, such as those of `ImageData`.
-
-    Raises:
-        ValueError: the function returns something else, or raises its own error.
-    """
-    from hydra.utils import instantiate
-
-    data = instantiate(config, **options, _convert_="all")
-    if not isinstance(data, ImageData):
-        raise ValueError(
-            f"{config['_target_']}: returns a {type(data).__name__}, not a "
-            "repvgg.data.module.ImageData, which describes the images. Any other "
-            "LightningDataModule trains with training.classifier.Classifier in your own Trainer"
-        )
-    return data
 
 
 def digits(*, batch_size: int = 64, augment: float = 1.0, **options: Unpack[Options]) -> ImageData:
@@ -145,8 +124,8 @@ def cifar100(*, root: str, **options: Unpack[CifarOptions]) -> ImageData:
             missing, and checked.
         options: augment, the transforms, and padding, of `data.augment.by_batch`; holdout, the
             share of the training images, by class, that validates if val/ is missing; num_workers,
-            processes that decode a folder of images; batch_size, mixup, cutmix and seed, of
-            `ImageData`.
+            processes that decode a folder of images; cache, which keeps the decoded images for the
+            next start; batch_size, mixup, cutmix and seed, of `ImageData`.
 
     Raises:
         ValueError: a value is outside its range, or the data cannot be read.
@@ -155,143 +134,7 @@ def cifar100(*, root: str, **options: Unpack[CifarOptions]) -> ImageData:
     return _cifar("CIFAR100", root, **options)
 
 
-def imagefolder(
-    *,
-    root: str | None,
-    image_size: int = 224,
-    eval_size: int | None = None,
-    resize_size: int | None = 256,
-    interpolation: str = "bilinear",
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    augment: Sequence[v2.Transform] | None = (),
-    num_workers: int | None = None,
-    skip_unreadable: bool = False,
-    max_pixels: int | None = None,
-    in_memory: bool = False,
-    holdout: float = 0.05,
-    cache_size: str = "100GB",
-    **options: Unpack[BatchOptions],
-) -> ImageData:
-    """Any folder of images, ImageNet too: train/, val/ and test/, each with one folder a class.
-
-    Without val/ (or valid/, validation/), some training images validate. Without test/, the
-    validation images test. A folder of classes without train/ is training images. A file counts as
-    an image by its extension; see `repvgg.data.scan`.
-
-    Args:
-        root: the folder; or its shards by `scripts/write_shards.py`, also as s3://... or gs://...
-        image_size: height and width in pixels in training.
-        eval_size: those in evaluation; None takes `image_size`.
-        resize_size: length of the shorter side before the centre crop, in evaluation; None scales
-            as little as covers the size.
-        interpolation: "bilinear" or "bicubic".
-        mean, std: by channel, of images in [0, 1].
-        augment: transforms of the training images: see `repvgg.data.augment.by_image`.
-        num_workers: processes that decode; None takes one for each CPU, at most 8.
-        skip_unreadable: replace an image that cannot be read by another one, and leave out files
-            of formats that cannot be read here.
-        max_pixels: a larger image is an error; None takes 178,956,970, Pillow's limit.
-        in_memory: decode all images once, scaled to `image_size`: for small ones. They are
-            augmented by the batch: see `repvgg.data.augment.by_batch`.
-        holdout: share of the training images, by class, that validates if val/ is missing.
-        cache_size: disk space for fetched shards.
-        options: batch_size, mixup, cutmix and seed, of `ImageData`.
-
-    Raises:
-        ValueError: a value is outside its range, or the folders are not as described.
-    """
-    check_integer("image_size", image_size, minimum=8, example=224)
-    size = check_integer("eval_size", eval_size or image_size, minimum=8, example=224)
-    if resize_size is not None:
-        check_integer("resize_size", resize_size, minimum=size, example=256)
-    if interpolation not in ("bilinear", "bicubic"):
-        allowed = "must be bilinear or bicubic"
-        raise wrong_value("interpolation", interpolation, allowed, "bilinear")
-    check_boolean("skip_unreadable", skip_unreadable)
-    check_boolean("in_memory", in_memory)
-    if root is None:
-        raise ArgumentError("root is missing: pass root=FOLDER, with train/ and val/", "root")
-    root = root if "://" in root else str(Path(root).expanduser())
-    check_name(root)
-    if max_pixels is None:
-        max_pixels = MOST_PIXELS
-    check_integer("max_pixels", max_pixels, minimum=1, example=MOST_PIXELS)
-    check_number("holdout", holdout, below=1, example=0.05)
-    reading = Reading(
-        evaluate=functools.partial(
-            fit, size=(size, size), interpolation=interpolation, resize=resize_size
-        ),
-        num_workers=_count_workers(num_workers),
-        skip_unreadable=skip_unreadable,
-        max_pixels=max_pixels,
-    )
-    whole = (image_size, image_size)
-    transform: AnyAugmentation | None
-    if in_memory:
-        if has_shards(root) or size != image_size:
-            raise wrong_value("in_memory", True, "is for folders and one size of images", "false")
-        found = _read_into_memory(
-            root, holdout, whole, reading["num_workers"], max_pixels, skip_unreadable
-        )
-        transform = by_batch(augment, padding=image_size // 8, size=image_size)
-    else:
-        found = (
-            _read_shards(root, cache_size, reading)
-            if has_shards(root)
-            else _read_folder(root, holdout, reading)
-        )
-        transform = by_image(augment, size=whole, interpolation=interpolation)
-    contract = DataContract(
-        classes=found.classes,
-        in_channels=3,
-        image_size=(size, size),
-        mean=tuple(mean),
-        std=tuple(std),
-        interpolation=interpolation,
-        resize_size=None if in_memory else resize_size,
-    )
-    return _image_data(found, contract, transform, options)
-
-
-def _read_folder(root: str, holdout: float, reading: Reading) -> Found:
-    parts = read_parts(Path(root), holdout, skip_unreadable=reading["skip_unreadable"])
-    sources = {part: Files(*files, **reading) for part, files in parts.files.items()}
-    return Found(sources, parts.classes, parts.origins, parts.notes)
-
-
-def _read_into_memory(
-    root: str | Path,
-    holdout: float,
-    size: tuple[int, int],
-    num_workers: int,
-    max_pixels: int = MOST_PIXELS,
-    skip_unreadable: bool = False,
-) -> Found:
-    parts = read_parts(Path(root), holdout, skip_unreadable=skip_unreadable)
-    sources = {
-        part: store(*files, size, num_workers=num_workers, max_pixels=max_pixels)
-        for part, files in parts.files.items()
-    }
-    return Found(sources, parts.classes, parts.origins, parts.notes)
-
-
-def _read_shards(root: str, cache_size: str, reading: Reading) -> Found:
-    contents = read_contents(root)
-    shards = {
-        part: Shards(
-            f"{root}/{part}",
-            torch.tensor(labels),
-            shard_size=contents["shard_size"],
-            cache_size=cache_size,
-            **reading,
-        )
-        for part, labels in contents["labels"].items()
-    }
-    return Found(shards, contents["classes"], {part: f"shards in {part}/" for part in shards})
-
-
-def _image_data(
+def image_data(
     found: Found,
     contract: DataContract,
     augment: AnyAugmentation | None,
@@ -317,29 +160,45 @@ def _cifar(
     padding: int = 4,
     holdout: float = 0.02,
     num_workers: int | None = None,
+    cache: bool = True,
     **options: Unpack[BatchOptions],
 ) -> ImageData:
     """CIFAR from the original files or from a folder of images; see `cifar100`."""
     check_integer("padding", padding, minimum=0, maximum=16, example=4)
+    check_boolean("cache", cache)
     transform = by_batch(augment, padding=padding, size=32)
     folder = Path(root).expanduser()
     check_name(folder)
     if has_part(folder, "train"):
-        found = _read_into_memory(folder, holdout, (32, 32), _count_workers(num_workers))
+        parts = read_parts(folder, holdout)
+        kept = keep(folder, parts, (32, 32), cache=cache, num_workers=count_workers(num_workers))
+        found = Found(kept.sources, parts.classes, parts.origins, [*parts.notes, *kept.notes])
+        mean, std = kept.mean, kept.std
     else:
         found = _read_cifar(name, folder, holdout)
-    train = found.sources["train"]
-    assert isinstance(train, Stored)
-    pixels = to_float(train.images)
+        mean, std = _statistics(name, found, folder, cache)
     contract = DataContract(
         classes=found.classes,
         in_channels=3,
         image_size=(32, 32),
-        mean=tuple(pixels.mean((0, 2, 3)).tolist()),
-        std=tuple(pixels.std((0, 2, 3)).tolist()),
+        mean=tuple(mean.tolist()),
+        std=tuple(std.tolist()),
         interpolation="bilinear",
     )
-    return _image_data(found, contract, transform, options)
+    return image_data(found, contract, transform, options)
+
+
+def _statistics(name: str, found: Found, folder: Path, cache: bool) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the original files, which take longer than reading them."""
+    train = found.sources["train"]
+    assert isinstance(train, Stored)
+    if not cache:
+        made = statistics(train.images)
+    else:
+        files = sorted(path for path in folder.glob("cifar-*/*") if path.is_file())
+        key = fingerprint(folder, {name: (files, train.labels)})
+        made, _ = cached(folder, f"{name}-statistics", key, lambda: statistics(train.images))
+    return made["mean"], made["std"]
 
 
 def _read_cifar(name: str, folder: Path, holdout: float) -> Found:
@@ -348,10 +207,17 @@ def _read_cifar(name: str, folder: Path, holdout: float) -> Found:
     from torchvision import datasets
 
     kind = {"CIFAR10": datasets.CIFAR10, "CIFAR100": datasets.CIFAR100}[name]
-    folder.mkdir(parents=True, exist_ok=True)
+
+    def opened(download: bool) -> list[datasets.CIFAR10]:
+        return [kind(str(folder), train=train, download=download) for train in (True, False)]
+
     try:
-        with FileLock(folder / ".lock"):  # one process of several downloads
-            parts = [kind(str(folder), train=train, download=True) for train in (True, False)]
+        try:
+            parts = opened(False)
+        except RuntimeError:  # not there
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / ".lock"):  # one process of several downloads
+                parts = opened(True)
     except (OSError, RuntimeError) as error:
         raise ArgumentError(
             f"root={folder}: holds neither train/ and test/ nor the files of {name}, and they "
@@ -373,7 +239,7 @@ def _read_cifar(name: str, folder: Path, holdout: float) -> Found:
     )
 
 
-def _count_workers(given: int | None) -> int:
+def count_workers(given: int | None) -> int:
     if given is not None:
         return check_integer("num_workers", given, minimum=0, example=4)
     try:

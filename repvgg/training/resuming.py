@@ -19,8 +19,10 @@ RESUMABLE = (
     "data.root",
     "data.num_workers",
     "data.cache_size",
+    "data.cache",
     "data.max_pixels",
     "data.skip_unreadable",
+    "data.download",
     "data.batch_size",
     "optim.lr",
     "trainer.max_epochs",
@@ -47,7 +49,7 @@ AUGMENT: dict[str, object] = {"basic": [], "none": None}
 # The code that a recorded configuration may name. Names are matched whole, because a dotted name
 # also reaches what its module imports. Any other name must be passed again.
 _OWN_CODE = re.compile(
-    r"repvgg\.data\.(digits|cifar10|cifar100|imagefolder)|lightning\.Trainer"
+    r"repvgg\.data\.(digits|cifar10|cifar100|imagefolder|csv|torchvision)|lightning\.Trainer"
     r"|torchvision\.transforms\.v2\.[A-Z]\w*"
     r"|lightning\.pytorch\.(callbacks|loggers|profilers)\.[A-Z]\w*"
 )

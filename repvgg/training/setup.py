@@ -21,7 +21,7 @@ from repvgg.checks import did_you_mean
 from repvgg.cli import Config
 from repvgg.contract import DataContract, ModelConfig, Normalize, Plain, to_float
 from repvgg.data.module import ImageData
-from repvgg.data.sets import open_data
+from repvgg.data.opening import open_data
 from repvgg.models.block import RepVGGBlock, compile_blocks
 from repvgg.models.libraries import Factory
 from repvgg.models.pretrained import pretrained

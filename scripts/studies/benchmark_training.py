@@ -25,8 +25,9 @@ from torch.nn import functional as F
 import repvgg
 from repvgg import cli
 from repvgg.checks import check_integer
+from repvgg.data.folders import imagefolder
 from repvgg.data.module import ImageData
-from repvgg.data.sets import cifar10, imagefolder
+from repvgg.data.sets import cifar10
 from repvgg.models.block import compile_blocks
 from repvgg.training.classifier import Classifier
 from repvgg.training.malloc import keep_memory

@@ -11,8 +11,9 @@ from torch import nn
 
 from repvgg.data import sets as sources
 from repvgg.data.batches import Batches, Stored
+from repvgg.data.folders import imagefolder
 from repvgg.data.module import Place
-from repvgg.data.sets import digits, imagefolder
+from repvgg.data.sets import digits
 from tests.support.commands import ROOT, make, quiet
 from tests.support.trainers import quiet_trainer
 
@@ -161,4 +162,4 @@ def test_workers_are_counted_on_every_system(missing, expected, monkeypatch):
     for name in missing:
         monkeypatch.delattr(os, name)
 
-    assert sources._count_workers(None) == expected
+    assert sources.count_workers(None) == expected

@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import features
 
+from repvgg.data.folders import imagefolder
 from repvgg.data.images import extensions
-from repvgg.data.scan import find, hold_out, read_parts
-from repvgg.data.sets import cifar10, imagefolder
+from repvgg.data.scan import find, read_parts
+from repvgg.data.sets import cifar10
+from repvgg.data.split import hold_out
 from tests.support.commands import make
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))

@@ -14,8 +14,8 @@ from torchvision.transforms import v2
 
 from repvgg.data import workers
 from repvgg.data.batches import WorkersDied
+from repvgg.data.folders import imagefolder
 from repvgg.data.images import open_image
-from repvgg.data.sets import imagefolder
 from tests.support.commands import ROOT, make
 
 READ = """

@@ -65,7 +65,7 @@ from tests.support.commands import ROOT, run, run_process
         (
             "train.py",
             ["data._target_=collections.Counter"],
-            "collections.Counter: returns a Counter, not a repvgg.data.module.ImageData",
+            "collections.Counter: returns a Counter with the keys batch_size, augment",
         ),
         ("train.py", ["data=imagefolder"], "data.root is missing: pass data.root=FOLDER"),
         (

@@ -11,9 +11,19 @@ from repvgg.deploy.tables import escape
 
 
 def run(
-    model: Path, images: str, *, top: int, batch_size: int, out: Path | None, overwrite: bool
+    model: Path,
+    images: str,
+    *,
+    network: str | None,
+    top: int,
+    batch_size: int,
+    out: Path | None,
+    overwrite: bool,
 ) -> None:
     """Label images. Those that cannot be read are reported; the others are labelled.
+
+    Args:
+        network: the dotted name of what builds the network, if it is the user's own.
 
     Raises:
         ValueError: there is no image, the model cannot be opened, `out` cannot be written, or, at
@@ -22,13 +32,13 @@ def run(
     if out is not None:
         check_out(out, overwrite=overwrite)
     paths = find(images)
-    network = open_any(model, "model")
+    opened = open_any(model, "model", network=network)
     found: list[Labelled] = []
     unreadable = 0
     # Lines and a bar on one terminal would overwrite each other.
     hidden = True if out is None and sys.stdout.isatty() else None
     with tqdm(total=len(paths), unit="image", leave=False, disable=hidden) as bar:
-        for image in label(paths, network, top=top, batch_size=batch_size):
+        for image in label(paths, opened, top=top, batch_size=batch_size):
             bar.update()
             if image.error:
                 unreadable += 1

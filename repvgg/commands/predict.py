@@ -4,7 +4,8 @@ The file records channels, size, interpolation, normalization and classes. An im
 is resized by its shorter side and cropped at the center. `images` is a file, a folder, which is
 searched, a pattern such as 'shots/*.jpg', or a list [a.jpg,b.jpg]. Prints a line for each image:
 its name, and its `top` classes with their probabilities; `out` writes them into a .json or .csv
-file instead. An image that cannot be read is an error at the end: all others are labelled.
+file instead. An image that cannot be read is an error at the end: all others are labelled. A
+network of your own needs network=mypackage.MyNet, unless the file holds its program.
 """
 
 from pathlib import Path
@@ -15,6 +16,7 @@ from repvgg.checks import check_boolean, check_integer
 DEFAULTS: cli.Config = {
     "model": None,
     "images": None,
+    "network": None,
     "top": 1,
     "out": None,
     "overwrite": False,
@@ -33,7 +35,16 @@ def predict(settings: cli.Config) -> None:
     out = None if settings["out"] is None else Path(str(settings["out"]))
     top = check_integer("top", settings["top"], minimum=1, example=5)
     size = check_integer("batch_size", settings["batch_size"], minimum=1, example=32)
+    network = None if settings["network"] is None else str(settings["network"])
     overwrite = check_boolean("overwrite", settings["overwrite"])
     from repvgg.commands.labelling import run  # takes seconds
 
-    run(model, str(images), top=top, batch_size=size, out=out, overwrite=overwrite)
+    run(
+        model,
+        str(images),
+        network=network,
+        top=top,
+        batch_size=size,
+        out=out,
+        overwrite=overwrite,
+    )

@@ -9,7 +9,7 @@ from repvgg import cli
 from repvgg.checks import check_boolean, check_integer, wrong_value
 from repvgg.cli import Config
 from repvgg.deploy.folder import SUMS
-from repvgg.deploy.settings import _check_keys, _data
+from repvgg.deploy.settings import _check_keys, _data, read_network
 
 SPLITS = ("train", "val", "test", "all")
 DEVICES = ("auto", "cpu", "cuda")
@@ -26,6 +26,7 @@ class EvaluateSettings:
     Attributes:
         ckpt: an existing file.
         data: a function that returns an `ImageData`, under `_target_`, and its arguments.
+        network: the dotted name of what builds the network, if it is the user's own.
         passed: the arguments of the data that were passed on the command line.
         out: the folder to create, absolute.
     """
@@ -38,6 +39,7 @@ class EvaluateSettings:
     predictions: bool
     batch_size: int | None
     device: str
+    network: str | None = None
     passed: frozenset[str] = frozenset()
 
     @classmethod
@@ -87,6 +89,7 @@ class EvaluateSettings:
             predictions=check_boolean("predictions", config["predictions"]),
             batch_size=None if size is None else int(str(size)),
             device=str(config["device"]),
+            network=read_network(config),
             passed=frozenset(w.removeprefix("data.") for w in words if w.startswith("data.")),
         )
 

@@ -11,8 +11,10 @@ from repvgg import checkpoint, cli
 from repvgg.checkpoint.tensors import read
 from repvgg.contract import DataContract
 from repvgg.deploy.evaluate_settings import check_file
+from repvgg.deploy.run import find_factory
 from repvgg.export.artifact import Artifact
 from repvgg.export.formats import FORMATS, open_artifact
+from repvgg.models.libraries import Factory
 from repvgg.verify import Predictor
 
 ENGINES = {Path(known.filename).suffix for known in FORMATS.values()} - {".safetensors"}
@@ -36,12 +38,13 @@ class Opened(NamedTuple):
     device: str
 
 
-def open_any(path: Path, key: str, device: str = "auto") -> Opened:
+def open_any(path: Path, key: str, device: str = "auto", *, network: str | None = None) -> Opened:
     """Open a file by its ending and content.
 
     Args:
         key: the argument that named it, for the errors.
         device: "cpu", "cuda", or "auto": a GPU if there is one. Deployed files run on the CPU.
+        network: the dotted name of what builds the network, if it is the user's own.
 
     Raises:
         ValueError: there is no such file or device, the file is damaged, or an engine is missing.
@@ -49,14 +52,14 @@ def open_any(path: Path, key: str, device: str = "auto") -> Opened:
     check_file(path, key)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda: torch finds no GPU; pass device=cpu")
-    if path.suffix in ENGINES:
-        return _deployed(path, device)
-    if path.suffix == ".safetensors" and checkpoint.description(read(path)) is not None:
-        return _deployed(path, device)
+    factory = find_factory(network)
+    described = path.suffix == ".safetensors" and checkpoint.description(read(path)) is not None
+    if path.suffix in ENGINES or described:
+        return _deployed(path, device, factory)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with cli.suggest_import(path):
-        opened = checkpoint.load(path)
+        opened = checkpoint.load(path, network=factory)
     numbers = [str(number) for number in range(len(opened.data.classes))]
     return Opened(
         _on(device, opened.predictor.to(device)),
@@ -67,11 +70,11 @@ def open_any(path: Path, key: str, device: str = "auto") -> Opened:
     )
 
 
-def _deployed(path: Path, device: str) -> Opened:
+def _deployed(path: Path, device: str, factory: Factory | None) -> Opened:
     if device == "cuda":
         raise ValueError(f"device=cuda: {path.name} runs on the CPU; pass device=cpu")
     try:
-        artifact = open_artifact(path)
+        artifact = open_artifact(path, network=factory)
     except ImportError as error:
         raise ValueError(str(error)) from error
     description = artifact.description

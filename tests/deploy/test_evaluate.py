@@ -504,6 +504,40 @@ def test_a_mistake_is_told_in_one_line(arguments, message, ckpt, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+CODE = """
+from torch import nn
+
+
+class MyNet(nn.Module):
+    def __init__(self, num_classes, width):
+        super().__init__()
+        self.linear = nn.Linear(width, num_classes)
+
+    def forward(self, images):
+        return self.linear(images.flatten(1))
+"""
+
+
+def test_a_network_of_the_users_own_is_built_by_the_code_that_was_passed(tmp_path):
+    (tmp_path / "ownnets.py").write_text(CODE)
+    config = {"library": "custom", "name": "custom", "_target_": "ownnets.MyNet", "width": 64}
+    config |= {"num_classes": 10, "in_channels": 1}
+    names: dict[str, type[torch.nn.Module]] = {}
+    exec(CODE, names)
+    own = checkpoint.Network(names["MyNet"](10, 64), config, digits().contract, "")
+    checkpoint.save(tmp_path / "x.ckpt", checkpoint.with_noise(own, digits().contract))
+    Image.new("L", (8, 8)).save(tmp_path / "x.png")
+
+    blind = run("evaluate", "ckpt=x.ckpt", "data=digits", "out=out", cwd=tmp_path)
+    done = run(
+        "evaluate", "ckpt=x.ckpt", "data=digits", "out=out", "network=ownnets.MyNet", cwd=tmp_path
+    )
+    labelled = run("predict", "model=x.ckpt", "images=x.png", "network=ownnets.MyNet", cwd=tmp_path)
+
+    assert "if you trust it, pass network=ownnets.MyNet" in blind.stderr
+    assert (done.returncode, labelled.returncode) == (0, 0), done.stderr + labelled.stderr
+
+
 @pytest.mark.slow
 def test_the_script_of_a_clone_evaluates_in_a_process_of_its_own(ckpt, tmp_path):
     done = run_process(

@@ -102,7 +102,7 @@ def open_data(config: Config, batch_size: int | None) -> tuple["ImageData", int]
     if "batch_size" not in config:
         data = data_sets.open_data(config)
         return data, batch_size or data.batch_size
-    own = check_integer("batch_size", config["batch_size"], minimum=1, example=64)
+    own = check_integer("data.batch_size", config["batch_size"], minimum=1, example=64)
     return data_sets.open_data({**config, "batch_size": 1}), batch_size or own
 
 

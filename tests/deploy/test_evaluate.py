@@ -145,6 +145,7 @@ def test_predictions_are_sorted_and_probabilities(evaluated):
         assert 0.5 < sum(shares) <= 1.00001
 
 
+@pytest.mark.slow
 def test_two_evaluations_write_the_same_bytes(place, tmp_path):
     arguments = [f"ckpt={place / 'animals.ckpt'}", "data=imagefolder", "split=all"]
     arguments += [f"data.root={place / 'images'}", "out=out", "predictions=true", "overwrite=true"]
@@ -240,6 +241,7 @@ def test_a_deployed_file_gives_the_numbers_of_its_checkpoint(name, output, tmp_p
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_third_party_weights_without_names_take_the_classes_in_order(place, tmp_path):
     torch.save(renamed(network_of(2), authors), tmp_path / "theirs.pth")
 
@@ -337,6 +339,7 @@ def test_a_class_that_is_never_predicted_has_no_precision():
     assert (second.recall, second.precision, second.f1) == (0.0, None, 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 31, 121])
 def test_a_matrix_is_drawn_for_any_number_of_classes_and_any_names(count, tmp_path):
     names = ["$a_{b$", "x" * 300, *(f"犬{number}" for number in range(count - 2))]
@@ -373,6 +376,7 @@ def ckpt(tmp_path) -> Path:
     return save(tmp_path / "digits.ckpt", digits().contract)
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_replaced_only_if_that_was_asked_for(ckpt, tmp_path):
     arguments = [f"ckpt={ckpt}", "data=digits", "out=out"]
     first = run("evaluate", *arguments, "predictions=true", cwd=tmp_path)
@@ -393,6 +397,7 @@ def test_an_evaluation_is_replaced_only_if_that_was_asked_for(ckpt, tmp_path):
     assert (tmp_path / "out" / "thesis.tex").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_image_leaves_nothing_behind(place, tmp_path):
     shutil.copytree(place / "images", tmp_path / "images")
     (tmp_path / "images" / "val" / "cat" / "bad.jpg").write_text("no image")
@@ -518,6 +523,7 @@ class MyNet(nn.Module):
 """
 
 
+@pytest.mark.slow
 def test_a_network_of_the_users_own_is_built_by_the_code_that_was_passed(tmp_path):
     (tmp_path / "ownnets.py").write_text(CODE)
     config = {"library": "custom", "name": "custom", "_target_": "ownnets.MyNet", "width": 64}

@@ -22,7 +22,7 @@ from repvgg.data.batches import Batch, Batches, Source
 from repvgg.deploy.evaluate_settings import PREDICTIONS, EvaluateSettings, check_replaceable
 from repvgg.deploy.evaluation import Evaluation, write
 from repvgg.deploy.folder import digest, new_folder
-from repvgg.deploy.matching import Match, check_images, fit_preprocessing, match_classes
+from repvgg.deploy.matching import Match, check_images, fit_preprocessing, is_ours, match_classes
 from repvgg.deploy.measure import environment
 from repvgg.deploy.opening import Opened, open_any
 from repvgg.deploy.tables import cells, escape, header, most_likely, open_text
@@ -50,10 +50,10 @@ def run(settings: EvaluateSettings, say: Say) -> None:
     config = fit_preprocessing(settings.data, opened.data, settings.passed)
     data, batch_size = open_data(config, settings.batch_size)
     try:
-        notes = check_images(data.contract, opened.data, settings.passed)
+        notes = check_images(data.contract, opened.data, config, settings.passed)
         match = match_classes(data.contract.classes, opened.data.classes, assumed=opened.assumed)
         sources = choose(data, settings.split)
-        notes += [*match.notes, *about_split(data, settings.split)]
+        notes += [*match.notes, *about_split(data, settings.split), *data.notes]
         images = sum(len(source.labels) for source in sources)
         if settings.predictions:
             check_rows(sources)
@@ -62,7 +62,7 @@ def run(settings: EvaluateSettings, say: Say) -> None:
                 new_folder(settings.out, overwrite=settings.overwrite, check=check_replaceable)
             )
             say(f"model     {escape(settings.ckpt)} ({opened.title}), on {opened.device}")
-            name = str(config["_target_"]).rpartition(".")[2]
+            name = config.get("name") or str(config["_target_"]).rpartition(".")[2]
             say(f"data      {name}, {settings.split}: {images:,} images")
             for note in notes:
                 say(escape(note))
@@ -97,9 +97,9 @@ def run(settings: EvaluateSettings, say: Say) -> None:
 def open_data(config: Config, batch_size: int | None) -> tuple["ImageData", int]:
     """Open a data set; its batch size, or the given one.
 
-    A batch may be larger than the training images here.
+    A batch may be larger than the training images here, if the data set is ours.
     """
-    if "batch_size" not in config:
+    if "batch_size" not in config or not is_ours(config):
         data = data_sets.open_data(config)
         return data, batch_size or data.batch_size
     own = check_integer("data.batch_size", config["batch_size"], minimum=1, example=64)

@@ -1,4 +1,4 @@
-"""Fit a data set to a network: its image size, and its classes by name."""
+"""Fit a data set to a network: its preprocessing, and its classes by name."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -11,7 +11,6 @@ from repvgg.cli import Config
 from repvgg.contract import DataContract
 
 SIZES = ("image_size", "eval_size", "resize_size")
-PREPROCESSING = (*SIZES, "interpolation")  # arguments of data sets that scale their images
 _SYNSET = re.compile(r"n\d{8}")  # a folder of ImageNet
 
 
@@ -30,23 +29,41 @@ class Match(NamedTuple):
 
 
 def fit_preprocessing(config: Config, network: DataContract, passed: Collection[str]) -> Config:
-    """The configuration of a data set, with the network's preprocessing where it scales images.
+    """The configuration of a data set of ours, with the preprocessing of the network.
+
+    A factory of the user's own may do its own preprocessing, so its configuration stays.
 
     Args:
         passed: arguments from the command line, which stay.
     """
-    height, width = network.image_size
-    if not {*PREPROCESSING} <= config.keys() or height != width:
+    if not is_ours(config):
         return config
-    fitted: dict[str, object] = {"interpolation": network.interpolation}
-    if not {*SIZES} & {*passed}:
-        sizes = {"image_size": height, "eval_size": None, "resize_size": network.resize_size}
-        fitted |= sizes
-    return {**config, **{key: value for key, value in fitted.items() if key not in passed}}
+    height, width = network.image_size
+    fitted: dict[str, object] = {
+        "interpolation": network.interpolation,
+        "in_channels": network.in_channels,
+        "mean": list(network.mean),  # else some data sets measure them
+        "std": list(network.std),
+    }
+    if height == width and not {*SIZES} & {*passed}:
+        fitted |= {"image_size": height, "eval_size": None, "resize_size": network.resize_size}
+    changed = {key: fitted[key] for key in fitted.keys() & config.keys() if key not in passed}
+    return {**config, **changed}
 
 
-def check_images(data: DataContract, network: DataContract, passed: Collection[str]) -> list[str]:
+def is_ours(config: Config) -> bool:
+    """Whether a data set is one of the package, not a factory of the user's own."""
+    return str(config.get("_target_")).startswith("repvgg.data.")
+
+
+def check_images(
+    data: DataContract, network: DataContract, config: Config, passed: Collection[str]
+) -> list[str]:
     """Compare the images of a data set with those that a network takes.
+
+    Args:
+        config: of the data set.
+        passed: arguments from the command line.
 
     Returns:
         a line on what differs.
@@ -56,13 +73,14 @@ def check_images(data: DataContract, network: DataContract, passed: Collection[s
     """
     if data.in_channels != network.in_channels:
         raise ValueError(
-            f"data: in_channels is {data.in_channels}, and the network takes {network.in_channels}"
+            f"data: its in_channels is {data.in_channels}, that of the network "
+            f"{network.in_channels}{_advice('in_channels', network.in_channels, config)}"
         )
     ours, theirs = _preprocessing(data), _preprocessing(network)
     if ours["image_size"] != theirs["image_size"] and not {*SIZES} & {*passed}:
         raise ValueError(
             f"data: its images have {ours['image_size']} pixels, the network takes "
-            f"{theirs['image_size']}; pass data of this size"
+            f"{theirs['image_size']}{_advice('image_size', network.image_size[0], config)}"
         )
     differing = [
         f"{key} is {given}, that of the network {theirs[key]}"
@@ -104,6 +122,10 @@ def match_classes(data: Sequence[str], network: Sequence[str], *, assumed: bool)
         return Match(outputs, [*network], ["classes: in another order than the network's"])
     note = f"classes: {len(data)} of the network's {len(network)}, by name; it chooses among all"
     return Match(outputs, [*network], [note])
+
+
+def _advice(key: str, value: int, config: Config) -> str:
+    return f"; pass data.{key}={value}" if key in config else ""
 
 
 def _preprocessing(contract: DataContract) -> dict[str, object]:

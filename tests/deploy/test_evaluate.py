@@ -293,8 +293,8 @@ def test_a_class_that_the_network_lacks_is_an_error(data, network, assumed, mess
         match_classes(data, network, assumed=assumed)
 
 
-FOLDER = {"_target_": "f", "image_size": 224, "eval_size": None, "resize_size": 256}
-FOLDER |= {"interpolation": "bilinear"}
+FOLDER = {"_target_": "repvgg.data.imagefolder", "image_size": 224, "eval_size": None}
+FOLDER |= {"resize_size": 256, "interpolation": "bilinear", "in_channels": 1}
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,8 @@ FOLDER |= {"interpolation": "bilinear"}
     [
         (FOLDER, (), {"image_size": 16, "eval_size": None, "resize_size": 18}),
         (FOLDER, ("eval_size",), {"image_size": 224, "resize_size": 256}),
-        (FOLDER, ("root",), {"image_size": 16, "interpolation": "bilinear"}),
+        (FOLDER, ("root",), {"image_size": 16, "interpolation": "bilinear", "in_channels": 3}),
+        (FOLDER | {"_target_": "my.data"}, (), FOLDER | {"_target_": "my.data"}),
         ({"_target_": "repvgg.data.digits"}, (), {"_target_": "repvgg.data.digits"}),
     ],
 )
@@ -317,8 +318,10 @@ def test_another_size_is_evaluated_only_if_it_was_passed():
     network = DataContract(data.classes, 1, [32, 32], [0.5], [0.5], "bilinear")
 
     with pytest.raises(ValueError, match="its images have 8x8 pixels, the network takes 32x32"):
-        check_images(data, network, ())
-    assert "image_size is 8x8" in check_images(data, network, ("image_size",))[0]
+        check_images(data, network, {}, ())
+    with pytest.raises(ValueError, match=r"takes 32x32; pass data\.image_size=32"):
+        check_images(data, network, {"image_size": None}, ())
+    assert "image_size is 8x8" in check_images(data, network, {}, ("image_size",))[0]
 
 
 def test_the_interval_of_the_accuracy_is_wilsons():
@@ -521,6 +524,38 @@ class MyNet(nn.Module):
     def forward(self, images):
         return self.linear(images.flatten(1))
 """
+
+
+DATA = """
+import torch
+
+
+class Shapes(torch.utils.data.Dataset):
+    classes = ["cat", "dog"]
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, row):
+        pixels = torch.full((3, 20, 20), row * 20, dtype=torch.uint8)
+        return pixels, row % 2
+"""
+
+
+def test_data_of_the_users_own_is_evaluated_as_it_is_configured(place, tmp_path):
+    (tmp_path / "owndata.py").write_text(DATA)
+    arguments = [f"ckpt={place / 'animals.ckpt'}", "data=custom", "data._target_=owndata.Shapes"]
+    arguments += ["split=all", "out=out", "data.batch_size=4"]
+
+    other = run("evaluate", *arguments, cwd=tmp_path)
+    done = run("evaluate", *arguments, "data.image_size=16", "predictions=true", cwd=tmp_path)
+
+    assert other.stderr == (
+        "repvgg evaluate: data: its images have 20x20 pixels, the network takes 16x16; pass "
+        "data.image_size=16\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(read(tmp_path / "out" / "predictions.csv")) == 12
 
 
 @pytest.mark.slow

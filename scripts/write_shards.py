@@ -1,8 +1,8 @@
 """Write a folder of images as shards: python scripts/write_shards.py root=FOLDER out=FOLDER
 
 For data larger than one disk: upload the shards to an object store and train with data=imagefolder
-data.root=s3://... The shards hold the image files unchanged. Requires litdata: pip install -e
-".[shards]"
+data.root=s3://... The shards hold the image files unchanged. Without val/, the share `holdout` of
+the training images of each class validates. Requires litdata: pip install -e ".[shards]"
 """
 
 import json
@@ -12,9 +12,9 @@ from typing import Any
 from repvgg import cli
 from repvgg.checks import check_integer
 from repvgg.data.files import CONTENTS, write_shards
-from repvgg.data.scan import has_part, read_parts
+from repvgg.data.scan import read_parts
 
-DEFAULTS: dict[str, Any] = {"root": None, "out": None, "shard_size": 1024}
+DEFAULTS: dict[str, Any] = {"root": None, "out": None, "shard_size": 1024, "holdout": 0.05}
 
 
 def main(settings: dict[str, Any]) -> None:
@@ -25,12 +25,10 @@ def main(settings: dict[str, Any]) -> None:
     size = check_integer("shard_size", settings["shard_size"], minimum=1, example=1024)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"out={out}: is not empty; pass a new folder")
-    if not has_part(root, "val"):
-        raise ValueError(f"root={root}: has no val/, which shards need")
-    parts = read_parts(root, 0.05)
+    parts = read_parts(root, settings["holdout"])
     for part, (paths, labels) in parts.files.items():
         write_shards(paths, labels, out / part, shard_size=size)
-        print(f"{part}: {len(paths)} images")
+        print(f"{part}: {len(paths)} images ({parts.origins[part]})")
     for line in parts.notes:
         print(line)
     contents = {

@@ -106,6 +106,8 @@ def _save(path: Path, key: str, tensors: Tensors) -> bool:
     temporary = path.with_suffix(".tmp")  # the lock is held: one that exists was left by a crash
     try:
         save_file(tensors, temporary, metadata={"key": key})
+        # safetensors makes files that only their owner can read; the lock has the usual rights.
+        temporary.chmod(path.with_suffix(".lock").stat().st_mode)
         temporary.replace(path)
     except (OSError, SafetensorError):
         return False

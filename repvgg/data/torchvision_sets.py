@@ -63,15 +63,15 @@ def torchvision(
 
 
 def _find(name: str | None) -> type[VisionDataset]:
-    names = [
-        known
-        for known in datasets.__all__
-        if issubclass(getattr(datasets, known), VisionDataset) and known != "VisionDataset"
-    ]
+    kinds: dict[str, type[VisionDataset]] = {}
+    for known in datasets.__all__:
+        kind = getattr(datasets, known)
+        if isinstance(kind, type) and issubclass(kind, VisionDataset) and kind is not VisionDataset:
+            kinds[known] = kind
     if name is None:
         raise ArgumentError("name is missing: pass name=FashionMNIST", "name")
-    if name not in names:
-        lower = {known.lower(): known for known in names}
+    if name not in kinds:
+        lower = {known.lower(): known for known in kinds}
         hint = did_you_mean(str(name).lower(), lower)
         for small, known in lower.items():
             hint = hint.replace(f" {small}?", f" {known}?")
@@ -80,8 +80,7 @@ def _find(name: str | None) -> type[VisionDataset]:
             "FashionMNIST, MNIST, SVHN, CIFAR10, Flowers102",
             "name",
         )
-    found: type[VisionDataset] = getattr(datasets, name)
-    return found
+    return kinds[name]
 
 
 def _parameters(kind: type[VisionDataset]) -> set[str]:

@@ -8,6 +8,7 @@ run: the main process finishes its step and ends them. They also end when it is 
 import contextlib
 import itertools
 import multiprocessing
+import pickle
 import signal
 import sys
 import time
@@ -166,8 +167,7 @@ def _serve(work: Callable[[Task], Result], connection: "Connection[Any, Any]") -
             try:
                 result = work(task)
             except Exception as error:
-                error.add_note(traceback.format_exc())
-                result = error
+                result = _sendable(error)
             try:
                 connection.send((ticket, result))
             except ConnectionError:
@@ -178,6 +178,18 @@ def _serve(work: Callable[[Task], Result], connection: "Connection[Any, Any]") -
                     f"a worker process cannot send a batch, as if /dev/shm were full: {reason}"
                 )
                 connection.send((ticket, WorkersDied(message)))
+
+
+def _sendable(error: Exception) -> Exception:
+    """An error with its traceback; another in its place if it does not survive pickling."""
+    error.add_note(traceback.format_exc())
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # of any class of the user's
+        replacement = RuntimeError(f"{type(error).__name__}: {error}")
+        replacement.__notes__ = error.__notes__
+        return replacement
+    return error
 
 
 def _describe(process: BaseProcess) -> str:

@@ -93,6 +93,28 @@ def test_a_file_is_augmented_to_the_given_size(chain):
     assert (augmented.shape, augmented.dtype) == ((3, 24, 20), torch.uint8)
 
 
+@pytest.mark.parametrize("chain", [CHAINS[0], CHAINS[1], [v2.AutoAugment(), v2.RandomErasing()]])
+def test_greyscale_images_are_augmented(chain):
+    batch = by_batch(chain, padding=1, size=(8, 10), channels=1)(IMAGES[:, :1], generator())
+    image = by_image(chain, size=(24, 20), interpolation="bilinear", channels=1)(
+        Image.new("L", (50, 40), 9)
+    )
+
+    assert (batch.shape, batch.dtype) == ((6, 1, 8, 10), torch.uint8)
+    assert (image.shape, image.dtype) == ((1, 24, 20), torch.uint8)
+
+
+def test_a_transform_of_colours_alone_is_an_error_for_greyscale():
+    with pytest.raises(ValueError, match="RandomErasing cannot transform a greyscale image"):
+        by_batch([v2.RandomErasing(p=1, value=[1, 2, 3])], padding=1, size=32, channels=1)
+
+
+def test_without_flips_images_are_only_cropped():
+    kept = by_batch([], padding=0, size=(8, 10), flip=False)(IMAGES, generator())
+
+    assert torch.equal(kept, IMAGES)
+
+
 def test_none_does_not_augment():
     assert by_batch(None, padding=4, size=32) is None
     assert by_image(None, size=(8, 8), interpolation="bilinear") is None

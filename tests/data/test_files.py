@@ -1,4 +1,5 @@
 import functools
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from repvgg.data.files import Files, Shards, store
 from repvgg.data.folders import imagefolder
 from repvgg.data.images import TooManyPixels, fit, open_image, to_tensor
 from repvgg.data.scan import find
+from repvgg.data.sets import cifar10
 from tests.support.commands import ROOT, make
 
 SIZE = (16, 16)
@@ -256,6 +258,28 @@ def test_larger_images_can_be_allowed(workers, root, pillow_limit):
     assert Image.MAX_IMAGE_PIXELS == 100
 
 
+def test_a_data_set_without_this_setting_does_not_name_it(root, pillow_limit, monkeypatch):
+    (root / "val").rename(root / "test")
+    monkeypatch.setattr("repvgg.data.files.MOST_PIXELS", 200)
+
+    with pytest.raises(ValueError, match="has 360 pixels, more than 200; repair") as caught:
+        cifar10(root=str(root), batch_size=2, num_workers=0)
+
+    assert "max_pixels" not in str(caught.value)
+
+
+def test_greyscale_files_are_read_in_one_channel(root):
+    data = imagefolder(
+        root=str(root), batch_size=4, image_size=16, num_workers=0, in_channels=1, resize_size=16
+    )
+
+    images, _ = next(iter(data.train_dataloader()))
+
+    assert images.shape == (4, 1, 16, 16)
+    assert len(data.contract.mean) == 1
+    assert "mean and standard deviation of the training images: 0." in data.summary()
+
+
 def test_larger_images_can_be_allowed_in_memory(root, pillow_limit):
     data = imagefolder(
         root=str(root), batch_size=4, image_size=16, num_workers=0, in_memory=True, max_pixels=360
@@ -279,10 +303,13 @@ def test_where_no_image_can_be_read_one_line_says_so(root):
 
 
 @pytest.mark.slow
-def test_shards_give_the_images_of_the_folder_in_an_order_that_can_be_resumed(root, tmp_path):
+@pytest.mark.parametrize("validates", [True, False])
+def test_shards_give_the_images_of_the_folder_in_an_order_that_can_be_resumed(
+    validates, root, tmp_path
+):
     out = tmp_path / "shards"
-    (root / "val").rename(root / "Valid")
     (root / "train" / "cat" / "._0.jpg").write_bytes(b"")
+    (root / "val").rename(root / "Valid") if validates else shutil.rmtree(root / "val")
     done = subprocess.run(
         [sys.executable, SCRIPT, f"root={root}", f"out={out}", "shard_size=5"],
         capture_output=True,
@@ -291,6 +318,7 @@ def test_shards_give_the_images_of_the_folder_in_an_order_that_can_be_resumed(ro
     )
     assert done.returncode == 0, done.stderr
     assert "left out: 1 hidden file\n" in done.stdout
+    assert f"val: {4 if validates else 2} images" in done.stdout
     settings = {"batch_size": 4, "image_size": 16, "num_workers": 0}
     plain, data = (imagefolder(root=str(where), **settings) for where in (root, out))
 

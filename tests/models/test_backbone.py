@@ -3,6 +3,7 @@
 import re
 from collections import OrderedDict
 
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -16,9 +17,17 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import repvgg
 from repvgg.checks import ArgumentError
 from repvgg.models import RepVGGFeatures
+from tests.support.commands import ROOT
 from tests.support.networks import relative_error, settle
 
 BLOCKS = {"stem": "first", "stages.1": "second", "stages.2.0": "third"}
+EXPORTER = (  # what torch's TorchScript exporter and torchvision raise while they are traced
+    "ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning",
+    "ignore:The feature will be removed:DeprecationWarning",
+    "ignore:.*torch.jit.script. is deprecated:FutureWarning",
+    "ignore:To copy construct from a tensor:UserWarning",
+    "ignore::torch.jit.TracerWarning",
+)
 SMALL = {"depths": (1, 2, 2, 1), "widths": (8, 16, 16, 24)}
 
 
@@ -101,6 +110,16 @@ def test_reductions_follow_a_stride_that_was_changed():
     )
 
 
+def test_reductions_are_those_of_the_layers_not_of_the_subsampling():
+    backbone = features()
+    block = backbone.stages[2][0]
+    block.stride, block.branch_1x1.conv.stride = 1, (2, 2)  # the 1x1 subsamples now
+
+    maps = backbone(torch.randn(1, 3, 64, 64))
+
+    assert backbone.feature_info.reduction() == [64 // one.shape[2] for one in maps]
+
+
 def test_a_stage_of_other_modules_has_no_known_channels():
     backbone = features()
     backbone.stages[1][0] = nn.Conv2d(16, 32, 3)
@@ -162,6 +181,17 @@ def test_weights_of_a_whole_network_load_into_a_backbone():
     assert all(key.startswith(("stages.2", "stages.3", "linear")) for key in unexpected)
     expected = outputs_of(whole, images, ["stages.0", "stages.1"])
     assert all(torch.equal(*p) for p in zip(backbone.eval()(images), expected, strict=True))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_backbone_of_a_network_shares_its_layers_and_its_mode(mode):
+    network = repvgg.create_model("repvgg_tiny").train(mode)
+
+    backbone = RepVGGFeatures(network, out_indices=(1, 2))
+
+    assert {module.training for module in backbone.modules()} == {mode}
+    assert backbone.stages[1] is network.stages[1]
+    assert len(network.stages) == 4
 
 
 @pytest.mark.parametrize("name", ["repvgg_tiny", "qarepvgg_tiny", "repvggplus_l2pse"])
@@ -296,3 +326,37 @@ def test_getters_and_pyramids_of_torchvision_fold():
         torch.equal(*pair)
         for pair in zip(getter(images).values(), backbone(images)[2:], strict=True)
     )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(*EXPORTER)
+def test_the_examples_of_the_docs_train_fold_and_export(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    torch.save(settle(repvgg.create_model("repvgg_tiny")).state_dict(), "best.ckpt")
+    text = (ROOT / "docs" / "backbone.md").read_text()
+    names: dict = {}
+
+    losses = []
+    for block in re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
+        exec(block, names)
+        losses.append(names.get("loss", torch.tensor(0.0)).item())
+
+    weights, by_name, segmentation, detection = losses
+    assert weights == by_name == 0
+    assert segmentation < 0.35  # log(2) at first
+    assert detection < 1
+    assert names["error"] < 1e-5
+    for trained, folded in (("segmenter", "folded"), ("detector", "folded_detector")):
+        norms = [m for m in names[trained].modules() if isinstance(m, nn.BatchNorm2d)]
+        assert {norm.num_batches_tracked.item() for norm in norms} == {40}
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in names[folded].modules())
+    image = names["images"][0]
+    with torch.no_grad():
+        expected = names["detector"].eval()([image])[0]
+    session = onnxruntime.InferenceSession("detector.onnx", providers=["CPUExecutionProvider"])
+    boxes, scores, labels = map(torch.from_numpy, session.run(None, {"image": image.numpy()}))
+    assert len(boxes) > 0
+    assert torch.equal(labels, expected["labels"])
+    torch.testing.assert_close(boxes, expected["boxes"], atol=1e-3, rtol=0)
+    torch.testing.assert_close(scores, expected["scores"], atol=1e-5, rtol=0)

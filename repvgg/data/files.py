@@ -8,7 +8,7 @@ store.
 import functools
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypedDict, Unpack, cast
@@ -321,13 +321,17 @@ def store(
         skip_unreadable=True,
         **options,
     )
-    rows = torch.split(torch.arange(len(labels)), CHUNK)
-    parts: list[Tensor] = []
     unreadable: set[str] = set()
-    decoded = files.decode([Request(part) for part in rows], None)
-    for images, _, failures in progress.show(decoded, len(labels), CHUNK, "decoding"):
-        parts += [] if images is None else [images]
-        unreadable.update(failures)
+
+    def decoded() -> Iterator[Tensor]:
+        rows = torch.split(torch.arange(len(labels)), CHUNK)
+        parts = files.decode([Request(part) for part in rows], None)
+        for images, _, failures in progress.show(parts, len(labels), CHUNK, "decoding"):
+            unreadable.update(failures)
+            if images is not None:
+                yield images
+
+    images = concatenate(decoded(), len(labels))
     files.close()
     if unreadable:
         raise ArgumentError(
@@ -335,4 +339,16 @@ def store(
             f"{min(unreadable)}; repair or delete them",
             "max_pixels",
         )
-    return Stored(torch.cat(parts), labels)
+    return Stored(images, labels)
+
+
+def concatenate(parts: Iterable[Tensor], count: int) -> Tensor:
+    """Copy tensors into one of `count` rows as they come: those of workers hold open files."""
+    whole: Tensor | None = None
+    start = 0
+    for part in parts:
+        if whole is None:
+            whole = part.new_empty((count, *part.shape[1:]))
+        whole[start : start + len(part)] = part
+        start += len(part)
+    return torch.empty(0, dtype=torch.uint8) if whole is None else whole

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from repvgg.data import progress
 from repvgg.data.batches import Stored
-from repvgg.data.files import CHUNK, Files, Reading
+from repvgg.data.files import CHUNK, Files, Reading, concatenate
 from repvgg.data.images import to_channels, to_tensor
 from repvgg.data.map_style import MapStyle
 from repvgg.data.workers import Workers
 
 ALLOWED = "return a PIL image, a uint8 tensor (C, H, W) or a uint8 array (H, W, C)"
 ROUNDING = 1e-3  # of uint8 values that were divided by 255 in float32
+Rows = tuple[Tensor | None, list[int]]  # images and labels
 NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
@@ -214,17 +215,25 @@ def load(items: Items, *, images: bool) -> Stored:
     tasks = [part.tolist() for part in torch.split(torch.arange(count), CHUNK)]
     work = functools.partial(_read_rows, items, images)
     workers = Workers(work, items.num_workers) if items.num_workers else None
-    parts: Iterator[Stored] = workers.map(tasks) if workers else map(work, tasks)
+    parts: Iterator[Rows] = workers.map(tasks) if workers else map(work, tasks)
     verb = "reading" if images else "reading the labels of"
+    labels: list[int] = []
+
+    def pixels() -> Iterator[Tensor]:
+        for part, some in progress.show(parts, count, CHUNK, verb):
+            labels.extend(some)
+            if part is not None:
+                yield part
+
     try:
-        read = list(progress.show(parts, count, CHUNK, verb))
+        read = concatenate(pixels(), count)
     finally:
         if workers:
             workers.close()
-    return Stored(*(torch.cat(tensors) for tensors in zip(*read, strict=True)))
+    return Stored(read, torch.tensor(labels))
 
 
-def _read_rows(items: Items, images: bool, rows: list[int]) -> Stored:
+def _read_rows(items: Items, images: bool, rows: list[int]) -> Rows:
     pixels: list[Tensor] = []
     labels: list[int] = []
     for row in rows:
@@ -232,8 +241,7 @@ def _read_rows(items: Items, images: bool, rows: list[int]) -> Stored:
         labels.append(label)
         if images:
             pixels.append(to_tensor(items.evaluate(image)))
-    stacked = torch.stack(pixels) if pixels else torch.empty(0, dtype=torch.uint8)
-    return Stored(stacked, torch.tensor(labels))
+    return torch.stack(pixels) if pixels else None, labels
 
 
 def _describe(given: object) -> str:

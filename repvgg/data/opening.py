@@ -30,7 +30,8 @@ def open_data(config: Mapping[str, object], **options: object) -> ImageData:
         raise ArgumentError(f"{KEY} is missing: pass {KEY}=mypackage.make_data", KEY)
     if str(target).startswith(OURS):
         data = instantiate(config, **options, _convert_="all")
-        assert isinstance(data, ImageData)
+        if not isinstance(data, ImageData):
+            raise ArgumentError(f"{KEY}={target}: returns a {type(data).__name__}, no data", KEY)
         return data
     nested = {key: value for key, value in config.items() if key != "_target_"}
     arguments = instantiate(nested, _convert_="all")  # such as transforms

@@ -1,5 +1,6 @@
 """The user's own data sets: what they may return, and what is said of anything else."""
 
+import os
 import random
 import sys
 
@@ -453,3 +454,19 @@ def test_numpy_integers_are_labels():
     data = opened([(image, np.int64(row % 2)) for row, image in enumerate(PIXELS)])
 
     assert data.train.labels.dtype == torch.int64
+
+
+@pytest.mark.slow
+def test_many_images_in_memory_keep_no_files_open():
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    grey = torch.zeros(20_000, 1, 8, 8, dtype=torch.uint8)
+    grey[::2] = 9
+    few = len(os.listdir("/proc/self/fd")) + 40  # of 79 chunks
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, before[1]))
+    try:
+        data = opened(Items(grey, count=len(grey)), num_workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+    assert len(data.train.images) + len(data.val.images) == len(grey)

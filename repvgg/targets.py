@@ -16,7 +16,8 @@ from repvgg.checks import ArgumentError, did_you_mean, wrong_value
 
 LONGEST_SIGNATURE = 300  # characters
 INSTALLED = {"site-packages", "dist-packages"}  # folders of packages, in any environment
-NOT_THE_USERS = [Path(__file__).absolute().parent, Path(sysconfig.get_path("stdlib"))]
+CLONE = Path(__file__).absolute().parents[1]
+NOT_THE_USERS = [CLONE / "repvgg", CLONE / "scripts", Path(sysconfig.get_path("stdlib"))]
 
 
 def is_from_user_code(error: BaseException) -> bool:

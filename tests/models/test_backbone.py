@@ -194,6 +194,7 @@ def test_a_backbone_of_a_network_shares_its_layers_and_its_mode(mode):
     assert len(network.stages) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["repvgg_tiny", "qarepvgg_tiny", "repvggplus_l2pse"])
 def test_both_folds_keep_every_map(name):
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -201,7 +202,7 @@ def test_both_folds_keep_every_map(name):
     maps = backbone(images)
 
     switched = repvgg.switch_to_deploy(backbone)
-    fused, report = repvgg.fuse_conv_bn(backbone, images)
+    fused, report = repvgg.fuse_conv_bn(backbone)
 
     for folded in (switched, fused):
         assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
@@ -214,6 +215,7 @@ def test_both_folds_keep_every_map(name):
     assert all(torch.equal(*pair) for pair in zip(backbone(images), switched(images), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deployed", [False, True])
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
 def test_a_backbone_is_scripted_traced_compiled_and_exported(deployed):
@@ -271,6 +273,7 @@ def test_layer_wise_decay_of_timm_gives_every_block_its_rate():
     assert {group["lr_scale"] for group in groups} == {0.5**k for k in range(8)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("deployed", [True, False])
 def test_extractors_of_torchvision_return_the_maps_and_fold(mode, deployed):
@@ -309,6 +312,7 @@ def layers_of(backbone: RepVGGFeatures) -> nn.Sequential:
     return nn.Sequential(OrderedDict(named))
 
 
+@pytest.mark.slow
 def test_getters_and_pyramids_of_torchvision_fold():
     backbone, images = features().double(), torch.randn(2, 3, 64, 64, dtype=torch.float64)
     names = {"stage1": "0", "stage2": "1", "stage3": "2"}
@@ -318,7 +322,7 @@ def test_getters_and_pyramids_of_torchvision_fold():
 
     for network in (getter, pyramid):
         folded = repvgg.switch_to_deploy(network)
-        fused, _ = repvgg.fuse_conv_bn(network, images)
+        fused, _ = repvgg.fuse_conv_bn(network)
         for name, output in network(images).items():
             assert relative_error(output, folded(images)[name]) < 1e-10
             assert relative_error(output, fused(images)[name]) < 1e-10

@@ -4,15 +4,22 @@ R-Drop (Liang et al., 2021, arXiv:2106.14448) adds the KL divergence between two
 image with different dropout masks. `repvgg.rdrop` makes the two predictions.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
 
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits (N, K), targets -> scalar
+
 
 class RDropLoss(NamedTuple):
-    """total = cross_entropy + alpha * kl; scalars, each a mean over the batch."""
+    """total = cross_entropy + alpha * kl; scalars, each a mean over the batch.
+
+    With another loss `cross_entropy` is the mean of that.
+    """
 
     total: Tensor
     cross_entropy: Tensor
@@ -36,7 +43,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0
             error of the GPU, and NaN gives a loss of NaN.
     """
     _check_targets(logits, targets)
-    return F.cross_entropy(_at_least_float32(logits), targets, label_smoothing=label_smoothing)
+    return F.cross_entropy(at_least_float32(logits), targets, label_smoothing=label_smoothing)
 
 
 def symmetric_kl(logits1: Tensor, logits2: Tensor) -> Tensor:
@@ -59,8 +66,8 @@ def symmetric_kl(logits1: Tensor, logits2: Tensor) -> Tensor:
         raise ValueError(
             f"logits1 and logits2 differ in shape: {tuple(logits1.shape)}, {tuple(logits2.shape)}"
         )
-    log_p = F.log_softmax(_at_least_float32(logits1), dim=1)
-    log_q = F.log_softmax(_at_least_float32(logits2), dim=1)
+    log_p = F.log_softmax(at_least_float32(logits1), dim=1)
+    log_q = F.log_softmax(at_least_float32(logits2), dim=1)
     forward = F.kl_div(log_q, log_p, reduction="none", log_target=True)  # KL(p || q), by class
     backward = F.kl_div(log_p, log_q, reduction="none", log_target=True)  # KL(q || p)
     return ((forward + backward).sum(1) / 2).mean()
@@ -73,6 +80,7 @@ def rdrop_loss(
     *,
     alpha: float,
     label_smoothing: float = 0.0,
+    loss: Loss | None = None,
 ) -> RDropLoss:
     """Add the KL divergence of two predictions to their mean cross-entropy (R-Drop, eq. 3 and 4).
 
@@ -90,21 +98,29 @@ def rdrop_loss(
         targets: (N,) class indices, or (N, K) probabilities.
         alpha: weight of the divergence, 0 or more.
         label_smoothing: of both cross-entropies, in [0, 1).
+        loss: in place of the cross-entropy; a mean over the batch. It gets logits in float32 at
+            least, and the same targets.
 
     Raises:
-        ValueError: `alpha` is negative or not finite, the two predictions differ in shape, or the
-            targets do not fit them.
+        ValueError: `alpha` is negative or not finite, `label_smoothing` is given with
+            `loss`, the two predictions differ in shape, or the targets do not fit them.
     """
     if not 0 <= alpha < math.inf:
         raise ValueError(f"alpha={alpha}: the weight of the KL term must be a number of at least 0")
+    if loss is not None and label_smoothing:
+        raise ValueError(f"label_smoothing={label_smoothing}: is of the cross-entropy, not of loss")
+    smoothed = functools.partial(cross_entropy, label_smoothing=label_smoothing)
     kl = symmetric_kl(logits1, logits2)
-    first = cross_entropy(logits1, targets, label_smoothing=label_smoothing)
-    second = cross_entropy(logits2, targets, label_smoothing=label_smoothing)
+    first, second = (
+        smoothed(logits, targets) if loss is None else loss(at_least_float32(logits), targets)
+        for logits in (logits1, logits2)
+    )
     mean = (first + second) / 2
     return RDropLoss(mean + alpha * kl, mean, kl)
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Logits of half precision in float32, all others as they are."""
     return logits.float() if logits.dtype.itemsize < 4 else logits
 
 

@@ -14,7 +14,7 @@ MODULES = [
     if path.name != "__init__.py"
 ]
 # Imported late, by what needs torchvision and hydra anyway.
-ALLOWED = re.compile(r"data/|training/(run|setup|compatibility)\.py")
+ALLOWED = re.compile(r"data/|training/(run|setup|additions|compatibility)\.py")
 PRINTS = re.compile(r"cli/|__main__\.py|commands/|(training|deploy)/run\.py|training/report\.py")
 HEAVY = ("litdata", "onnx", "onnxruntime", "safetensors", "hydra", "omegaconf", "torchvision")
 

@@ -424,7 +424,7 @@ def _without_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-            if norm.num_batches_tracked is not None:
+            if norm.training and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked -= 1
 
 

@@ -1,6 +1,6 @@
 """Re-estimate the running statistics of BatchNorms ("precise BN")."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,9 @@ from repvgg.fusion.normalizations import is_normalization
 
 
 @torch.no_grad()
-def reestimate_bn(model: nn.Module, batches: Iterable[object]) -> None:
+def reestimate_bn(
+    model: nn.Module, batches: Iterable[object], *, keep: Collection[nn.Module] = ()
+) -> None:
     """Compute the running statistics of every BatchNorm from images, in place.
 
     All other layers are in eval mode meanwhile; torch's `update_bn` leaves dropout on. So these are
@@ -24,6 +26,7 @@ def reestimate_bn(model: nn.Module, batches: Iterable[object]) -> None:
         batches: of images (N, C, H, W), preprocessed; a few thousand images suffice. If a batch is
             a list or tuple, as from a DataLoader of images and labels, its first item is used, as
             in torch's `update_bn`.
+        keep: modules of the model whose statistics stay, such as those of a frozen stem.
 
     Raises:
         ValueError: there is no batch; a batch is not a floating-point tensor of the network's
@@ -34,14 +37,16 @@ def reestimate_bn(model: nn.Module, batches: Iterable[object]) -> None:
         raise ValueError(
             f"batches is a tensor of shape {tuple(batches.shape)}: pass a list of batches, [images]"
         )
+    kept = set(map(id, keep))
+    estimated = [module for module in model.modules() if id(module) not in kept]
     norms = [
         module
-        for module in model.modules()
+        for module in estimated
         if isinstance(module, _BatchNorm) and module.running_mean is not None
     ]
     kinds = {
         type(module).__name__
-        for module in model.modules()
+        for module in estimated
         if is_normalization(module) and module.running_mean is not None
     }
     if kinds and not norms:

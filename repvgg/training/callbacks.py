@@ -23,6 +23,7 @@ from repvgg.models.reestimate import reestimate_bn
 from repvgg.reparam import is_reparameterizable
 from repvgg.signals import Interrupted
 from repvgg.training.classifier import Classifier
+from repvgg.training.groups import frozen_norms
 
 Describe = Callable[[nn.Module], dict[str, Any]]
 
@@ -253,7 +254,9 @@ class ReestimateBN(Callback):
                     return
 
         with torch.random.fork_rng(devices=[]):  # a loader may draw its order
-            reestimate_bn(network_to_keep(trainer, pl_module), images())
+            network = network_to_keep(trainer, pl_module)
+            frozen = frozen_norms(network, cast(Classifier, pl_module).frozen)
+            reestimate_bn(network, images(), keep=[*frozen])
         self._done = True
 
 

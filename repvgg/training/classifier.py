@@ -6,7 +6,7 @@ the network's stochastic layers; `repvgg.rdrop` makes both in one forward.
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import lightning as L
@@ -14,16 +14,26 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric, Metric
 
 from repvgg import metrics
 from repvgg.checks import check_integer, check_number, wrong_value
-from repvgg.losses import cross_entropy, rdrop_loss
-from repvgg.models.block import RepVGGBlock
+from repvgg.losses import Loss, at_least_float32, cross_entropy, rdrop_loss
 from repvgg.rdrop import StochasticLayers, find_stochastic_layers, predict, predict_twice
+from repvgg.training.groups import freeze, frozen_norms, parameter_groups
+from repvgg.training.optimizers import (
+    Groups,
+    MakeOptimizer,
+    MakeScheduler,
+    follow_rates,
+    for_lightning,
+    step_on_plateau,
+    step_scheduler,
+)
 from repvgg.training.settings import OPTIMIZERS
 
-AUXILIARY_WEIGHT = 0.1  # of each auxiliary cross-entropy, in the RepVGGplus recipe
+AUXILIARY_WEIGHT = 0.1  # of the loss of each auxiliary classifier, in the RepVGGplus recipe
 NO_DIVERGENCE = 1e-9  # nats; below it two predictions differ by rounding alone
 
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W) and targets, as in `repvgg.losses`
@@ -33,15 +43,15 @@ class Losses(NamedTuple):
     """What one training step computed. Scalars are means over the batch.
 
     Attributes:
-        total: to be minimized: cross_entropy + alpha * kl + auxiliary terms.
-        cross_entropy: mean of both predictions'.
+        total: to be minimized: criterion + alpha * kl + auxiliary terms.
+        criterion: the cross-entropy, or the user's loss; with two predictions the mean of both.
         kl: None with one prediction.
         logits: (N, K), of the first prediction.
         agreement: share of images on whose class the two predictions agree; None with one.
     """
 
     total: Tensor
-    cross_entropy: Tensor
+    criterion: Tensor
     kl: Tensor | None
     logits: Tensor
     agreement: Tensor | None
@@ -50,8 +60,8 @@ class Losses(NamedTuple):
 class Classifier(L.LightningModule):
     """Trains a network with SGD or AdamW, warm-up and cosine decay.
 
-    All arguments but the network are hyper-parameters of the Lightning checkpoint. To build a
-    module again, give the network too:
+    All arguments of plain values are hyper-parameters of the Lightning checkpoint. To build a
+    module again, give the network too (and an optimizer, schedule or loss that is your own code):
 
         network = repvgg.checkpoint.load(path).model
         module = Classifier.load_from_checkpoint(path, network=network, weights_only=True)
@@ -62,7 +72,8 @@ class Classifier(L.LightningModule):
         network: images (N, C, H, W) -> logits (N, K).
         num_classes: K.
         lr: peak learning rate.
-        optimizer: "sgd", with Nesterov's correction, or "adamw".
+        optimizer: "sgd", with Nesterov's correction, "adamw", or a function that makes one from
+            parameter groups, `lr` and `weight_decay`.
         momentum: of SGD; AdamW's first beta.
         weight_decay: see `parameter_groups`.
         num_steps: optimizer steps of the whole run; the rate ends at 0 after them.
@@ -72,6 +83,12 @@ class Classifier(L.LightningModule):
         label_smoothing: in [0, 1).
         seed: of the stochastic layers; step k draws the same masks in every run, resumed or not.
         stochastic: where the network is stochastic; None finds it in the first step with R-Drop.
+        scheduler: makes a schedule in place of warm-up and cosine decay.
+        loss: in place of the cross-entropy: (logits (N, K), targets) -> mean over the batch. The
+            targets are class indices (N,), or (N, K) with mixup or cutmix. Validation logs it
+            beside the cross-entropy.
+        layer_decay: see `groups.parameter_groups`; 1 is off.
+        frozen: names of modules whose parameters and running statistics do not change.
 
     Attributes:
         net: the network.
@@ -89,7 +106,7 @@ class Classifier(L.LightningModule):
         *,
         num_classes: int,
         lr: float,
-        optimizer: str = "sgd",
+        optimizer: str | MakeOptimizer = "sgd",
         momentum: float,
         weight_decay: float,
         num_steps: int,
@@ -99,9 +116,13 @@ class Classifier(L.LightningModule):
         label_smoothing: float = 0.0,
         seed: int = 0,
         stochastic: StochasticLayers | None = None,
+        scheduler: MakeScheduler | None = None,
+        loss: Loss | None = None,
+        layer_decay: float = 1.0,
+        frozen: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        if optimizer not in OPTIMIZERS:
+        if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
             allowed = f"must be one of {', '.join(OPTIMIZERS)}"
             raise wrong_value("optimizer", optimizer, allowed, "sgd")
         self.num_classes = check_integer("num_classes", num_classes, minimum=2, example=10)
@@ -117,11 +138,19 @@ class Classifier(L.LightningModule):
             "label_smoothing", label_smoothing, below=1, example=0.1
         )
         self.seed = check_integer("seed", seed, minimum=0, example=0)
+        self.layer_decay = check_number("layer_decay", layer_decay, example=0.75)
+        if not 0 < self.layer_decay <= 1:
+            allowed = "must be a number above 0 and at most 1"
+            raise wrong_value("layer_decay", layer_decay, allowed, 0.75)
+        if loss is not None and self.label_smoothing:
+            allowed = "is of the cross-entropy, which loss replaces"
+            raise wrong_value("label_smoothing", label_smoothing, allowed, 0)
+        self.frozen = [*frozen]
         self.save_hyperparameters(  # as checked: numpy's numbers would not load as weights only
             {
                 "num_classes": self.num_classes,
                 "lr": self.lr,
-                "optimizer": self.optimizer,
+                **({"optimizer": optimizer} if isinstance(optimizer, str) else {}),
                 "momentum": self.momentum,
                 "weight_decay": self.weight_decay,
                 "num_steps": self.num_steps,
@@ -130,19 +159,31 @@ class Classifier(L.LightningModule):
                 "num_rdrop_warmup_steps": self.num_rdrop_warmup_steps,
                 "label_smoothing": self.label_smoothing,
                 "seed": self.seed,
+                "layer_decay": self.layer_decay,
+                "frozen": self.frozen,
             },
             logger=False,
         )
+        freeze(network, self.frozen)
         self.net = network
+        self.scheduler = scheduler
+        self.loss = loss  # a module moves with this one
         self.stochastic = stochastic
         self.evaluated: Callable[[Tensor], Tensor] | None = None
         self._divergence: Tensor | None = None  # the largest of the epoch
         self.evaluation = nn.ModuleDict(
             {stage: metrics.classification(num_classes) for stage in ("val", "test")}
         )
+        if loss is not None:
+            for measured in self.evaluation.values():
+                cast(nn.ModuleDict, measured)["criterion"] = MeanMetric(nan_strategy="disable")
 
     def forward(self, images: Tensor) -> Tensor:
         return cast(Tensor, self.net(images))
+
+    def on_train_epoch_start(self) -> None:
+        for norm in frozen_norms(self.net, self.frozen):  # after whatever switched modes
+            norm.eval()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Masks are a function of (seed, epoch, batch), so no random state needs to be saved. The
@@ -176,25 +217,37 @@ class Classifier(L.LightningModule):
             ValueError: targets do not fit, or `rdrop` is above 0 and no layer is stochastic.
         """
         kl = agreement = None
-        smoothing = self.label_smoothing
         if self.rdrop == 0:
             logits, auxiliary = predict(self.net, images)
-            total = mean = cross_entropy(logits, targets, label_smoothing=smoothing)
+            total = mean = self.criterion(logits, targets)
         else:
             if self.stochastic is None:
                 self.stochastic = find_stochastic_layers(self.net, images)
             logits, second, auxiliary = predict_twice(self.net, images, stochastic=self.stochastic)
             total, mean, kl = rdrop_loss(
-                logits, second, targets, alpha=alpha, label_smoothing=smoothing
+                logits,
+                second,
+                targets,
+                alpha=alpha,
+                label_smoothing=self.label_smoothing,
+                loss=self.loss,
             )
             agreement = (logits.argmax(1) == second.argmax(1)).float().mean()
         for extra in auxiliary:
             for part in torch.split(extra, len(targets)):
                 share = AUXILIARY_WEIGHT * len(part) / len(extra)
-                total = total + share * cross_entropy(part, targets, label_smoothing=smoothing)
+                total = total + share * self.criterion(part, targets)
         return Losses(total, mean, kl, logits, agreement)
 
+    def criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """What one prediction is trained with: the cross-entropy, or the user's loss."""
+        if self.loss is None:
+            return cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        return self.loss(at_least_float32(logits), targets)
+
     def on_train_epoch_end(self) -> None:
+        if self.scheduler is not None:
+            step_on_plateau(self.lr_schedulers(), self.trainer)
         if self.rdrop > 0 and self._divergence is not None and self._divergence < NO_DIVERGENCE:
             rank_zero_warn(
                 f"train/kl was 0 in epoch {self.current_epoch}: the two predictions of an image do "
@@ -221,38 +274,48 @@ class Classifier(L.LightningModule):
         self._log_evaluation("test")
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        groups = parameter_groups(self.net, self.weight_decay)
-        optimizer: torch.optim.Optimizer
+        optimizer = self.make_optimizer()
+        if self.scheduler is None:
+            # A pure function of the step: a run resumed with more epochs follows the new curve.
+            schedule = LambdaLR(optimizer, self.learning_rate_factor)
+            return for_lightning(optimizer, schedule, "step")
+        return for_lightning(optimizer, self.scheduler.make(optimizer), self.scheduler.interval)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of this module's parameters."""
+        groups = self.parameter_groups()
+        if not isinstance(self.optimizer, str):
+            return self.optimizer(groups, lr=self.lr, weight_decay=self.weight_decay)
         if self.optimizer == "adamw":
-            optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(self.momentum, 0.999))
-        else:
-            optimizer = torch.optim.SGD(
-                groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0
-            )
-        # A pure function of the step: a run resumed with more epochs follows the new curve.
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+            return torch.optim.AdamW(groups, lr=self.lr, betas=(self.momentum, 0.999))
+        return torch.optim.SGD(
+            groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0
+        )
+
+    def parameter_groups(self) -> Groups:
+        """What the optimizer trains; see `groups.parameter_groups`."""
+        return parameter_groups(
+            self.net, self.weight_decay, lr=self.lr, layer_decay=self.layer_decay
+        )
+
+    def lr_scheduler_step(self, scheduler: Any, metric: object) -> None:
+        by_step = self.scheduler is None or self.scheduler.interval == "step"
+        step_scheduler(scheduler, self.trainer.global_step if by_step else None, self.current_epoch)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Resume with the rate and the decay of this run, which may differ from the saved ones."""
-        rate = self.learning_rate(checkpoint["global_step"])
-        decays = {
-            group["name"]: group["weight_decay"]
-            for group in parameter_groups(self.net, self.weight_decay)
-        }
-        for optimizer in checkpoint.get("optimizer_states", ()):
-            for group in optimizer["param_groups"]:
-                group["lr"], group["initial_lr"] = rate, self.lr
-                group["weight_decay"] = decays[group["name"]]
-        for schedule in checkpoint.get("lr_schedulers", ()):
-            schedule["base_lrs"] = [self.lr for _ in schedule["base_lrs"]]
+        """Resume with the rate and the decay of this run, which may differ from the saved ones.
+
+        The user's own schedule continues as it was saved.
+        """
+        step = checkpoint["global_step"]
+        factor = self.learning_rate_factor(step) if self.scheduler is None else None
+        follow_rates(checkpoint, self.parameter_groups(), self.lr, factor)
 
     def learning_rate(self, step: int) -> float:
-        """The rate of an optimizer step."""
-        return self.lr * self.learning_rate_factor(step)
+        """The highest rate of an optimizer step; with the user's own schedule, of now."""
+        if self.scheduler is None:
+            return self.lr * self.learning_rate_factor(step)
+        return max(float(group["lr"]) for group in self.trainer.optimizers[0].param_groups)
 
     def learning_rate_factor(self, step: int) -> float:
         """Share of the peak rate at a step: linear warm-up, then half a cosine down to 0."""
@@ -278,60 +341,42 @@ class Classifier(L.LightningModule):
         return length / rest if short else 1.0
 
     def _log(self, losses: Losses, targets: Tensor, alpha: float) -> None:
+        criterion = "cross_entropy" if self.loss is None else "criterion"
         values = {
             "loss": losses.total,
-            "cross_entropy": losses.cross_entropy,
+            criterion: losses.criterion,
             "accuracy": (losses.logits.argmax(1) == _classes(targets)).float().mean(),
         }
         if losses.kl is not None and losses.agreement is not None:
             values |= {
                 "kl": losses.kl,
-                "kl_to_cross_entropy": losses.kl / losses.cross_entropy,
+                f"kl_to_{criterion}": losses.kl / losses.criterion,
                 "agreement": losses.agreement,
             }
             self.log("train/alpha", alpha)
         for name, value in values.items():  # means over the devices
             self.log(f"train/{name}", value, prog_bar=name == "loss", sync_dist=True)
-        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        rates = [group["lr"] for group in self.trainer.optimizers[0].param_groups]
+        self.log("train/learning_rate", max(rates))  # of the last layer
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
         images, targets = batch
         if len(targets) == 0:  # the batch of a device that has no images
             return
-        metrics.update(self._metrics(stage), (self.evaluated or self.net)(images), targets)
+        logits = (self.evaluated or self.net)(images)
+        measured = self.measured(stage)
+        metrics.update(measured, logits, targets)
+        if "criterion" in measured:
+            measured["criterion"].update(self.criterion(logits, targets), len(targets))
 
     def _log_evaluation(self, stage: str) -> None:
         # Once an epoch and on every device: computing a metric waits for the other devices.
-        for name, metric in self._metrics(stage).items():
+        for name, metric in self.measured(stage).items():
             self.log(f"{stage}/{name}", metric, prog_bar=name == "accuracy", batch_size=1)
 
-    def _metrics(self, stage: str) -> dict[str, Metric]:
+    def measured(self, stage: str) -> dict[str, Metric]:
+        """What validation ("val") or test measures, by name."""
         return metrics.named(cast(nn.ModuleDict, self.evaluation[stage]))
-
-
-def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split parameters into those that decay and those that do not, as the RepVGG recipe does.
-
-    Kernels, linear weights and the weights of the identity branches' BatchNorms decay; biases and
-    the weights of all other BatchNorms do not.
-
-    Returns:
-        two parameter groups for an optimizer, "decay" and "no_decay".
-    """
-    identity_weights = {
-        id(module.branch_identity.weight)
-        for module in net.modules()
-        if isinstance(module, RepVGGBlock) and isinstance(module.branch_identity, nn.BatchNorm2d)
-    }
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
-    for parameter in net.parameters():
-        decays = parameter.ndim > 1 or id(parameter) in identity_weights
-        (decay if decays else no_decay).append(parameter)
-    return [
-        {"name": "decay", "params": decay, "weight_decay": weight_decay},
-        {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
-    ]
 
 
 def _classes(targets: Tensor) -> Tensor:

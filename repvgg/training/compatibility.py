@@ -4,6 +4,7 @@ What can be checked before the data is read is checked then.
 """
 
 import copy
+import dataclasses
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,7 +78,8 @@ def check_network(settings: Settings, arguments: ModelConfig, factory: Factory |
         with torch.device("meta"):
             network = build_model(model)
             steps = Steps(1, 1, 0, 0, 1, 1)
-            build_classifier(settings, network, model["num_classes"], steps, settings.optim.lr)
+            trained = dataclasses.replace(settings, loss=None)  # the user's own code
+            build_classifier(trained, network, model["num_classes"], steps, settings.optim.lr)
     except (NotImplementedError, RuntimeError):  # of a network that cannot be built like this
         return
     if settings.deployed_validation and not callbacks.is_foldable(network):

@@ -2,22 +2,22 @@
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from repvgg import cli
-from repvgg.cli import Config
 from repvgg.data.batches import WorkersDied
 from repvgg.data.module import ImageData
 from repvgg.signals import Interrupted
 from repvgg.training import runs
-from repvgg.training.classifier import Classifier, parameter_groups
+from repvgg.training.classifier import Classifier
 from repvgg.training.divergence import Diverged
+from repvgg.training.groups import parameter_groups
 from repvgg.training.schedule import Steps
 from repvgg.training.settings import LearningRate, TrainerArguments, is_emulated
 
@@ -117,15 +117,3 @@ def report_results(
         own = folder.is_relative_to(cli.start_folder() / runs.RUNS)
         logs = str(runs.RUNS) if own else runs.relative(folder)
         print(f"watch it      tensorboard --logdir {shlex.quote(logs)}")
-
-
-def log_hyperparameters(
-    loggers: Sequence[Logger], settings: Config, metrics: Mapping[str, float]
-) -> None:
-    """Log the settings of a run, and to TensorBoard the test metrics beside them."""
-    for logger in loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(dict(settings), dict(metrics))
-        else:
-            logger.log_hyperparams(dict(settings))
-        logger.finalize("success")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 from repvgg import cli
 from repvgg.cli import Config
+from repvgg.training.parts import move_from_trainer
 from repvgg.training.settings import section
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ _OWN_CODE = re.compile(
     r"repvgg\.data\.(digits|cifar10|cifar100|imagefolder|csv|torchvision)|lightning\.Trainer"
     r"|torchvision\.transforms\.v2\.[A-Z]\w*"
     r"|lightning\.pytorch\.(callbacks|loggers|profilers)\.[A-Z]\w*"
+    r"|torch\.optim\.[A-Z]\w*|torch\.optim\.lr_scheduler\.[A-Z]\w*(LR|Restarts|LROnPlateau)"
+    r"|torch\.nn\.[A-Z]\w*Loss"
 )
 
 
@@ -162,7 +165,7 @@ def read_config(folder: Path) -> dict[str, object]:
             if augment not in AUGMENT:
                 _fail_removed("data.augment", augment, folder)
             data["augment"] = AUGMENT[augment]
-    return config
+    return move_from_trainer(config)
 
 
 def _changes(passed: list["Override"], recorded: Config, folder: Path) -> dict[str, object]:
@@ -217,14 +220,21 @@ def _fail_removed(key: str, value: object, folder: Path) -> NoReturn:
 
 def _recorded_choices(folder: Path) -> dict[str, str]:
     """The choice of each group; runs of version 0.1 recorded only those that were passed."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
+    path = folder / OVERRIDES
+    held = cast(list[object], OmegaConf.load(path)) if path.is_file() else []
+    lines = [str(line) for line in held]
     if (folder / CHOICES).is_file():
         found = OmegaConf.select(OmegaConf.load(folder / CHOICES), "hydra.runtime.choices")
-        return {str(key): str(value) for key, value in (found or {}).items()}
-    path = folder / OVERRIDES
-    lines = cast(list[object], OmegaConf.load(path)) if path.is_file() else []
-    pairs = (str(line).partition("=") for line in lines)
+        choices = {str(key): str(value) for key, value in (found or {}).items()}
+        # Hydra does not list choices of several.
+        several = OverridesParser.create().parse_overrides(
+            [line for line in lines if line.startswith(("logger=[", "callbacks=["))]
+        )
+        return choices | {one.key_or_group: str(one.value()) for one in several}
+    pairs = (line.partition("=") for line in lines)
     defaults = {"model": "repvgg_a0", "data": "digits", "experiment": "None"}
     return defaults | {key: value for key, _, value in pairs if key in defaults}
 
@@ -245,7 +255,9 @@ def _require_own_code(
         if key.endswith("_target_")
     }
     for key, target in _leaves(recorded):
-        if not key.endswith("_target_") or _OWN_CODE.fullmatch(str(target)) or target in named:
+        if not key.endswith("_target_") or target is None or target in named:
+            continue
+        if _OWN_CODE.fullmatch(str(target)):
             continue
         raise ValueError(
             f"resume={relative(folder / LAST)}: {relative(folder / CONFIG)} names code that is not "

@@ -15,7 +15,17 @@ from repvgg.data.batches import WorkersDied
 from repvgg.models.pretrained import split_weights
 from repvgg.models.registry import build_model
 from repvgg.signals import Interrupted, interruptible
-from repvgg.training import compatibility, lock, processes, report, resuming, runs, setup
+from repvgg.training import (
+    additions,
+    compatibility,
+    lock,
+    loggers,
+    processes,
+    report,
+    resuming,
+    runs,
+    setup,
+)
 from repvgg.training.divergence import Diverged
 from repvgg.training.malloc import keep_memory
 from repvgg.training.schedule import count_steps
@@ -33,7 +43,10 @@ def run(settings: Settings, config: Config, folder: Path) -> None:
         arguments.devices, arguments.num_nodes, accelerator=arguments.accelerator
     )
     with lock.hold(folder) if processes.rank() == 0 else contextlib.nullcontext():
-        train(settings, config, folder, devices)
+        try:
+            train(settings, config, folder, devices)
+        finally:
+            loggers.finish_wandb()
 
 
 def train(settings: Settings, config: Config, folder: Path, devices: int) -> None:
@@ -59,7 +72,8 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> Non
     L.seed_everything(settings.seed, verbose=False)
     compatibility.check_sweep(devices)
     compatibility.check_trainer(settings.trainer)
-    parts = setup.build_parts(settings.trainer, folder)
+    additions.check_passed(settings, folder)
+    parts = additions.build_parts(settings)
     arguments, weights = split_weights(cast(ModelConfig, settings.model))
     factory = setup.find_factory(arguments)
     compatibility.check_network(settings, arguments, factory)
@@ -90,6 +104,9 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> Non
         settings, network, model["num_classes"], steps, rate.scaled, stochastic=stochastic
     )
 
+    additions.check_parts(module, settings, parts, to_float(images), labels)
+    notes += additions.describe_parts(module, settings)
+
     describe = functools.partial(
         checkpoint.describe, config=model, data=data.contract, images=images, labels=labels
     )
@@ -102,9 +119,13 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> Non
         print(*notes, sep="\n", end="\n" if notes else "")
         if saves:
             runs.record(config, folder)
+    shown = {**config, "rdrop": module.rdrop, "model": model}
+    if saves:
+        loggers.log_hyperparameters(trainer.loggers, shown)
     try:
         with interruptible():
             trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+            ended = additions.describe_end(parts)  # the test loads the states of best.ckpt
             tested = trainer.test(
                 module,
                 datamodule=data,
@@ -117,9 +138,9 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> Non
 
     metrics = tested[0] if tested else {}
     if saves:
-        shown = {**config, "rdrop": module.rdrop, "model": model}
-        report.log_hyperparameters(trainer.loggers, shown, metrics)
+        loggers.finish(trainer.loggers, shown, metrics)
     if trainer.is_global_zero and saves:
+        print(*ended, sep="\n", end="\n" if ended else "")
         report.report_results(trainer, metrics, data, best, target=model.get("_target_"))
     elif trainer.is_global_zero:
         print("fast_dev_run: trained, validated and tested; nothing was saved")

@@ -113,7 +113,8 @@ def count_steps(settings: Settings, data: ImageData, devices: int) -> Steps:
     batches = len(data.train.labels) // (data.batch_size * devices)
     counted = from_trainer_arguments(batches, trainer.scalars())
     images = data.batch_size * devices * trainer.accumulate_grad_batches
-    epochs = (settings.optim.warmup_epochs, settings.rdrop_warmup)
+    own = settings.scheduler is not None  # it has no warm-up of ours
+    epochs = (0 if own else settings.optim.warmup_epochs, settings.rdrop_warmup)
     warmup, rdrop_warmup = (round(number * counted.epoch) for number in epochs)
     if trainer.others.get("fast_dev_run"):
         warmup, rdrop_warmup = min(warmup, counted.total), min(rdrop_warmup, counted.total)

@@ -1,8 +1,6 @@
 """The settings of a training run, checked before anything is read or written."""
 
 import dataclasses
-import inspect
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -11,32 +9,24 @@ from repvgg.checks import (
     check_boolean,
     check_integer,
     check_number,
-    did_you_mean,
     unknown_key,
     wrong_value,
 )
 from repvgg.cli import Config
+from repvgg.training import trainer_keys
+from repvgg.training.parts import Part, read_part, read_parts
 
-# Arguments of lightning.Trainer that a run sets or cannot honour, and what to pass instead.
-REJECTED_TRAINER_KEYS = {
-    "enable_checkpointing": "a run always keeps best.ckpt and last.ckpt",
-    "barebones": "it turns off the checkpoints and the metrics that choose the best",
-    "use_distributed_sampler": "the data module splits the batches among the devices",
-    "reload_dataloaders_every_n_epochs": "a resumed run continues within an epoch's data",
-    "default_root_dir": "pass hydra.run.dir=FOLDER",
-    "max_time": "the learning rate is planned by steps; pass +trainer.max_steps=N",
-    "min_epochs": "nothing here stops a run early; pass trainer.max_epochs=N",
-    "min_steps": "nothing here stops a run early; pass +trainer.max_steps=N",
-    "model_registry": "a run keeps its checkpoints in its folder",
-}
-SWITCHES = (
-    *("enable_progress_bar", "enable_model_summary", "deterministic", "benchmark"),
-    *("inference_mode", "detect_anomaly", "sync_batchnorm", "enable_autolog_hparams"),
-)
-PARTS = ("callbacks", "logger", "plugins")
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}  # Lightning's short names
 STOCHASTIC_KEYS = ("dropout", "branch_drop", "drop_path")  # of a model
 OPTIMIZERS = ("sgd", "adamw")
+INTERVALS = ("step", "epoch")
+# Arguments that the run sets, and where they come from.
+OPTIMIZER_KEYS = {
+    "params": "the run passes the parameters; optim.layer_decay and freeze=[...] select among them",
+    "lr": "pass optim.lr=RATE",
+    "weight_decay": "pass optim.weight_decay=DECAY",
+}
+SCHEDULER_KEYS = {"optimizer": "the run passes the optimizer"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +39,7 @@ class Optim:
     momentum: float
     weight_decay: float
     warmup_epochs: float
+    layer_decay: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,7 @@ class TrainerArguments:
     """Arguments of lightning.Trainer; those without a default must be in the configuration.
 
     Attributes:
-        callbacks, logger, plugins: configurations with a `_target_`, which Hydra instantiates.
+        plugins: configurations with a `_target_`, which Hydra instantiates.
         others: all further arguments.
     """
 
@@ -72,8 +63,6 @@ class TrainerArguments:
     check_val_every_n_epoch: int
     log_every_n_steps: int | None
     enable_progress_bar: bool
-    callbacks: object = None
-    logger: object = None
     plugins: object = None
     others: Config = dataclasses.field(default_factory=dict)
 
@@ -95,11 +84,11 @@ class TrainerArguments:
         return cls(**cast(dict[str, Any], given))
 
     def scalars(self) -> dict[str, object]:
-        """All arguments but the callbacks, loggers and plugins, with their class."""
+        """All arguments but the plugins, with their class."""
         named = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name not in (*PARTS, "others")
+            if field.name not in ("plugins", "others")
         }
         return named | dict(self.others)
 
@@ -112,6 +101,8 @@ class Settings:
         rdrop: weight of the KL divergence; `true` was read as 1.
         model: arguments of `repvgg.models.registry.build_model`.
         data: a function that gives an `ImageData`, under `_target_`, and its arguments.
+        optimizer, scheduler, loss: in place of the default ones, which are None.
+        logger, callbacks: further ones, by name.
     """
 
     rdrop: float
@@ -132,6 +123,13 @@ class Settings:
     optim: Optim
     trainer: TrainerArguments
     data: Config
+    optimizer: Part | None
+    scheduler: Part | None
+    scheduler_interval: str | None
+    loss: Part | None
+    freeze: list[str]
+    logger: dict[str, Part]
+    callbacks: dict[str, Part]
 
     @classmethod
     def read(cls, config: Config) -> "Settings":
@@ -152,13 +150,19 @@ class Settings:
             "rdrop": float(rdrop) if isinstance(rdrop, bool) else rdrop,
             "optim": Optim(**cast(dict[str, Any], optim)),
             "trainer": TrainerArguments.read(trainer),
+            "optimizer": read_part("optimizer", config["optimizer"], from_run=OPTIMIZER_KEYS),
+            "scheduler": read_part("scheduler", config["scheduler"], from_run=SCHEDULER_KEYS),
+            "loss": read_part("loss", config["loss"]),
+            "logger": read_parts("logger", config["logger"]),
+            "callbacks": read_parts("callbacks", config["callbacks"]),
         }
         settings = cls(**cast(dict[str, Any], completed))
         _check(settings)
-        _check_optim(settings.optim, epochs=settings.trainer.max_epochs)
+        _check_optim(settings)
         _check_rdrop(settings)
-        _check_trainer(settings.trainer)
-        _check_trainer_keys(trainer)  # imports Lightning, which takes seconds
+        trainer_keys.check_arguments(settings.trainer)
+        stops_early = bool(settings.callbacks)
+        trainer_keys.check_keys(trainer, stops_early=stops_early)  # imports Lightning: seconds
         return settings
 
 
@@ -247,14 +251,25 @@ def _check(settings: Settings) -> None:
         )
 
 
-def _check_optim(optim: Optim, *, epochs: int) -> None:
+def _check_optim(settings: Settings) -> None:
+    optim, epochs = settings.optim, settings.trainer.max_epochs
     if optim.name not in OPTIMIZERS:
         allowed = f"must be one of {', '.join(OPTIMIZERS)}"
         raise wrong_value("optim.name", optim.name, allowed, "sgd")
     if optim.base_batch_size is not None:
         check_integer("optim.base_batch_size", optim.base_batch_size, minimum=1, example=256)
     check_integer("trainer.max_epochs", epochs, minimum=1, example=24)
-    _check_warmup("optim.warmup_epochs", optim.warmup_epochs, epochs)
+    if settings.scheduler is None:
+        _check_warmup("optim.warmup_epochs", optim.warmup_epochs, epochs)
+    interval, freeze = settings.scheduler_interval, settings.freeze
+    if interval is not None and interval not in INTERVALS:
+        allowed = f"must be null or one of {', '.join(INTERVALS)}"
+        raise wrong_value("scheduler_interval", interval, allowed, "epoch")
+    if interval is not None and settings.scheduler is None:
+        allowed = "has no effect without scheduler._target_"
+        raise wrong_value("scheduler_interval", interval, allowed, "null")
+    if not isinstance(freeze, list) or not all(isinstance(name, str) for name in freeze):
+        raise wrong_value("freeze", freeze, "must be a list of module names", "[stem,stages.0]")
 
 
 def _check_rdrop(settings: Settings) -> None:
@@ -278,65 +293,3 @@ def _check_rdrop(settings: Settings) -> None:
 def _check_warmup(key: str, given: object, epochs: int) -> None:
     if check_number(key, given, example=1) > epochs:
         raise wrong_value(key, given, f"must be at most trainer.max_epochs={epochs}", 0)
-
-
-def _check_trainer(trainer: TrainerArguments) -> None:
-    """Reject what Lightning would accept, or reject only after hours of training."""
-    import torch
-
-    epochs, every = trainer.max_epochs, trainer.check_val_every_n_epoch
-    check_integer("trainer.check_val_every_n_epoch", every, minimum=1, example=1)
-    if every > epochs:
-        raise wrong_value(
-            "trainer.check_val_every_n_epoch", every, f"must be at most max_epochs={epochs}", 1
-        )
-    check_integer(
-        "trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, minimum=1, example=1
-    )
-    check_integer("trainer.num_nodes", trainer.num_nodes, minimum=1, example=1)
-    if trainer.log_every_n_steps is not None:
-        check_integer("trainer.log_every_n_steps", trainer.log_every_n_steps, minimum=0, example=50)
-    on_gpu = trainer.accelerator != "cpu" and torch.accelerator.is_available()
-    devices = trainer.devices
-    if isinstance(devices, int) and not isinstance(devices, bool):
-        here = torch.accelerator.device_count() if on_gpu else os.cpu_count() or 1
-        if not (1 <= devices <= here or (devices == -1 and on_gpu)):
-            allowed = f"this machine has {here} {'accelerators' if on_gpu else 'CPUs'}"
-            raise wrong_value("trainer.devices", devices, allowed, 1)
-    if trainer.sync_batchnorm and not on_gpu:
-        allowed = "torch normalizes across devices on GPUs alone"
-        raise wrong_value("trainer.sync_batchnorm", trainer.sync_batchnorm, allowed, "false")
-    strategy = str(trainer.strategy)
-    if strategy != "auto" and not strategy.startswith("ddp"):
-        allowed = "must be auto or ddp; the largest RepVGG fits on one device"
-        raise wrong_value("trainer.strategy", strategy, allowed, "ddp")
-    allowed_precisions = ["32-true", "bf16-mixed", *(["16-mixed"] if on_gpu else [])]
-    if trainer.precision not in allowed_precisions:
-        raise wrong_value(
-            "trainer.precision",
-            trainer.precision,
-            f"must be one of {', '.join(allowed_precisions)} on this device",
-            "32-true",
-        )
-
-
-def _check_trainer_keys(trainer: Config) -> None:
-    from lightning import Trainer
-
-    known = list(inspect.signature(Trainer).parameters)
-    for key, value in trainer.items():
-        if key in REJECTED_TRAINER_KEYS:
-            raise ValueError(f"trainer.{key}={value}: {REJECTED_TRAINER_KEYS[key]}")
-        if key not in (*known, "_target_"):
-            raise ValueError(
-                f"trainer.{key}: lightning.Trainer has no such argument; "
-                f"{did_you_mean(key, known)}allowed are {', '.join(known)}"
-            )
-        if key in PARTS and not (isinstance(value, dict | list) or value is None):
-            if key != "logger" or not isinstance(value, bool):
-                example = "{_target_: package.Class}"
-                raise wrong_value(f"trainer.{key}", value, "must name a class", f"'{example}'")
-        elif key == "deterministic" and value == "warn":
-            continue
-        elif key in SWITCHES and not (isinstance(value, bool) or value is None):
-            raise wrong_value(f"trainer.{key}", value, "must be true or false", "true")

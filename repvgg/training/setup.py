@@ -6,14 +6,13 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import lightning as L
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
 from torch import Tensor, nn
 
 from repvgg import checkpoint, cli
@@ -28,32 +27,16 @@ from repvgg.models.pretrained import pretrained
 from repvgg.rdrop import StochasticLayers, find_stochastic_layers
 from repvgg.targets import locate
 from repvgg.training import callbacks, checkpoints, processes, runs
+from repvgg.training.additions import Parts
 from repvgg.training.classifier import Classifier
+from repvgg.training.criterion import build_loss
 from repvgg.training.divergence import StopOnDivergence
+from repvgg.training.loggers import build_loggers
+from repvgg.training.optimizers import optimizer_maker, scheduler_maker
 from repvgg.training.schedule import Steps
 from repvgg.training.settings import Settings, TrainerArguments
 
 NUM_CALIBRATION = 512  # training images from which a folded network gets its statistics back
-
-
-class Parts(NamedTuple):
-    """What the settings add to a trainer, each built from its `_target_`."""
-
-    callbacks: list[Callback]
-    loggers: list[Logger]
-    plugins: list[object]
-
-
-def build_parts(arguments: TrainerArguments, folder: Path) -> Parts:
-    """Build the callbacks, loggers and plugins of the settings; the default logs to TensorBoard."""
-    loggers = [] if arguments.logger in (None, True, False) else _instances(arguments.logger)
-    if arguments.logger in (None, True):
-        loggers = [TensorBoardLogger(folder, name="", version="", default_hp_metric=False)]
-    return Parts(
-        cast(list[Callback], _instances(arguments.callbacks)),
-        cast(list[Logger], loggers),
-        _instances(arguments.plugins),
-    )
 
 
 def build_trainer(
@@ -68,7 +51,7 @@ def build_trainer(
     trainer: L.Trainer = instantiate(
         {"enable_model_summary": False, "num_sanity_val_steps": 0, **arguments},
         default_root_dir=folder,
-        logger=parts.loggers or False,
+        logger=build_loggers(settings.logger, folder),
         plugins=[*parts.plugins, checkpoints.WholeFileIO(), *processes.cluster_plugins()],
         callbacks=[  # the order matters: first statistics, then the average, then copies of both
             *([callbacks.ReestimateBN()] if stochastic else []),
@@ -80,7 +63,7 @@ def build_trainer(
             callbacks.Throughput(),
             checkpoints.BestCheckpoint(last.parent),
             checkpoints.LastCheckpoint(last.parent),
-            *progress_bar(settings.trainer),
+            *progress_bar(settings.trainer, parts.callbacks),
             *parts.callbacks,
         ],
         _convert_="all",
@@ -88,9 +71,9 @@ def build_trainer(
     return trainer
 
 
-def progress_bar(arguments: TrainerArguments) -> list[Callback]:
-    """A bar on a terminal, a line an epoch elsewhere."""
-    if not arguments.enable_progress_bar:
+def progress_bar(arguments: TrainerArguments, own: list[Callback]) -> list[Callback]:
+    """A bar on a terminal, a line an epoch elsewhere; the user's own takes its place."""
+    if not arguments.enable_progress_bar or any(isinstance(part, ProgressBar) for part in own):
         return []
     return [TQDMProgressBar() if sys.stdout.isatty() else callbacks.EpochLines()]
 
@@ -105,11 +88,12 @@ def build_classifier(
     stochastic: StochasticLayers | None = None,
 ) -> Classifier:
     """The Lightning module of a run."""
+    optimizer, scheduler, loss = settings.optimizer, settings.scheduler, settings.loss
     return Classifier(
         network,
         num_classes=num_classes,
         lr=rate,
-        optimizer=settings.optim.name,
+        optimizer=optimizer_maker(optimizer) if optimizer else settings.optim.name,
         momentum=settings.optim.momentum,
         weight_decay=settings.optim.weight_decay,
         num_steps=steps.total,
@@ -119,6 +103,12 @@ def build_classifier(
         label_smoothing=settings.label_smoothing,
         seed=settings.seed,
         stochastic=stochastic,
+        scheduler=(
+            scheduler_maker(scheduler, settings.scheduler_interval, steps) if scheduler else None
+        ),
+        loss=build_loss(loss) if loss else None,
+        layer_decay=settings.optim.layer_decay,
+        frozen=settings.freeze,
     )
 
 
@@ -279,7 +269,8 @@ def quieten() -> None:
     """Silence the messages of Lightning that no user can act on."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # prints its report
+    for prints in ("profilers", "callbacks.model_summary"):  # what the user asked for
+        logging.getLogger(f"lightning.pytorch.{prints}").setLevel(logging.INFO)
     # Raised inside Lightning by its own use of torch.utils._pytree.
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
     # Only a resumed run finds its folder in use: `check_folder` rejects any other.
@@ -289,11 +280,3 @@ def quieten() -> None:
 def _statistics(contract: DataContract) -> str:
     mean, std = ([round(value, 2) for value in values] for values in (contract.mean, contract.std))
     return f"mean {mean}, std {std}"
-
-
-def _instances(config: object) -> list[object]:
-    """The objects that a configuration names: one, a list, or a dictionary of them."""
-    made = instantiate(config or [], _convert_="all")
-    if isinstance(made, dict):
-        return list(made.values())
-    return made if isinstance(made, list) else [made]

@@ -16,8 +16,9 @@ from repvgg.losses import rdrop_loss
 from repvgg.models.registry import build_model
 from repvgg.rdrop import StochasticLayers, predict_twice
 from repvgg.training.callbacks import DeployedValidation
-from repvgg.training.classifier import Classifier, parameter_groups
+from repvgg.training.classifier import Classifier
 from repvgg.training.divergence import Diverged, StopOnDivergence
+from repvgg.training.groups import parameter_groups
 from tests.support.trainers import quiet_trainer
 
 MODEL = {
@@ -552,5 +553,5 @@ def test_hyper_parameters_are_all_arguments_but_modules_as_plain_values():
     stored = dict(Classifier(network, num_classes=5, **settings).hparams)
 
     arguments = set(inspect.signature(Classifier).parameters)
-    assert set(stored) == arguments - {"network", "stochastic"}
-    assert {type(value) for value in stored.values()} == {float, int, str}
+    assert set(stored) == arguments - {"network", "stochastic", "scheduler", "loss"}
+    assert {type(value) for value in stored.values()} == {float, int, str, list}

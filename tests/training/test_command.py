@@ -324,12 +324,14 @@ def test_a_resumed_run_keeps_what_it_was_started_with(trained, folder, home):
 
 @pytest.mark.slow
 def test_callbacks_and_loggers_are_the_users_own(tmp_path):
+    rates, logger = "+callbacks.rates", "+logger.mine"
     done = run(
         "train.py",
         *SHORT,
         "trainer.max_epochs=1",
-        "+trainer.callbacks={rates: {_target_: lightning.pytorch.callbacks.LearningRateMonitor}}",
-        "+trainer.logger={_target_: lightning.pytorch.loggers.CSVLogger, save_dir: csv}",
+        f"{rates}._target_=lightning.pytorch.callbacks.LearningRateMonitor",
+        *("logger=csv", f"{logger}._target_=lightning.pytorch.loggers.CSVLogger"),
+        f"{logger}.save_dir=csv",
         "hydra.run.dir=run",
         cwd=tmp_path,
     )

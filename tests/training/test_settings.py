@@ -52,6 +52,22 @@ def test_short_names_of_precisions_are_lightnings(typed, precision):
         ("+trainer.use_distributed_sampler=true", "the data module splits the batches"),
         ("+trainer.enable_checkpointing=false", "always keeps best.ckpt and last.ckpt"),
         ("+trainer.min_epochs=2", "nothing here stops a run early"),
+        ("+trainer.logger=false", "trainer.logger=False: pass logger=csv, logger=wandb, "),
+        ("+trainer.callbacks=[]", r"trainer.callbacks=\[\]: pass callbacks=early_stopping, "),
+        ("+optimizer.lr=1", "optimizer.lr=1: pass optim.lr=RATE"),
+        ("+optimizer.weight_decay=1", "optimizer.weight_decay=1: pass optim.weight_decay=DECAY"),
+        ("+optimizer.alpha=1", "optimizer.alpha=1: has no effect without optimizer._target_"),
+        ("+scheduler.optimizer=1", "scheduler.optimizer=1: the run passes the optimizer"),
+        ("+loss.margin=1", "loss.margin=1: has no effect without loss._target_"),
+        ("loss=focal", "loss='focal': must name a class or function"),
+        ("scheduler_interval=epoch", "scheduler_interval='epoch': has no effect without sched"),
+        (
+            "scheduler._target_=torch.optim.lr_scheduler.StepLR scheduler_interval=batch",
+            "scheduler_interval='batch': must be null or one of step, epoch",
+        ),
+        ("freeze=stem", "freeze='stem': must be a list of module names"),
+        ("+logger.mine=5", "logger.mine=5: must name a class"),
+        ("+callbacks.mine.patience=5", "callbacks.mine.patience=5: has no effect without"),
     ],
 )
 def test_a_mistake_is_an_error_before_data_is_read(typed, message):
@@ -69,7 +85,7 @@ def test_rdrop_is_one_number_whose_zero_is_off(typed, rdrop):
 @pytest.mark.parametrize(
     ("passed", "message"),
     [
-        ("+loss=focal", "loss: there is no such key; .*allowed are rdrop"),
+        ("+losss=focal", "losss: there is no such key; did you mean loss?"),
         ("+rdrop_warmpu=1", "rdrop_warmpu: .*did you mean rdrop_warmup?"),
         ("+optim.momentun=1", "optim.momentun: .*did you mean optim.momentum?"),
         ("+trainer.max_step=1", "trainer.max_step: .*did you mean max_steps?"),
@@ -85,13 +101,13 @@ def test_an_added_key_that_nothing_reads_is_an_error(passed, message):
     [
         *("+trainer.limit_train_batches=5", "+trainer.max_steps=30", "+trainer.profiler=simple"),
         *("+trainer.fast_dev_run=true", "+trainer.val_check_interval=0.5"),
-        *("trainer.deterministic=warn", "+trainer.logger=false"),
+        *("trainer.deterministic=warn", "+trainer.inference_mode=false"),
     ],
 )
 def test_what_lightning_takes_is_passed_on(typed):
     key = typed.lstrip("+").partition("=")[0].removeprefix("trainer.")
     arguments = read(typed).trainer
-    trainer = {**arguments.scalars(), "logger": arguments.logger, "accelerator": "cpu"}
+    trainer = {**arguments.scalars(), "logger": False, "accelerator": "cpu"}
     trainer.pop("_target_")
 
     L.Trainer(**trainer)

@@ -41,7 +41,7 @@ LR_SCHEDULER = "torch.optim.lr_scheduler"
 
 def network(**options) -> nn.Module:
     torch.manual_seed(0)
-    return build_model(**MODEL | options)
+    return build_model(MODEL | options)
 
 
 def classifier(model: nn.Module | None = None, **options) -> Classifier:
@@ -508,13 +508,8 @@ def test_frozen_blocks_of_other_kinds_stay(recompute, tmp_path):
             block.recompute = True
         frozen = ["stages.0"]
     else:
-        model = build_model(
-            library="torchvision",
-            name="resnet18",
-            num_classes=10,
-            in_channels=1,
-            over_parameterize=True,
-        )
+        resnet = {"library": "torchvision", "name": "resnet18", "over_parameterize": True}
+        model = build_model({**resnet, "num_classes": 10, "in_channels": 1})
         frozen = ["conv1", "bn1", "layer1"]
     module = classifier(model, frozen=frozen)
     before = copy.deepcopy(model.state_dict())

@@ -7,6 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateFinder
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from repvgg.checks import did_you_mean
 from repvgg.cli import Config
@@ -52,7 +53,11 @@ def check_parts(
     if module.scheduler is not None:
         module.scheduler.make(optimizer)
     if settings.loss is not None and module.loss is not None:
-        check_loss(settings.loss, module.loss, module.net, images, labels)
+        kinds = [labels]  # validation has classes, also beside mixtures
+        if settings.mixup or settings.cutmix:
+            kinds.append(one_hot(labels, module.num_classes).float())
+        for targets in kinds:
+            check_loss(settings.loss, module.loss, module.net, images, targets)
     validated = [f"val/{name}" for name in module.measured("val")]
     for part in parts.callbacks:
         watches = part.monitor if isinstance(part, EarlyStopping) and part.strict else validated[0]

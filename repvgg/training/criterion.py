@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.losses import Loss
-from repvgg.targets import check_arguments
+from repvgg.targets import check_arguments, is_from_user_code
 from repvgg.training.parts import Part
 
 
@@ -40,23 +40,33 @@ def build_loss(part: Part) -> Loss:
     return cast(Loss, functools.partial(made, **arguments) if arguments else made)
 
 
-def check_loss(part: Part, loss: Loss, network: nn.Module, images: Tensor, labels: Tensor) -> None:
+def check_loss(part: Part, loss: Loss, network: nn.Module, images: Tensor, targets: Tensor) -> None:
     """Check that a loss of the first predictions is a scalar with a gradient.
 
     No random number of the run is drawn.
 
     Args:
         images: (N, C, H, W).
-        labels: (N,) class indices.
+        targets: class indices (N,), or mixtures (N, K).
 
     Raises:
-        ValueError: it is something else. The loss's own errors pass through.
+        ValueError: it is something else, or a loss of a library raised an error. Errors of the
+            user's own code pass through.
     """
     network.eval()
     with torch.random.fork_rng(devices=[]):
         with torch.no_grad():
             logits = network(images)
-        value: object = loss(logits.float().requires_grad_(), labels)
+        try:
+            value: object = loss(logits.float().requires_grad_(), targets)
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            if is_from_user_code(error):
+                raise
+            kind = "mixtures of mixup or cutmix" if targets.ndim == 2 else "class indices"
+            raise ValueError(
+                f"{part.key}={part.name}: does not take {kind}, targets of shape "
+                f"{tuple(targets.shape)}, with logits of shape {tuple(logits.shape)} ({error})"
+            ) from error
     network.train()
     if not isinstance(value, Tensor):
         got = "None" if value is None else type(value).__name__

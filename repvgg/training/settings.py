@@ -153,6 +153,7 @@ class Settings:
             "optimizer": read_part("optimizer", config["optimizer"], from_run=OPTIMIZER_KEYS),
             "scheduler": read_part("scheduler", config["scheduler"], from_run=SCHEDULER_KEYS),
             "loss": read_part("loss", config["loss"]),
+            "freeze": _read_names(config["freeze"]),
             "logger": read_parts("logger", config["logger"]),
             "callbacks": read_parts("callbacks", config["callbacks"]),
         }
@@ -251,6 +252,13 @@ def _check(settings: Settings) -> None:
         )
 
 
+def _read_names(given: object) -> list[str]:
+    """The names of modules; those of an nn.Sequential are numbers."""
+    if not isinstance(given, list) or not {type(name) for name in given} <= {str, int}:
+        raise wrong_value("freeze", given, "must be a list of module names", "[stem,stages.0]")
+    return [str(name) for name in given]
+
+
 def _check_optim(settings: Settings) -> None:
     optim, epochs = settings.optim, settings.trainer.max_epochs
     if optim.name not in OPTIMIZERS:
@@ -261,15 +269,13 @@ def _check_optim(settings: Settings) -> None:
     check_integer("trainer.max_epochs", epochs, minimum=1, example=24)
     if settings.scheduler is None:
         _check_warmup("optim.warmup_epochs", optim.warmup_epochs, epochs)
-    interval, freeze = settings.scheduler_interval, settings.freeze
+    interval = settings.scheduler_interval
     if interval is not None and interval not in INTERVALS:
         allowed = f"must be null or one of {', '.join(INTERVALS)}"
         raise wrong_value("scheduler_interval", interval, allowed, "epoch")
     if interval is not None and settings.scheduler is None:
         allowed = "has no effect without scheduler._target_"
         raise wrong_value("scheduler_interval", interval, allowed, "null")
-    if not isinstance(freeze, list) or not all(isinstance(name, str) for name in freeze):
-        raise wrong_value("freeze", freeze, "must be a list of module names", "[stem,stages.0]")
 
 
 def _check_rdrop(settings: Settings) -> None:

@@ -167,6 +167,18 @@ def test_code_of_the_users_own_has_to_be_passed_again(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_loss_that_cannot_take_mixtures_fails_before_the_run_starts(tmp_path):
+    loss = "loss._target_=torch.nn.MultiMarginLoss"
+
+    done = run("train.py", *SHORT, loss, "mixup=0.2", cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert "MultiMarginLoss: does not take mixtures of mixup or cutmix" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("passed", ["optim.lr=0.5", "trainer.max_epochs=3"])
 def test_a_resumed_schedule_of_the_users_own_keeps_its_rate_and_length(passed, tmp_path):
     schedule = "scheduler._target_=torch.optim.lr_scheduler.OneCycleLR"

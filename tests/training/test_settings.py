@@ -66,6 +66,7 @@ def test_short_names_of_precisions_are_lightnings(typed, precision):
             "scheduler_interval='batch': must be null or one of step, epoch",
         ),
         ("freeze=stem", "freeze='stem': must be a list of module names"),
+        ("freeze=[true]", r"freeze=\[True\]: must be a list of module names"),
         ("+logger.mine=5", "logger.mine=5: must name a class"),
         ("+callbacks.mine.patience=5", "callbacks.mine.patience=5: has no effect without"),
     ],
@@ -73,6 +74,10 @@ def test_short_names_of_precisions_are_lightnings(typed, precision):
 def test_a_mistake_is_an_error_before_data_is_read(typed, message):
     with pytest.raises(ValueError, match=message):
         read(*typed.split())
+
+
+def test_the_modules_of_a_sequential_are_named_by_numbers():
+    assert read("freeze=[0,stem,features.1]").freeze == ["0", "stem", "features.1"]
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,12 @@ MODULES = [
     if path.name != "__init__.py"
 ]
 # Imported late, by what needs torchvision and hydra anyway.
-ALLOWED = re.compile(r"data/|training/(run|setup|additions|compatibility)\.py")
-PRINTS = re.compile(r"cli/|__main__\.py|commands/|(training|deploy)/run\.py|training/report\.py")
+ALLOWED = re.compile(
+    r"data/|training/(run|setup|additions|compatibility|report)\.py|cli/sweeps\.py"
+)
+PRINTS = re.compile(
+    r"cli/|__main__\.py|commands/|(training|deploy)/run\.py|training/report\.py|data/progress\.py"
+)
 HEAVY = ("litdata", "onnx", "onnxruntime", "safetensors", "hydra", "omegaconf", "torchvision")
 
 

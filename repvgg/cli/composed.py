@@ -20,8 +20,9 @@ from repvgg.signals import end_on_signals
 
 PATH_KEYS = ("ckpt", "out", "init", "resume", "verify", "data.root", "hydra.run.dir")
 SWEEP = {"-m", "--multirun"}
+BROKEN_PIPE = 141  # the status of a program that SIGPIPE ended: 128 + 13
 
-Job = Callable[[Config, Path], None]
+Job = Callable[[Config, Path], float | None]
 
 
 class Arguments(NamedTuple):
@@ -63,11 +64,12 @@ def run(
     """Compose a configuration from the command line and do a job with it.
 
     A user's mistake ends in one line on stderr and status 1. HYDRA_FULL_ERROR=1 shows a traceback
-    instead. In a sweep (`-m`) the other jobs run after one fails.
+    instead. In a sweep (`-m`) the other jobs run after one fails, and a table shows them all.
 
     Args:
         job: called with the configuration, of plain types, and the folder of the run. Relative
-            paths start from the folder of the command, also under hydra.job.chdir.
+            paths start from the folder of the command, also under hydra.job.chdir. A search
+            optimizes what it returns.
         config: the file of the root configuration.
         prepare: plans what the command line comes to.
     """
@@ -76,15 +78,23 @@ def run(
     from hydra.types import RunMode
     from omegaconf import DictConfig, OmegaConf
 
+    from repvgg.cli.sweeps import Record, Sweep, register_resolvers
+
     failures: list[Exception] = []
     settings: Config = {}
     sweep = started = False
     given, words = sys.argv[1:], subcommand()
     plan = Plan(Arguments([], []))
-    process = os.getpid()
+    show_traceback = os.environ.get(FULL_ERROR) == "1"
 
     @hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)
-    def main(composed: DictConfig) -> None:
+    def main(composed: DictConfig) -> float | None:
+        if Sweep.current is None:
+            return do(composed, None)
+        with Sweep.current.job() as record:
+            return do(composed, record)
+
+    def do(composed: DictConfig, record: Record | None) -> float | None:
         nonlocal sweep, started, settings
         sweep, started = HydraConfig.get().mode == RunMode.MULTIRUN, True
         plain = cast(Config, OmegaConf.to_container(composed, resolve=True))
@@ -94,7 +104,10 @@ def run(
             settings = plan.complete(plain)
             if HydraConfig.get().job.chdir:
                 settings = absolute(settings, Path(HydraConfig.get().runtime.cwd))
-            job(settings, Path(HydraConfig.get().runtime.output_dir))
+            value = job(settings, Path(HydraConfig.get().runtime.output_dir))
+            if record is not None:
+                record.status, record.value = "done", value
+            return value
         except Exception as error:
             # Raised below: Hydra would report it in its own words.
             failures.append(error)
@@ -102,29 +115,42 @@ def run(
                 overrides = " ".join(HydraConfig.get().overrides.task)
                 message = explain(error, config, settings)
                 print(f"{overrides}: {message or repr(error)}", file=sys.stderr)
-                if message is None:
+                if message is None or show_traceback:
                     traceback.print_exception(error)
-            if os.getpid() != process:  # of a launcher, where `failures` is a copy
-                raise
+                if record is not None:
+                    record.status, record.message = "failed", message or repr(error)
+            return None  # which no search takes for a value
 
-    show_traceback = os.environ.get(FULL_ERROR) == "1"
     os.environ[FULL_ERROR] = "1"  # makes Hydra raise its errors instead of printing them
     OmegaConf.register_new_resolver("command", command, replace=True)  # for the help texts
+    register_resolvers()
+    Sweep.current, failed = None, 0
     end_on_signals()
     try:
         plan = prepare(parse_arguments(given[len(words) :]))
-        with hydra_arguments(plan.arguments):
-            main()
-        if failures and sweep and not show_traceback:
-            fail(f"{len(failures)} of the sweep's jobs failed")
+        try:
+            with hydra_arguments(plan.arguments):
+                main()
+        finally:
+            if Sweep.current is not None:
+                failed = sum(one.status == "failed" for one in Sweep.current.report())
+        if sweep:
+            failed = failed or len(failures)
+        if failed:
+            fail(f"{failed} of the sweep's jobs failed")
         if failures:
             raise failures[0]
     except KeyboardInterrupt:
         fail("stopped by Ctrl-C", 128 + signal.SIGINT)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and not started:  # --help | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed at the end
+            sys.exit(BROKEN_PIPE)
         message = explain(error, config, settings)
         if message is None or show_traceback:
             raise
+        if failed:
+            message = f"{failed} of the sweep's jobs failed; {message}"
         if isinstance(error, OSError) and error.filename and not started:  # by Hydra, for the run
             message += "; change to a folder that you can write to, or pass hydra.run.dir=FOLDER"
         fail(message)

@@ -18,6 +18,11 @@ from repvgg.targets import is_from_user_code
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # =1 shows tracebacks
 
+PLUGINS = (  # of the extra `sweep`
+    "hydra/sweeper=optuna",
+    *(f"hydra/launcher={name}" for name in ("joblib", "submitit_local", "submitit_slurm")),
+)
+
 Config = Mapping[str, object]  # a configuration of plain types, as Hydra composed it
 
 
@@ -40,6 +45,8 @@ def explain(error: Exception, config: Path, settings: Mapping[str, object]) -> s
         return None
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, given = str(error.missing_cfg_file).rpartition("/")
+        if f"{group}={given}" in PLUGINS:
+            return f'{group}={given}: the package is missing; pip install "repvgg[sweep]"'
         return (
             f"{group}={given}: there is no such choice; {did_you_mean(given, error.options)}"
             f"allowed are {', '.join(error.options)}"
@@ -70,6 +77,8 @@ def explain(error: Exception, config: Path, settings: Mapping[str, object]) -> s
             return f"~{missing[1]}: there is no such key; {hint}".rstrip("; ")
     cause = error.__cause__
     if isinstance(error, HydraException | OmegaConfBaseException):
+        if "does not support sweep type" in str(error):
+            return "interval(...): a sweep takes values or range(...); pass hparams_search=optuna"
         # The constructor's own error is the cause; Hydra wraps it with the name of the class.
         target = re.search(r"target '([^']+)'", str(error))
         if missing := re.search(r"Error locating target '([^']+)'", str(error)):

@@ -63,7 +63,9 @@ class Found(NamedTuple):
     notes: Sequence[str] = ()
 
 
-def digits(*, batch_size: int = 64, augment: float = 1.0, **options: Unpack[Options]) -> ImageData:
+def digits(
+    *, batch_size: int = 64, augment: float | None = 1.0, **options: Unpack[Options]
+) -> ImageData:
     """The 1,797 handwritten digits of the UCI set, 8x8 pixels, one channel; inside the package.
 
     E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, 1998, CC BY 4.0,
@@ -73,13 +75,13 @@ def digits(*, batch_size: int = 64, augment: float = 1.0, **options: Unpack[Opti
 
     Args:
         batch_size: images in a batch.
-        augment: strength of `random_affine` on the training images; 0 is off.
+        augment: strength of `random_affine` on the training images; 0 and None are off.
         options: mixup, cutmix and seed, of `ImageData`.
 
     Raises:
         ValueError: a value is outside its range.
     """
-    check_number("augment", augment, example=1.0)
+    strength = check_number("augment", 0 if augment is None else augment, example=1.0)
     content = load_file(Path(__file__).with_name("digits.safetensors"))
     images = content["images"].float().mul(255 / 16).round().to(torch.uint8)[:, None]
     labels = content["labels"].long()
@@ -102,7 +104,7 @@ def digits(*, batch_size: int = 64, augment: float = 1.0, **options: Unpack[Opti
         test,
         contract,
         batch_size=batch_size,
-        augment=functools.partial(random_affine, strength=augment) if augment > 0 else None,
+        augment=functools.partial(random_affine, strength=strength) if strength > 0 else None,
         **options,
     )
 

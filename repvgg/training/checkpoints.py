@@ -6,8 +6,9 @@ import math
 import os
 import platform
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -32,6 +33,7 @@ class BestCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self.best_loss = math.inf
+        self.best_metrics: dict[str, float] = {}  # of that validation
 
     def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
         value = trainer.callback_metrics.get("val/loss")
@@ -42,6 +44,11 @@ class BestCheckpoint(ModelCheckpoint):
         )
         if better:
             self.best_loss = loss
+            self.best_metrics = {
+                name: metric.item()
+                for name, metric in trainer.callback_metrics.items()
+                if name.startswith("val/")
+            }
         return better
 
     def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
@@ -61,7 +68,8 @@ class BestCheckpoint(ModelCheckpoint):
             trainer.save_checkpoint(self.best_model_path)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "best_loss": self.best_loss}
+        own = {"best_loss": self.best_loss, "best_metrics": self.best_metrics}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # The paths in it are those of the saving run, whose folder may have moved since.
@@ -77,6 +85,23 @@ class BestCheckpoint(ModelCheckpoint):
         }
         super().load_state_dict({**state_dict, **moved})
         self.best_loss = state_dict["best_loss"]
+        self.best_metrics = state_dict.get("best_metrics", {})  # not in version 0.1
+
+
+class Best(NamedTuple):
+    """The epoch of a checkpoint, and what validation measured in it; nothing if none ran."""
+
+    epoch: int
+    metrics: Mapping[str, float]
+
+
+def read_best(path: Path) -> Best:
+    """What `BestCheckpoint` recorded in a file; spawned processes leave nothing but files."""
+    saved = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    states = [state for state in saved["callbacks"].values() if "best_loss" in state]
+    score = states[0]["best_model_score"]
+    metrics = states[0].get("best_metrics") or ({} if score is None else {"val/accuracy": score})
+    return Best(saved["epoch"], {name: float(value) for name, value in metrics.items()})
 
 
 class LastCheckpoint(ModelCheckpoint):

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +15,7 @@ from repvgg.contract import ModelConfig, to_float
 from repvgg.data.batches import WorkersDied
 from repvgg.models.pretrained import split_weights
 from repvgg.models.registry import build_model
+from repvgg.models.size import sizes_of_forms
 from repvgg.signals import Interrupted, interruptible
 from repvgg.training import (
     additions,
@@ -32,11 +34,14 @@ from repvgg.training.schedule import count_steps
 from repvgg.training.settings import Settings, scale_learning_rate
 
 
-def run(settings: Settings, config: Config, folder: Path) -> None:
+def run(settings: Settings, config: Config, folder: Path) -> float | None:
     """Train in a folder that no other run writes into.
 
     Args:
         config: the settings as Hydra composed them, which are recorded in the folder.
+
+    Returns:
+        the metric that a search optimizes; None if nothing was saved.
     """
     arguments = settings.trainer
     devices = processes.check_processes(
@@ -44,12 +49,12 @@ def run(settings: Settings, config: Config, folder: Path) -> None:
     )
     with lock.hold(folder) if processes.rank() == 0 else contextlib.nullcontext():
         try:
-            train(settings, config, folder, devices)
+            return train(settings, config, folder, devices)
         finally:
             loggers.finish_wandb()
 
 
-def train(settings: Settings, config: Config, folder: Path, devices: int) -> None:
+def train(settings: Settings, config: Config, folder: Path, devices: int) -> float | None:
     """Fit, keep the best and the last checkpoint, test the best, print where everything is.
 
     Args:
@@ -88,21 +93,23 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> Non
     rate = scale_learning_rate(settings.optim, steps.images)
 
     network = build_model(model, network=factory)
-    notes = report.describe_recipe() if resume is None else []
+    notes = data.summary().splitlines()[1:]
     if start is not None:
         key = f"init={settings.init}" if settings.init else f"model={model['name']}"
         notes += setup.initialize(network, start, data, key)
     if resume is not None:
         differences = compatibility.check_resumed(resume, model, data, images, factory)
-        notes = [*resuming.describe_changes(config, folder), *differences]
+        notes += [*resuming.describe_changes(config, folder), *differences]
         compatibility.check_same_steps(resume, config, len(data.train.labels), steps, folder)
     compatibility.check_runs(network, to_float(images[:2]), model)
     compatibility.check_batch_of_one(network, to_float(images[:1]), data.batch_size)
+    sizes = sizes_of_forms(network, images.shape[1:]) if processes.rank() == 0 else None
     stochastic = setup.find_stochastic(network, settings, to_float(images))
     setup.lay_out(network, settings)
     module = setup.build_classifier(
         settings, network, model["num_classes"], steps, rate.scaled, stochastic=stochastic
     )
+    report.check_metric(settings.objective, module)
 
     additions.check_parts(module, settings, parts, to_float(images), labels)
     notes += additions.describe_parts(module, settings)
@@ -110,12 +117,14 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> Non
     describe = functools.partial(
         checkpoint.describe, config=model, data=data.contract, images=images, labels=labels
     )
+    clock = report.Clock()
+    parts = parts._replace(callbacks=[*parts.callbacks, clock])
     trainer = setup.build_trainer(settings, parts, steps, describe, folder)
     if settings.keep_memory and trainer.strategy.root_device.type == "cpu":
         keep_memory()
-    if trainer.is_global_zero:
-        print(data.summary())
-        report.print_run(model["name"], module, steps, rate, folder)
+    if trainer.is_global_zero and sizes is not None:
+        facts = report.describe_run(settings, data, module, steps, rate, sizes, trainer, folder)
+        report.print_facts(facts)
         print(*notes, sep="\n", end="\n" if notes else "")
         if saves:
             runs.record(config, folder)
@@ -136,11 +145,15 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> Non
     except (Interrupted, Diverged, WorkersDied) as stopped:
         report.report_stop(stopped, last)
 
+    if not saves:
+        if trainer.is_global_zero:
+            print("fast_dev_run: trained, validated and tested; nothing was saved")
+        return None
     metrics = tested[0] if tested else {}
-    if saves:
-        loggers.finish(trainer.loggers, shown, metrics)
-    if trainer.is_global_zero and saves:
+    loggers.finish(trainer.loggers, shown, metrics)
+    results = report.collect_results(trainer, metrics, clock, steps.images, best)
+    if trainer.is_global_zero:
+        runs.write_whole(folder / runs.RESULTS, json.dumps(results, indent=2))
         print(*ended, sep="\n", end="\n" if ended else "")
-        report.report_results(trainer, metrics, data, best, target=model.get("_target_"))
-    elif trainer.is_global_zero:
-        print("fast_dev_run: trained, validated and tested; nothing was saved")
+        report.report_results(trainer, results, data, best, target=model.get("_target_"))
+    return cast(dict[str, float], results["metrics"]).get(settings.objective)

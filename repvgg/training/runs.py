@@ -3,17 +3,14 @@
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from repvgg import cli
 from repvgg.cli import Config
 from repvgg.training import processes
 
-if TYPE_CHECKING:
-    pass
-
 RUNS = Path("runs")
 LAST = Path("checkpoints", "last.ckpt")  # in the folder of a run
+RESULTS = Path("results.json")  # same; `cli.sweeps` reads it
 CONFIG, OVERRIDES, CHOICES = (
     Path(".hydra", name) for name in ("config.yaml", "overrides.yaml", "hydra.yaml")
 )

@@ -117,6 +117,7 @@ class Settings:
     activation_checkpointing: bool
     keep_memory: bool
     seed: int
+    objective: str
     init: str | None
     resume: str | None
     model: Config

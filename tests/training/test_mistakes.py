@@ -1,5 +1,8 @@
 """Mistakes at the command line: one line, a status that is not 0, nothing written."""
 
+import subprocess
+import sys
+
 import pytest
 
 from tests.support.commands import ROOT, run, run_process
@@ -116,6 +119,11 @@ from tests.support.commands import ROOT, run, run_process
             ["data=imagefolder", "data.root=gone"],
             "data.root=gone: there is no such folder",
         ),
+        (
+            "train.py",
+            ["-m", "optim.lr=interval(0.1, 0.2)"],
+            "interval(...): a sweep takes values or range(...)",
+        ),
         ("train.py", ["experiment=cifar11"], "experiment=cifar11: there is no such choice"),
         ("train.py", ["resume=auto"], "resume=auto: there is no checkpoints/last.ckpt in runs/"),
         ("train.py", ["trainer.precision=64-true"], "trainer.precision='64-true': must be one of"),
@@ -178,3 +186,12 @@ def test_help_shows_the_keys_and_writes_nothing(program, tmp_path):
     assert done.returncode == 0
     assert f"python {ROOT / program} " in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_help_may_be_piped_into_a_program_that_has_ended(tmp_path):
+    command = f"{sys.executable} {ROOT / 'train.py'} --help | true"
+
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+
+    assert done.stderr == ""

@@ -181,6 +181,9 @@ class Classifier(L.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return cast(Tensor, self.net(images))
 
+    def on_train_start(self) -> None:
+        self.on_train_epoch_start()  # which is not called where a run resumes within an epoch
+
     def on_train_epoch_start(self) -> None:
         for norm in frozen_norms(self.net, self.frozen):  # after whatever switched modes
             norm.eval()

@@ -211,7 +211,7 @@ def test_a_plateau_lowers_the_rate_after_validated_epochs():
     assert rates(scheduler=plateau)[-1] == pytest.approx(0.05 * 0.1**2)
 
 
-@pytest.mark.parametrize(
+OPTIONS = pytest.mark.parametrize(
     "options",
     [
         {"scheduler": scheduler(f"{LR_SCHEDULER}.OneCycleLR")},
@@ -229,11 +229,36 @@ def test_a_plateau_lowers_the_rate_after_validated_epochs():
     ],
     ids=["one_cycle", "step", "plateau", "timm", "optimizer", "layer_decay", "frozen", "loss"],
 )
+
+
+@OPTIONS
 def test_a_resumed_run_ends_bit_identical(options, tmp_path):
     fit(classifier(**options), tmp_path / "whole")
     fit(classifier(**options), tmp_path / "half", max_epochs=2)
 
     fit(classifier(**options), tmp_path / "rest", resume=tmp_path / "half" / "last.ckpt")
+
+    whole, resumed = state(tmp_path / "whole"), state(tmp_path / "rest")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+class SaveWithin(L.Callback):
+    """Saves within the second epoch, as a signal does."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == BATCHES + 2:
+            trainer.save_checkpoint(self.path)
+
+
+@OPTIONS
+def test_a_run_resumed_within_an_epoch_ends_bit_identical(options, tmp_path):
+    within = tmp_path / "within.ckpt"
+    fit(classifier(**options), tmp_path / "whole", SaveWithin(within))
+
+    fit(classifier(**options), tmp_path / "rest", resume=within)
 
     whole, resumed = state(tmp_path / "whole"), state(tmp_path / "rest")
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)

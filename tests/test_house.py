@@ -15,10 +15,11 @@ MODULES = [
 ]
 # Imported late, by what needs torchvision and hydra anyway.
 ALLOWED = re.compile(
-    r"data/|training/(run|setup|additions|compatibility|report)\.py|cli/sweeps\.py"
+    r"data/|training/(run|setup|additions|compatibility|report|outcome)\.py|cli/sweeps\.py"
 )
 PRINTS = re.compile(
-    r"cli/|__main__\.py|commands/|(training|deploy)/run\.py|training/report\.py|data/progress\.py"
+    r"cli/|__main__\.py|commands/|(training|deploy)/run\.py|training/(report|outcome)\.py"
+    r"|data/progress\.py"
 )
 HEAVY = ("litdata", "onnx", "onnxruntime", "safetensors", "hydra", "omegaconf", "torchvision")
 

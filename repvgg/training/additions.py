@@ -106,8 +106,6 @@ def check_passed(settings: Settings, folder: Path) -> None:
 def describe_parts(module: Classifier, settings: Settings) -> list[str]:
     """Lines for the reader on what the settings change in the training."""
     lines = []
-    if settings.optimizer is not None:
-        lines.append(f"optimizer {settings.optimizer.name}")
     if settings.scheduler is not None and module.scheduler is not None:
         lines.append(f"schedule {settings.scheduler.name}, by {module.scheduler.interval}")
     if settings.loss is not None:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from repvgg.checks import ArgumentError, did_you_mean, wrong_value
-from repvgg.models.block import RepVGGBlock
+from repvgg.models.features import without_decay
 
 
 def parameter_groups(
@@ -15,8 +15,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Split parameters into those that decay and those that do not, as the RepVGG recipe does.
 
-    Kernels, linear weights and the weights of the identity branches' BatchNorms decay; biases and
-    the weights of all other BatchNorms do not. Frozen parameters are in no group.
+    See `repvgg.models.features.without_decay`. Frozen parameters are in no group.
 
     Args:
         lr: the rate of the last layer; needed with `layer_decay`.
@@ -27,18 +26,14 @@ def parameter_groups(
         parameter groups for an optimizer, "decay" and "no_decay"; with `layer_decay` both for each
         layer, named after it, with its rate.
     """
-    identity_weights = {
-        id(module.branch_identity.weight)
-        for module in net.modules()
-        if isinstance(module, RepVGGBlock) and isinstance(module.branch_identity, nn.BatchNorm2d)
-    }
+    left_out = without_decay(net)
+    kept = {id(parameter) for name, parameter in net.named_parameters() if name in left_out}
 
     def split(parameters: Sequence[nn.Parameter], prefix: str = "") -> list[dict[str, Any]]:
         decay: list[nn.Parameter] = []
         no_decay: list[nn.Parameter] = []
         for parameter in parameters:
-            decays = parameter.ndim > 1 or id(parameter) in identity_weights
-            (decay if decays else no_decay).append(parameter)
+            (no_decay if id(parameter) in kept else decay).append(parameter)
         return [
             {"name": f"{prefix}decay", "params": decay, "weight_decay": weight_decay},
             {"name": f"{prefix}no_decay", "params": no_decay, "weight_decay": 0.0},

@@ -4,28 +4,21 @@ import math
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import NoReturn
 
 import lightning as L
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
-from torch import nn
 
 import repvgg
 from repvgg import cli
-from repvgg.checks import did_you_mean
 from repvgg.data.batches import WorkersDied
 from repvgg.data.module import ImageData
 from repvgg.models.size import Size
 from repvgg.signals import Interrupted
 from repvgg.training import runs
-from repvgg.training.checkpoints import read_best
 from repvgg.training.classifier import Classifier
 from repvgg.training.divergence import Diverged
 from repvgg.training.groups import parameter_groups
@@ -48,6 +41,7 @@ def warn_of_emulation(arguments: TrainerArguments) -> None:
 
 def describe_run(
     settings: Settings,
+    name: str,
     data: ImageData,
     module: Classifier,
     steps: Steps,
@@ -56,7 +50,12 @@ def describe_run(
     trainer: L.Trainer,
     folder: Path,
 ) -> Facts:
-    """What a run is, before it starts."""
+    """What a run is, before it starts.
+
+    Args:
+        name: of the network.
+        sizes: of the network before and after folding; None if it cannot be folded or counted.
+    """
     choices = HydraConfig.get().runtime.choices
     source = choices.get("data") or settings.data["_target_"]
     height, width = data.contract.image_size
@@ -66,15 +65,16 @@ def describe_run(
     form = f", folded {folded}" if sizes[1] else ""
     groups = parameter_groups(module.net, module.weight_decay)
     counts = [sum(part.numel() for part in group["params"]) for group in groups]
+    optimizer = settings.optim.name if settings.optimizer is None else settings.optimizer.name
     recipe = _choices("experiment/default", "experiment", "hparams_search", "debug")
     place = ("folder", runs.relative(folder))
     commit = find_commit(cli.start_folder()) or find_commit(Path(repvgg.__file__).parent)
     return [
         ("data", f"{source}: {data.summary().splitlines()[0]}, {pixels}"),
-        ("model", f"{settings.model['name']}: {trained}{form}"),
+        ("model", f"{name}: {trained}{form}"),
         (
             "optimizer",
-            f"{settings.optim.name}, peak learning rate {rate.scaled:.4g}{rate.explained}, weight "
+            f"{optimizer}, peak learning rate {rate.scaled:.4g}{rate.explained}, weight "
             f"decay {module.weight_decay:g} on {counts[0]:,} of {sum(counts):,} parameters",
         ),
         (
@@ -184,118 +184,3 @@ def report_stop(stopped: Interrupted | Diverged | WorkersDied, last: Path) -> No
     if isinstance(stopped, WorkersDied):
         raise ValueError(message) from stopped
     cli.fail(message, 128 + stopped.signum)
-
-
-class Clock(Callback):
-    """Measures how long training takes, with validation and without."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.validating = 0.0
-        self.steps = 0  # taken in this process
-        self._begin = self._pause = 0.0
-        self._first_step = 0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._begin, self._first_step = time.perf_counter(), trainer.global_step
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._pause = time.perf_counter()
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.validating += time.perf_counter() - self._pause
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.seconds = time.perf_counter() - self._begin
-        self.steps = trainer.global_step - self._first_step
-
-    def images_per_second(self, images: int) -> float:
-        """Training images in a second, with `images` in a step; validation does not count."""
-        return self.steps * images / max(1e-9, self.seconds - self.validating)
-
-
-def check_metric(name: str, module: Classifier) -> None:
-    """Check that a metric will exist once the run has ended.
-
-    Raises:
-        ValueError: it will not.
-    """
-    known = [
-        f"{stage}/{metric}"
-        for stage, held in module.evaluation.items()
-        for metric in cast(nn.ModuleDict, held)
-    ]
-    if name not in known:
-        raise ValueError(
-            f"objective={name}: there is no such metric; {did_you_mean(name, known)}"
-            f"allowed are {', '.join(known)}"
-        )
-
-
-def collect_results(
-    trainer: L.Trainer, tested: Mapping[str, float], clock: Clock, images: int, best: Path
-) -> dict[str, object]:
-    """What a run came to.
-
-    Args:
-        tested: metrics of the test.
-        images: in a step.
-        best: the checkpoint that was tested.
-    """
-    found = read_best(best) if best.exists() else None
-    return {
-        "metrics": {**(found.metrics if found else {}), **tested},
-        "best_epoch": found.epoch if found and found.metrics else None,
-        "last_epoch": trainer.current_epoch - 1,
-        "seconds": round(clock.seconds, 2),
-        "images_per_second": round(clock.images_per_second(images), 1),
-        "overrides": list(HydraConfig.get().overrides.task),
-    }
-
-
-def report_results(
-    trainer: L.Trainer,
-    results: Mapping[str, object],
-    data: ImageData,
-    best: Path,
-    *,
-    target: object = None,
-) -> None:
-    """Print the results and the next commands.
-
-    Args:
-        target: the dotted name of the user's own network.
-    """
-    metrics = cast(Mapping[str, float], results["metrics"])
-    epoch = results["best_epoch"]
-    if epoch is None:
-        print("no validation ran: best.ckpt is the last checkpoint")
-    for part in (data.train, data.val, *([data.test] if data.has_test else [])):
-        if unreadable := sorted(getattr(part, "unreadable", ())):
-            print(f"{len(unreadable)} images could not be read; others took their place:")
-            print(*unreadable, sep="\n")
-    path, folder = shlex.quote(runs.relative(best)), best.parent.parent
-    facts: Facts = []
-    if results["seconds"]:  # spawned processes measure their own time alone
-        speed = f"{results['images_per_second']:,.0f} images per second"
-        facts.append(("trained for", f"{results['seconds']} s, {speed}"))
-    if epoch is not None:
-        last, accuracy = results["last_epoch"], metrics["val/accuracy"]
-        facts.append(("best epoch", f"{epoch}/{last}, validation accuracy {accuracy:.4f}"))
-    if "test/accuracy" in metrics:
-        why = "" if data.has_test else " on validation images, which chose the checkpoint"
-        top5 = metrics.get("test/accuracy_top5")
-        shown = "" if top5 is None else f", top-5 {top5:.4f}"
-        value = f"{metrics['test/accuracy']:.4f}{shown}, loss {metrics['test/loss']:.4f}{why}"
-        facts.append(("test accuracy" if data.has_test else "accuracy", value))
-    network = "" if target is None else f" network={target}"
-    facts += [
-        ("results", shlex.quote(runs.relative(folder / runs.RESULTS))),
-        ("checkpoint", path),
-        ("deploy it", f"{cli.command('deploy')} ckpt={path}{network}"),
-    ]
-    if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
-        own = folder.is_relative_to(cli.start_folder() / runs.RUNS)
-        logs = str(runs.RUNS) if own else runs.relative(folder)
-        facts.append(("watch it", f"tensorboard --logdir {shlex.quote(logs)}"))
-    print_facts(facts)

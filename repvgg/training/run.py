@@ -22,6 +22,7 @@ from repvgg.training import (
     compatibility,
     lock,
     loggers,
+    outcome,
     processes,
     report,
     resuming,
@@ -109,7 +110,7 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> flo
     module = setup.build_classifier(
         settings, network, model["num_classes"], steps, rate.scaled, stochastic=stochastic
     )
-    report.check_metric(settings.objective, module)
+    outcome.check_metric(settings.objective, module)
 
     additions.check_parts(module, settings, parts, to_float(images), labels)
     notes += additions.describe_parts(module, settings)
@@ -117,13 +118,15 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> flo
     describe = functools.partial(
         checkpoint.describe, config=model, data=data.contract, images=images, labels=labels
     )
-    clock = report.Clock()
+    clock = outcome.Clock()
     parts = parts._replace(callbacks=[*parts.callbacks, clock])
     trainer = setup.build_trainer(settings, parts, steps, describe, folder)
     if settings.keep_memory and trainer.strategy.root_device.type == "cpu":
         keep_memory()
     if trainer.is_global_zero and sizes is not None:
-        facts = report.describe_run(settings, data, module, steps, rate, sizes, trainer, folder)
+        facts = report.describe_run(
+            settings, str(model["name"]), data, module, steps, rate, sizes, trainer, folder
+        )
         report.print_facts(facts)
         print(*notes, sep="\n", end="\n" if notes else "")
         if saves:
@@ -151,9 +154,9 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> flo
         return None
     metrics = tested[0] if tested else {}
     loggers.finish(trainer.loggers, shown, metrics)
-    results = report.collect_results(trainer, metrics, clock, steps.images, best)
+    results = outcome.collect_results(trainer, metrics, clock, steps.images, best)
     if trainer.is_global_zero:
         runs.write_whole(folder / runs.RESULTS, json.dumps(results, indent=2))
         print(*ended, sep="\n", end="\n" if ended else "")
-        report.report_results(trainer, results, data, best, target=model.get("_target_"))
+        outcome.report_results(trainer, results, data, best, target=model.get("_target_"))
     return cast(dict[str, float], results["metrics"]).get(settings.objective)

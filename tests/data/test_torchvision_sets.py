@@ -1,7 +1,5 @@
 """The data sets of torchvision by name, from files in their formats."""
 
-import struct
-
 import numpy as np
 import pytest
 import torch
@@ -9,28 +7,13 @@ from torchvision import datasets
 
 from repvgg.data import torchvision
 from repvgg.data.torchvision_sets import _find, _parameters
-
-NOISE = np.random.default_rng(0)
-PIXELS = {
-    part: NOISE.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-    for part, count in (("train", 40), ("t10k", 20))
-}
-
-
-def write_idx(path, array) -> None:
-    """The format of MNIST: a magic number with the axes, their lengths, the bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
-    path.write_bytes(header + array.astype(np.uint8).tobytes())
+from tests.support.mnist import NOISE, PIXELS, write_mnist
 
 
 @pytest.fixture
 def root(tmp_path):
     for name in ("MNIST", "FashionMNIST", "KMNIST"):
-        for part, images in PIXELS.items():
-            raw = tmp_path / name / "raw"
-            write_idx(raw / f"{part}-images-idx3-ubyte", images)
-            write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(len(images)) % 10)
+        write_mnist(tmp_path, name)
     return tmp_path
 
 

@@ -8,7 +8,7 @@ import contextlib
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn, cast
 
@@ -75,6 +75,8 @@ def explain(error: Exception, config: Path, settings: Mapping[str, object]) -> s
         if missing := re.search(r"Could not delete from config\. '([^']+)' does not exist", text):
             hint = did_you_mean(missing[1], known_keys(config))
             return f"~{missing[1]}: there is no such key; {hint}".rstrip("; ")
+    if "Config group override must be a string" in str(error):
+        return _not_a_choice(config, sys.argv[1:])
     cause = error.__cause__
     if isinstance(error, HydraException | OmegaConfBaseException):
         if "does not support sweep type" in str(error):
@@ -93,6 +95,16 @@ def explain(error: Exception, config: Path, settings: Mapping[str, object]) -> s
     if isinstance(error, ValueError | OSError):
         return name_keys(error, settings)
     return None
+
+
+def _not_a_choice(config: Path, arguments: Iterable[str]) -> str:
+    """The line for true, false or null in the place of a group's choice, which Hydra rejects."""
+    for argument in arguments:
+        group, _, given = argument.partition("=")
+        choices = sorted(path.stem for path in (config.parent / group).glob("*.yaml"))
+        if given.lower() in ("true", "false", "null") and choices:
+            return f"{argument}: must be one of {', '.join(choices)}; ~{group} leaves the group out"
+    return "true, false and null are no choices of a group; pass a name"
 
 
 def name_keys(error: BaseException, config: Mapping[str, object]) -> str:

@@ -18,6 +18,7 @@ from repvgg.data.module import ImageData
 from repvgg.training import runs
 from repvgg.training.checkpoints import read_best
 from repvgg.training.classifier import Classifier
+from repvgg.training.loggers import METRICS
 from repvgg.training.report import Facts, print_facts
 
 
@@ -126,6 +127,7 @@ def report_results(
     network = "" if target is None else f" network={target}"
     facts += [
         ("results", shlex.quote(runs.relative(folder / runs.RESULTS))),
+        ("metrics", shlex.quote(runs.relative(folder / METRICS))),
         ("checkpoint", path),
         ("deploy it", f"{cli.command('deploy')} ckpt={path}{network}"),
     ]

@@ -43,6 +43,11 @@ from tests.support.commands import ROOT, run, run_process
             "returns a tensor of shape (32,), must return a scalar tensor with a gradient",
         ),
         ("train.py", ["optim.layer_decay=2"], "optim.layer_decay=2: must be a number above 0"),
+        (
+            "train.py",
+            ["logger=false"],
+            "logger=false: must be one of csv, mlflow, tensorboard, wandb; ~logger leaves",
+        ),
         ("train.py", ["freeze=[stm]"], "freeze=stm: there is no module of that name; did you mean"),
         ("train.py", ["logger=wandbb"], "logger=wandbb: there is no such choice; did you mean"),
         (

@@ -167,8 +167,8 @@ def spoiled(name: str) -> Format:
 def with_a_layer_too_many(name: str) -> Format:
     whole = FORMATS[name]
 
-    def load(path):
-        return replace(whole.load(path), layers={"convolutions": 8, "batchnorms": 0})
+    def load(path, **options):
+        return replace(whole.load(path, **options), layers={"convolutions": 8, "batchnorms": 0})
 
     return replace(whole, load=load)
 

@@ -4,11 +4,12 @@ Only names that the user passed belong here. A checkpoint or the folder of a run
 """
 
 import importlib
+import importlib.util
 import inspect
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -45,11 +46,27 @@ def _is_users(filename: str) -> bool:
     return not installed and not any(path.is_relative_to(folder) for folder in NOT_THE_USERS)
 
 
-def make_importable() -> None:
-    """Let Python find modules in the current folder, after all installed packages."""
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
+def make_importable(config: object) -> None:
+    """Let Python find the current folder's modules, if a configuration names one.
+
+    They come after all installed packages. Without such a name the folder stays out: it may be
+    somebody else's, with a module named like an optional package that is not installed here.
+
+    Args:
+        config: a dotted name, or a configuration that holds some under `_target_`.
+    """
+    if isinstance(config, str):
+        here = str(Path.cwd())
+        if here not in sys.path and not _is_installed(config.partition(".")[0]):
+            sys.path.append(here)
+    elif isinstance(config, Mapping):
+        for key, value in config.items():
+            if key == "_target_" or not isinstance(value, str):
+                make_importable(value)
+    elif isinstance(config, Sequence):
+        for value in config:
+            if not isinstance(value, str):
+                make_importable(value)
 
 
 def locate(target: str, key: str) -> Callable[..., object]:
@@ -69,7 +86,7 @@ def locate(target: str, key: str) -> Callable[..., object]:
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         allowed = "must be the dotted name of a class or function"
         raise wrong_value(key, target, allowed, "mypackage.MyClass")
-    make_importable()
+    make_importable(target)
     found: object = None
     depth = 0
     for depth in range(len(parts)):
@@ -148,6 +165,14 @@ def signature_of(function: Callable[..., object]) -> inspect.Signature | None:
         return inspect.signature(function)
     except (TypeError, ValueError):  # of functions in C
         return None
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # no name of a package, or one without a description
+        return False
+    return spec is not None and spec.origin is not None  # a folder without __init__.py has none
 
 
 def _import(name: str) -> ModuleType | None:

@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from repvgg.checks import ArgumentError
-from repvgg.targets import accepts, call, is_from_user_code, locate
+from repvgg.targets import accepts, call, is_from_user_code, locate, make_importable
 
 
 @pytest.fixture
@@ -32,6 +32,32 @@ def test_a_class_inside_a_class_is_found(own):
 
 def test_an_installed_class_is_found():
     assert locate("torch.optim.SGD", "optimizer._target_").__name__ == "SGD"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "torch.optim.SGD",
+        {"_target_": "torch.nn.NLLLoss", "weight": {"_target_": "torch.ones"}, "own": "own_code.a"},
+        [{"_target_": "torchvision.transforms.v2.Identity"}, 3],
+    ],
+)
+def test_the_current_folder_stays_out_where_no_name_needs_it(own, config):
+    before = list(sys.path)
+
+    make_importable(config)
+
+    assert sys.path == before
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_name_in_an_argument_finds_the_current_folder(own, nested):
+    if nested:
+        make_importable([{"_target_": "torch.nn.NLLLoss", "a": [{"_target_": "own_code.build"}]}])
+    else:
+        make_importable({"_target_": "own_code.build"})
+
+    assert sys.path[-1] == str(own)
 
 
 @pytest.mark.parametrize(

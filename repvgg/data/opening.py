@@ -28,6 +28,7 @@ def open_data(config: Mapping[str, object], **options: object) -> ImageData:
     target = config.get("_target_")
     if target is None:
         raise ArgumentError(f"{KEY} is missing: pass {KEY}=mypackage.make_data", KEY)
+    targets.make_importable(config)
     if str(target).startswith(OURS):
         data = instantiate(config, **options, _convert_="all")
         if not isinstance(data, ImageData):

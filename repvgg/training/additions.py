@@ -11,6 +11,7 @@ from torch.nn.functional import one_hot
 
 from repvgg.checks import did_you_mean
 from repvgg.cli import Config
+from repvgg.targets import make_importable
 from repvgg.training import resuming
 from repvgg.training.classifier import Classifier
 from repvgg.training.criterion import check_loss
@@ -144,6 +145,7 @@ def _build_callback(part: Part) -> Callback:
 
 def _instances(config: object) -> list[object]:
     """The objects that a configuration names: one, a list, or a dictionary of them."""
+    make_importable(config)
     made = instantiate(config or [], _convert_="all")
     if isinstance(made, dict):
         return list(made.values())

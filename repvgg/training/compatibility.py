@@ -25,7 +25,7 @@ from repvgg.models import libraries
 from repvgg.models.libraries import Factory
 from repvgg.models.network import RepVGG
 from repvgg.models.registry import build_model
-from repvgg.targets import is_from_user_code
+from repvgg.targets import is_from_user_code, make_importable
 from repvgg.training import callbacks, processes, resuming, schedule
 from repvgg.training.schedule import Steps
 from repvgg.training.settings import Settings, TrainerArguments, section
@@ -49,6 +49,7 @@ def check_sweep(num_devices: int) -> None:
 def check_trainer(arguments: TrainerArguments) -> None:
     """Build a trainer without parts: an error in its arguments shows before data is read."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    make_importable(arguments.scalars())
     instantiate({**arguments.scalars(), **quiet, "enable_model_summary": False}, _convert_="all")
 
 

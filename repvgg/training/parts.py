@@ -38,6 +38,7 @@ class Part:
         """The arguments, with what they name by `_target_`."""
         from hydra.utils import instantiate
 
+        targets.make_importable(self.arguments)
         built = instantiate(dict(self.arguments), _convert_="all") if self.arguments else {}
         return cast(dict[str, object], built)
 

@@ -15,6 +15,7 @@ from types import ModuleType
 
 from repvgg.checks import ArgumentError, did_you_mean, wrong_value
 
+FROM_USER_CODE = "_from_user_code"  # attribute of an error that was sent to another process
 LONGEST_SIGNATURE = 300  # characters
 INSTALLED = {"site-packages", "dist-packages"}  # folders of packages, in any environment
 CLONE = Path(__file__).absolute().parents[1]
@@ -26,6 +27,8 @@ def is_from_user_code(error: BaseException) -> bool:
 
     That is code which is neither ours nor Python's nor installed.
     """
+    if getattr(error, FROM_USER_CODE, False):  # by another process, which has the traceback
+        return True
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:

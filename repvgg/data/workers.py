@@ -24,6 +24,7 @@ import torch.multiprocessing  # tensors are sent through shared memory
 
 from repvgg import signals
 from repvgg.data.batches import WorkersDied
+from repvgg.targets import FROM_USER_CODE, is_from_user_code
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -183,11 +184,14 @@ def _serve(work: Callable[[Task], Result], connection: "Connection[Any, Any]") -
 def _sendable(error: Exception) -> Exception:
     """An error with its traceback; another in its place if it does not survive pickling."""
     error.add_note(traceback.format_exc())
+    own = is_from_user_code(error)  # the traceback is not sent
     try:
+        setattr(error, FROM_USER_CODE, own)
         pickle.loads(pickle.dumps(error))
     except Exception:  # of any class of the user's
         replacement = RuntimeError(f"{type(error).__name__}: {error}")
         replacement.__notes__ = error.__notes__
+        setattr(replacement, FROM_USER_CODE, own)
         return replacement
     return error
 

@@ -12,10 +12,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from torchvision.transforms import v2
 
+from repvgg import targets
 from repvgg.data import custom
 from repvgg.data.custom import from_dataset
 from repvgg.data.module import ImageData
 from repvgg.data.opening import open_data
+from repvgg.targets import is_from_user_code
 
 PIXELS = torch.randint(
     256, (20, 3, 12, 10), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
@@ -361,7 +363,10 @@ class Failing(Items):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_an_error_of_the_users_own_code_passes_through_with_its_row(in_memory, workers):
+def test_an_error_of_the_users_own_code_passes_through_with_its_row(
+    in_memory, workers, monkeypatch
+):
+    monkeypatch.setattr(targets, "NOT_THE_USERS", [targets.CLONE / "repvgg"])
     expected = RuntimeError if workers else OwnError
 
     with pytest.raises(expected, match="broken in 13") as caught:
@@ -369,6 +374,7 @@ def test_an_error_of_the_users_own_code_passes_through_with_its_row(in_memory, w
 
     notes = "\n".join(caught.value.__notes__)
     assert "while reading row 13 of the training data" in notes
+    assert is_from_user_code(caught.value)
     if workers:
         assert 'raise OwnError(row, "broken")' in notes
 

@@ -7,15 +7,18 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from torchvision.transforms import v2
 
+from repvgg import targets
 from repvgg.data import workers
 from repvgg.data.batches import WorkersDied
 from repvgg.data.folders import imagefolder
 from repvgg.data.images import open_image
+from repvgg.targets import is_from_user_code
 from tests.support.commands import ROOT, make
 
 READ = """
@@ -207,7 +210,8 @@ def stuck(image):
     threading.Event().wait()
 
 
-def test_an_error_of_a_worker_is_raised_with_where_it_was(root):
+def test_an_error_of_a_worker_is_raised_with_where_it_was(root, monkeypatch):
+    monkeypatch.setattr(targets, "NOT_THE_USERS", [ROOT / "repvgg"])  # but the tests are
     data = open_data(root)
     data.augment = broken
 
@@ -215,6 +219,17 @@ def test_an_error_of_a_worker_is_raised_with_where_it_was(root):
         list(data.train_dataloader())
 
     assert "in broken" in raised.value.__notes__[0]
+    assert is_from_user_code(raised.value)
+
+
+def test_an_error_of_ours_in_a_worker_stays_a_mistake_of_the_user(root):
+    data = open_data(root)
+    Path(data.train.paths[0]).write_bytes(b"")
+
+    with pytest.raises(ValueError, match="cannot be read") as raised:
+        list(data.train_dataloader())
+
+    assert not is_from_user_code(raised.value)
 
 
 def broken(image):

@@ -129,20 +129,29 @@ def follow_rates(
 ) -> None:
     """Put the weight decay and the rates of parameter groups in the place of those saved.
 
+    Groups that the user's own optimizer made itself have other names or none. They keep their
+    weight decay, and their rates change as much as `lr`.
+
     Args:
         lr: of groups without their own.
         factor: share of the peak rate at the saved step; None keeps the saved rates.
     """
     named = {group["name"]: group for group in groups}
-    rates = {name: group.get("lr", lr) for name, group in named.items()}
+    before = checkpoint["hyper_parameters"].get("lr", lr)
     for optimizer in checkpoint.get("optimizer_states", ()):
+        rates = []
         for group in optimizer["param_groups"]:
-            name = group["name"]
-            group["weight_decay"] = named[name]["weight_decay"]
+            given = named.get(group.get("name"))
+            if given is not None:
+                group["weight_decay"] = given["weight_decay"]
+                rates.append(given.get("lr", lr))
+            else:
+                peak = group.get("initial_lr", group["lr"])
+                rates.append(peak if before == lr else peak * lr / before)
             if factor is not None:
-                group["lr"], group["initial_lr"] = rates[name] * factor, rates[name]
-    for scheduler in checkpoint.get("lr_schedulers", ()) if factor is not None else ():
-        scheduler["base_lrs"] = [*rates.values()]
+                group["lr"], group["initial_lr"] = rates[-1] * factor, rates[-1]
+        for scheduler in checkpoint.get("lr_schedulers", ()) if factor is not None else ():
+            scheduler["base_lrs"] = rates
 
 
 def _make_optimizer(part: Part, groups: Groups, *, lr: float, weight_decay: float) -> Optimizer:

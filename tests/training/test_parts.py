@@ -83,6 +83,11 @@ def five(groups: object, lr: float, weight_decay: float) -> int:
     return 5
 
 
+def one_group(groups: list[dict], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    trained = [parameter for group in groups for parameter in group["params"]]
+    return torch.optim.SGD(trained, lr=2 * lr, weight_decay=weight_decay)
+
+
 def focal(logits: torch.Tensor, targets: torch.Tensor, gamma: float = 2.0) -> torch.Tensor:
     log_p = F.log_softmax(logits, 1).gather(1, targets[:, None])
     return -((1 - log_p.exp()) ** gamma * log_p).mean()
@@ -223,11 +228,22 @@ OPTIONS = pytest.mark.parametrize(
         },
         {"scheduler": scheduler("timm.scheduler.CosineLRScheduler", warmup_t=1)},
         {"optimizer": optimizer("torch.optim.RMSprop", alpha=0.9)},
+        {"optimizer": one_group},
         {"layer_decay": 0.75},
         {"frozen": ["stem", "stages.0"], "rdrop": 1.0},
         {"loss": focal, "rdrop": 1.0},
     ],
-    ids=["one_cycle", "step", "plateau", "timm", "optimizer", "layer_decay", "frozen", "loss"],
+    ids=[
+        "one_cycle",
+        "step",
+        "plateau",
+        "timm",
+        "optimizer",
+        "own",
+        "layer_decay",
+        "frozen",
+        "loss",
+    ],
 )
 
 
@@ -488,6 +504,17 @@ def test_a_resumed_run_takes_a_new_rate_in_every_layer(tmp_path):
     factor = module.learning_rate_factor(2 * BATCHES)
     assert group["linear/decay"]["lr"] == pytest.approx(0.01 * factor)
     assert group["stages.3.0/decay"]["lr"] == pytest.approx(0.005 * factor)
+
+
+def test_an_optimizer_may_make_its_own_groups_and_resumes_with_a_new_rate(tmp_path):
+    fit(classifier(optimizer=one_group), tmp_path / "first", max_epochs=1)
+    module = classifier(optimizer=one_group, lr=0.01)
+
+    last = tmp_path / "first" / "last.ckpt"
+    trainer = fit(module, tmp_path / "second", max_epochs=2, resume=last)
+
+    (group,) = trainer.optimizers[0].param_groups
+    assert group["lr"] == pytest.approx(0.02 * module.learning_rate_factor(2 * BATCHES))
 
 
 @pytest.mark.parametrize("given", [0, -1, 1.5, "x", None])

@@ -26,6 +26,7 @@ from repvgg.contract import (
     to_float,
 )
 from repvgg.models.libraries import Factory
+from repvgg.models.modes import evaluating
 from repvgg.models.network import RepVGG
 from repvgg.models.registry import build_model
 
@@ -118,18 +119,13 @@ def record_probe(model: nn.Module, data: DataContract, images: Tensor, labels: T
     """Run a network once on the probe images; its mode and the random state stay."""
     device = next(model.parameters()).device
     normalize = Normalize(data.mean, data.std).to(device)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with (
-            torch.no_grad(),
-            torch.autocast(device.type, enabled=False),
-            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
-        ):
-            logits = model(normalize(to_float(images.to(device)))).float().cpu()
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with (
+        torch.no_grad(),
+        evaluating(model),
+        torch.autocast(device.type, enabled=False),
+        torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+    ):
+        logits = model(normalize(to_float(images.to(device)))).float().cpu()
     # Copies: torch saves the whole storage of a slice.
     return Probe(images.cpu().clone(), labels.cpu().clone(), logits)
 

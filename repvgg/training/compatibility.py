@@ -23,6 +23,7 @@ from repvgg.contract import ModelConfig
 from repvgg.data.module import ImageData
 from repvgg.models import libraries
 from repvgg.models.libraries import Factory
+from repvgg.models.modes import evaluating
 from repvgg.models.network import RepVGG
 from repvgg.models.registry import build_model
 from repvgg.targets import is_from_user_code, make_importable
@@ -154,9 +155,8 @@ def check_runs(network: nn.Module, images: Tensor, model: Config) -> None:
         ValueError: it does not. Errors of the user's own code pass through.
     """
     name, num_classes = model["name"], model["num_classes"]
-    network.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(network):
             logits = network(images)
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError) as error:
         if is_from_user_code(error):
@@ -174,7 +174,6 @@ def check_runs(network: nn.Module, images: Tensor, model: Config) -> None:
             f"the data has {num_classes} classes, so it must return logits of shape "
             f"{(len(images), num_classes)}"
         )
-    network.train()
 
 
 def check_batch_of_one(network: nn.Module, image: Tensor, batch_size: int) -> None:
@@ -187,7 +186,7 @@ def check_batch_of_one(network: nn.Module, image: Tensor, batch_size: int) -> No
         return
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            copy.deepcopy(network).train()(image)
+            copy.deepcopy(network)(image)
     except ValueError as error:
         raise ValueError(
             f"data.batch_size=1: BatchNorm cannot normalize one value for each channel ({error}); "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.losses import Loss
+from repvgg.models.modes import evaluating
 from repvgg.targets import check_arguments, is_from_user_code
 from repvgg.training.parts import Part
 
@@ -53,9 +54,8 @@ def check_loss(part: Part, loss: Loss, network: nn.Module, images: Tensor, targe
         ValueError: it is something else, or a loss of a library raised an error. Errors of the
             user's own code pass through.
     """
-    network.eval()
     with torch.random.fork_rng(devices=[]):
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(network):
             logits = network(images)
         try:
             value: object = loss(logits.float().requires_grad_(), targets)
@@ -67,7 +67,6 @@ def check_loss(part: Part, loss: Loss, network: nn.Module, images: Tensor, targe
                 f"{part.key}={part.name}: does not take {kind}, targets of shape "
                 f"{tuple(targets.shape)}, with logits of shape {tuple(logits.shape)} ({error})"
             ) from error
-    network.train()
     if not isinstance(value, Tensor):
         got = "None" if value is None else type(value).__name__
     elif value.ndim > 0:

@@ -94,6 +94,8 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> flo
     rate = scale_learning_rate(settings.optim, steps.images)
 
     network = build_model(model, network=factory)
+    if not network.training:  # as of a factory that loads weights; a part in eval mode stays in it
+        network.train()
     notes = data.summary().splitlines()[1:]
     if start is not None:
         key = f"init={settings.init}" if settings.init else f"model={model['name']}"

@@ -6,6 +6,9 @@ import torch
 
 from repvgg import checkpoint
 from repvgg.checks import ArgumentError
+from repvgg.training.compatibility import check_batch_of_one, check_runs
+from repvgg.training.criterion import check_loss
+from repvgg.training.parts import Part
 from tests.support.commands import run, run_process
 from tests.support.networks import settle
 
@@ -194,3 +197,28 @@ def test_a_network_of_timm_starts_from_published_weights(tmp_path):
     stem = published.conv_stem.weight.sum(1, keepdim=True)
     torch.testing.assert_close(opened.model.conv_stem.weight, stem)
     assert opened.config.keys().isdisjoint({"pretrained", "pretrained_cfg_overlay"})
+
+
+def test_parts_in_eval_mode_stay_in_it_when_a_network_is_tried():
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2).eval())
+    network.extend([torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()])
+    images = torch.rand(2, 1, 8, 8)
+
+    check_runs(network, images, {"name": "own", "num_classes": 2})
+    check_batch_of_one(network, images[:1], 1)
+    part = Part("loss._target_", "mine.loss", {})
+    check_loss(part, torch.nn.functional.cross_entropy, network, images, torch.tensor([0, 1]))
+
+    assert [module.training for module in network] == [True, False, True, True]
+
+
+@pytest.mark.slow
+def test_a_network_that_its_factory_gives_in_eval_mode_trains(code):
+    (code / "mynets.py").write_text(
+        f"{CODE}\n\ndef loaded(**given):\n    return MyNet(**given).eval()\n"
+    )
+    arguments = (*SHORT, *RUN, "rdrop=true")  # its dropout is seen in training mode alone
+
+    done = run("train.py", "model=custom", "model._target_=mynets.loaded", *arguments, cwd=code)
+
+    assert done.returncode == 0, done.stderr

@@ -111,7 +111,8 @@ def _match_classes(
 ) -> _Matched:
     """Tensors of a classifier for other classes, with the rows of classes of the same name."""
     places = {name: row for row, name in enumerate(before)}
-    if len(before) == len(classes) == 1000 and all(_SYNSET.fullmatch(name) for name in classes):
+    synsets = [sum(map(bool, map(_SYNSET.fullmatch, names))) for names in (before, classes)]
+    if len(before) == 1000 and synsets == [0, 1000]:
         places = {name: row for row, name in enumerate(classes)}
     known = [(row, places[name]) for row, name in enumerate(classes) if name in places]
     found: dict[str, Tensor] = {}

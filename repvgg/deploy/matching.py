@@ -107,7 +107,8 @@ def match_classes(data: Sequence[str], network: Sequence[str], *, assumed: bool)
         if assumed:
             note = f"the file names no classes: the {len(data)} of the data are taken in order"
             return Match(in_order, [*data], [note])
-        if len(data) == 1000 and all(_SYNSET.fullmatch(name) for name in data):
+        synsets = [sum(map(bool, map(_SYNSET.fullmatch, names))) for names in (data, network)]
+        if synsets == [1000, 0]:
             note = "classes: ImageNet's folders (n01440764, ...) are in the order of its names"
             return Match(in_order, [*network], [note])
     places = {name: row for row, name in enumerate(network)}

@@ -270,6 +270,7 @@ def test_third_party_weights_without_names_take_the_classes_in_order(place, tmp_
         (["a", "b"], ["0", "1"], True, [0, 1], "taken in order"),
         (["1", "0"], ["0", "1"], False, [1, 0], "in another order"),
         (SYNSETS, [str(n) for n in range(1000)], False, list(range(1000)), "ImageNet's folders"),
+        (SYNSETS, SYNSETS[::-1], False, list(range(999, -1, -1)), "in another order"),
     ],
 )
 def test_classes_are_found_by_name_or_in_order(data, network, assumed, outputs, note):

@@ -88,7 +88,9 @@ def locate(target: str, key: str) -> Callable[..., object]:
     parts = target.split(".") if isinstance(target, str) else []
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         allowed = "must be the dotted name of a class or function"
-        raise wrong_value(key, target, allowed, "mypackage.MyClass")
+        dotted = str(target).replace(".py", "").replace(":", ".").replace("/", ".")
+        is_name = "." in dotted and all(part.isidentifier() for part in dotted.split("."))
+        raise wrong_value(key, target, allowed, dotted if is_name else "mypackage.MyClass")
     make_importable(target)
     found: object = None
     depth = 0

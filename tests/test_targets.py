@@ -68,6 +68,7 @@ def test_a_name_in_an_argument_finds_the_current_folder(own, nested):
         ("own_code.build.inner", "own_code.build has no inner"),
         ("own_code.WIDTH", "is a int, not a class or function"),
         ("own_code", "must be the dotted name"),
+        ("own_code.py:Net", "for example model._target_=own_code.Net"),
         ("own code.Net", "must be the dotted name"),
     ],
 )

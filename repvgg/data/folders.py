@@ -78,7 +78,9 @@ def imagefolder(
         ValueError: a value is outside its range, or the folders are not as described.
     """
     if root is None:
-        raise ArgumentError("root is missing: pass root=FOLDER, with train/ and val/", "root")
+        raise ArgumentError(
+            "root is missing: pass root=FOLDER, with a folder for each class", "root"
+        )
     shards = None
     if has_shards(root):
         root = root if "://" in root else str(Path(root).expanduser())

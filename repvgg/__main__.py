@@ -6,6 +6,7 @@ import sys
 import repvgg
 from repvgg import cli
 from repvgg.checks import did_you_mean
+from repvgg.cli import habits
 
 MODULES = {name: f"repvgg.commands.{name}" for name in cli.COMMANDS} | {
     "import": "repvgg.commands.import_checkpoint",  # `import` is a keyword
@@ -24,7 +25,8 @@ def main() -> None:
         importlib.import_module(MODULES[name]).main()
     else:
         given = f"{name}: there is no such command; " if name else "the command is missing; "
-        hint = did_you_mean(name, MODULES)
+        meant = habits.command(name)
+        hint = f"did you mean {meant}? " if meant else did_you_mean(name, MODULES)
         cli.fail(f"{given}{hint}allowed are {', '.join(MODULES)}, --help, --version", status=2)
 
 

@@ -4,6 +4,7 @@
 Hydra configures, `keys` one whose settings are key=value. Importing it imports nothing heavy.
 """
 
+from repvgg.cli import habits
 from repvgg.cli.composed import (
     SWEEP,
     Arguments,
@@ -31,6 +32,7 @@ __all__ = [
     "explain",
     "fail",
     "given_path",
+    "habits",
     "parse_arguments",
     "program",
     "quote_path",

@@ -178,7 +178,7 @@ def parse_arguments(arguments: list[str]) -> Arguments:
     parser = get_args_parser()
 
     def reject(message: str) -> NoReturn:
-        raise ValueError(f"{message}; pass key=value, or --help to see all keys")
+        raise ValueError(f"{message}; pass key=value without dashes, --help shows all keys")
 
     parser.error = reject  # type: ignore[method-assign]  # argparse has no other way not to exit
     overrides = parser.parse_intermixed_args(arguments).overrides

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from repvgg.checks import did_you_mean, wrong_value
+from repvgg.cli import habits
 from repvgg.cli.mistakes import FULL_ERROR, Config, fail, one_line
 from repvgg.cli.names import subcommand
 from repvgg.signals import end_on_signals
@@ -73,9 +74,10 @@ def _parse(argument: str, defaults: Config) -> tuple[str, object]:
 
     key, equals, given = argument.partition("=")
     if not equals or key not in defaults:
+        instead = habits.key(key, given, defaults) if equals else None
+        hint = f"{instead}; " if instead else f"{did_you_mean(key, defaults)}pass key=value, "
         raise ValueError(
-            f"{argument}: there is no such key; {did_you_mean(key, defaults)}"
-            f"pass key=value, allowed are {', '.join(defaults)}"
+            f"{argument}: there is no such key; {hint}allowed are {', '.join(defaults)}"
         )
     default = defaults[key]
     if default is None or isinstance(default, str) or (given, type(default)) == ("null", Unset):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn, cast
 
 from repvgg.checks import ArgumentError, did_you_mean
+from repvgg.cli import habits
 from repvgg.cli.names import command, program
 from repvgg.targets import is_from_user_code
 
@@ -44,11 +45,14 @@ def explain(error: Exception, config: Path, settings: Mapping[str, object]) -> s
     if is_from_user_code(error):
         return None
     if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, given = str(error.missing_cfg_file).rpartition("/")
+        group, given = _passed_choice(str(error.missing_cfg_file), sys.argv[1:])
         if f"{group}={given}" in PLUGINS:
             return f'{group}={given}: the package is missing; pip install "repvgg[sweep]"'
+        hint = did_you_mean(given.lower(), error.options)
+        if hint == "" and (instead := habits.choice(group, given)):
+            hint = f"{instead}; "
         return (
-            f"{group}={given}: there is no such choice; {did_you_mean(given, error.options)}"
+            f"{group}={given}: there is no such choice; {hint}"
             f"allowed are {', '.join(error.options)}"
         )
     if isinstance(error, OverrideParseException):
@@ -64,6 +68,9 @@ def explain(error: Exception, config: Path, settings: Mapping[str, object]) -> s
                     f"{unknown[1]}: the chosen configs have no such group; --help lists the groups"
                 )
             given, keys = unknown[1], known_keys(config)
+            value = re.search(rf"\+{re.escape(given)}=(\S*)", text)
+            if instead := habits.key(given, value[1] if value else "", keys):
+                return f"{given}: there is no such key; {instead}"
             if given in keys:
                 return f"{given}: these choices do not set it; +{given}=... adds it"
             siblings = [key for key in keys if key.rpartition(".")[0] == given.rpartition(".")[0]]
@@ -72,6 +79,10 @@ def explain(error: Exception, config: Path, settings: Mapping[str, object]) -> s
                 f"{given}: there is no such key; {did_you_mean(given, keys)}"
                 f"allowed beside it are {', '.join(siblings or keys)}{adds}"
             )
+        if there := re.search(r"An item is already at '([^']+)'", text):
+            value = re.search(rf"'\+\+({re.escape(there[1])}=.*)'", text)
+            without = value[1] if value else f"{there[1]}=VALUE"
+            return f"+{without}: this key exists; pass {without}, without a plus"
         if missing := re.search(r"Could not delete from config\. '([^']+)' does not exist", text):
             hint = did_you_mean(missing[1], known_keys(config))
             return f"~{missing[1]}: there is no such key; {hint}".rstrip("; ")
@@ -95,6 +106,16 @@ def explain(error: Exception, config: Path, settings: Mapping[str, object]) -> s
     if isinstance(error, ValueError | OSError):
         return name_keys(error, settings)
     return None
+
+
+def _passed_choice(missing: str, arguments: Iterable[str]) -> tuple[str, str]:
+    """The group and the choice of a config that Hydra did not find; the choice may be a path."""
+    for argument in arguments:
+        group, _, given = argument.lstrip("+").partition("=")
+        if f"{group}/{given}" == missing:
+            return group, given
+    group, _, given = missing.rpartition("/")
+    return group, given
 
 
 def _not_a_choice(config: Path, arguments: Iterable[str]) -> str:

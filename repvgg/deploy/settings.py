@@ -141,8 +141,10 @@ def one_run(
     if cli.SWEEP & set(arguments.options):
         raise ValueError(f"-m: one checkpoint at a time; run {cli.command(command)} ckpt=PATH")
     for override in arguments.overrides:
-        key = override.lstrip("+~").partition("=")[0]
+        key, _, value = override.lstrip("+~").partition("=")
         if key.partition(".")[0] in TRAINING:
+            if instead := cli.habits.key(key, value, keys):
+                raise ValueError(f"{key}: there is no such key; {instead}")
             raise unknown_key(key, keys)
     return cli.Plan(arguments)
 

@@ -67,7 +67,8 @@ def read_part(key: str, given: object, *, from_run: Config | None = None) -> Par
         ValueError: an argument has no effect.
     """
     if not isinstance(given, dict):
-        raise wrong_value(key, given, "must name a class or function", "{_target_:package.Class}")
+        name = given if isinstance(given, str) and "." in given else "package.Class"
+        raise ValueError(f"{key}={given}: pass {key}.{TARGET}={name}")
     target = given.get(TARGET)
     arguments = {name: value for name, value in given.items() if name not in (TARGET, PARTIAL)}
     for name, instead in (from_run or {}).items():

@@ -12,7 +12,7 @@ from repvgg.checks import (
     unknown_key,
     wrong_value,
 )
-from repvgg.cli import Config
+from repvgg.cli import Config, habits
 from repvgg.training import trainer_keys
 from repvgg.training.parts import Part, read_part, read_parts
 
@@ -213,6 +213,8 @@ def _check_keys(config: Config, kind: type, prefix: str) -> None:
     known = [field.name for field in dataclasses.fields(kind)]
     for key in config:
         if key not in known:
+            if not prefix and (instead := habits.key(key, str(config[key]), known)):
+                raise ValueError(f"{key}: there is no such key; {instead}")
             others = (
                 [] if prefix else [f"optim.{field.name}" for field in dataclasses.fields(Optim)]
             )

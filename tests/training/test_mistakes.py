@@ -89,7 +89,7 @@ from tests.support.commands import ROOT, run, run_process
         ("train.py", ["~label_smoothing"], "label_smoothing is missing"),
         ("train.py", ["~optim.lr"], "optim.lr is missing: the configuration must set it"),
         ("train.py", ["~trainer.precision"], "trainer.precision is missing"),
-        ("train.py", ["--fast"], "unrecognized arguments: --fast; pass key=value, or --help"),
+        ("train.py", ["--fast"], "unrecognized arguments: --fast; pass key=value without"),
         ("train.py", ["rdrop=-1"], "rdrop=-1: must be a number of at least 0"),
         ("train.py", ["rdrop_warmup=2"], "rdrop_warmup=2: has no effect without rdrop"),
         ("train.py", ["rdrop_views=2"], "rdrop_views: there is no such key"),

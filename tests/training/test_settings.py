@@ -59,7 +59,9 @@ def test_short_names_of_precisions_are_lightnings(typed, precision):
         ("+optimizer.alpha=1", "optimizer.alpha=1: has no effect without optimizer._target_"),
         ("+scheduler.optimizer=1", "scheduler.optimizer=1: the run passes the optimizer"),
         ("+loss.margin=1", "loss.margin=1: has no effect without loss._target_"),
-        ("loss=focal", "loss='focal': must name a class or function"),
+        ("loss=focal", "loss=focal: pass loss._target_=package.Class"),
+        ("loss=mine.focal", "loss=mine.focal: pass loss._target_=mine.focal"),
+        ("+epochs=10", "epochs: there is no such key; pass trainer.max_epochs=10"),
         ("scheduler_interval=epoch", "scheduler_interval='epoch': has no effect without sched"),
         (
             "scheduler._target_=torch.optim.lr_scheduler.StepLR scheduler_interval=batch",
@@ -67,7 +69,7 @@ def test_short_names_of_precisions_are_lightnings(typed, precision):
         ),
         ("freeze=stem", "freeze='stem': must be a list of module names"),
         ("freeze=[true]", r"freeze=\[True\]: must be a list of module names"),
-        ("+logger.mine=5", "logger.mine=5: must name a class"),
+        ("+logger.mine=5", "logger.mine=5: pass logger.mine._target_=package.Class"),
         ("+callbacks.mine.patience=5", "callbacks.mine.patience=5: has no effect without"),
     ],
 )

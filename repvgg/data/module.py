@@ -118,7 +118,9 @@ class ImageData(L.LightningDataModule):
             counted.append(f"{len(source.labels):,} {part}{origin}")
         lines = [f"{len(self.contract.classes):,} classes, images: {', '.join(counted)}"]
         if not self.has_test:
-            lines.append("no test images: the validation images test, which choose the checkpoint")
+            lines.append(
+                "no test images: the test uses the validation images, which choose the checkpoint"
+            )
         return "\n".join([*lines, *self.notes])
 
     def read(self, source: Source, rows: Tensor) -> Batch:

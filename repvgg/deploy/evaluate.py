@@ -124,7 +124,7 @@ def choose(data: "ImageData", split: str) -> list[Source]:
 def about_split(data: "ImageData", split: str) -> list[str]:
     """Lines on where the images come from."""
     if split == "test" and not data.has_test:
-        return ["no test images: these are the validation images, which training chooses by"]
+        return ["no test images: these are the validation images, which chose the checkpoint"]
     return [f"images    {data.origins[split]}"] if split in data.origins else []
 
 

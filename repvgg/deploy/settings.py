@@ -166,9 +166,10 @@ def _formats(given: object) -> tuple[str, ...]:
         or any(name not in CHOICES for name in given)
         or len({*given}) < len(given)
     ):
+        example = given if given in CHOICES else CHOICES[0]  # formats=onnx
         raise ValueError(
             f"formats={given}: must be a list of {', '.join(CHOICES)}, each once; "
-            f"pass for example formats=[{CHOICES[0]}]"
+            f"pass for example formats=[{example}]"
         )
     return tuple(given)
 

@@ -117,7 +117,9 @@ def report_results(
         facts.append(("trained for", f"{results['seconds']} s, {speed}"))
     if epoch is not None:
         last, accuracy = results["last_epoch"], metrics["val/accuracy"]
-        facts.append(("best epoch", f"{epoch}/{last}, validation accuracy {accuracy:.4f}"))
+        facts.append(
+            ("best epoch", f"{epoch}, validation accuracy {accuracy:.4f}; the last epoch is {last}")
+        )
     if "test/accuracy" in metrics:
         why = "" if data.has_test else " on validation images, which chose the checkpoint"
         top5 = metrics.get("test/accuracy_top5")

@@ -164,7 +164,7 @@ def test_classes_without_train_are_training_images(root):
 
     assert summary(root, holdout=0.3) == [
         "2 classes, images: 8 training (data/), 4 validation (held out of data/)",
-        "no test images: the validation images test, which choose the checkpoint",
+        "no test images: the test uses the validation images, which choose the checkpoint",
     ]
 
 
@@ -284,6 +284,6 @@ def test_a_folder_of_cifar_follows_the_same_rules(root):
 
     assert data.summary().splitlines() == [
         "2 classes, images: 12 training (train/), 4 validation (Valid/)",
-        "no test images: the validation images test, which choose the checkpoint",
+        "no test images: the test uses the validation images, which choose the checkpoint",
         "left out: 1 hidden file",
     ]

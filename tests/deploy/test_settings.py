@@ -78,8 +78,8 @@ def test_a_sweep_is_an_error():
     ("override", "message"),
     [
         ("int8=1", "int8=1: must be true or false"),
-        ("formats=onnx", "formats=onnx: must be a list of"),
         ("formats=[onnx,onnx]", "each once; pass for example"),
+        ("formats=onnx", r"formats=onnx: must be a list of .*pass for example formats=\[onnx\]"),
         ("formats=[[onnx]]", "must be a list of"),
         ("int8_images=0", "int8_images=0"),
         ("int8_drop=1.5", "int8_drop=1.5"),

@@ -185,7 +185,12 @@ def _plan(hydra: DictConfig) -> tuple[list[str], int | None]:
 def _varied(overrides: Iterable[str], swept: Sequence[str] | None) -> dict[str, str]:
     """The overrides that a sweep varies; all, if that is not known."""
     pairs = (override.partition("=") for override in overrides)
-    return {key.lstrip("+"): value for key, _, value in pairs if swept is None or key in swept}
+    typed = {"True": "true", "False": "false"}  # Hydra's sweeper writes Python's words
+    return {
+        key.lstrip("+"): typed.get(value, value)
+        for key, _, value in pairs
+        if swept is None or key in swept
+    }
 
 
 def _shorten(pair: str) -> str:

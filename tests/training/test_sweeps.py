@@ -190,6 +190,7 @@ def test_a_missing_package_of_sweeps_is_named_with_its_command(plugin):
     ("overrides", "expected"),
     [
         (["model=a", "rdrop=1", "seed=0"], "03-rdrop=1,seed=0"),
+        (["model=a", "rdrop=False", "seed=0"], "03-rdrop=false,seed=0"),
         (["optim.lr=0.0312345678901", "seed=1"], "03-optim.lr=0.03123,seed=1"),
         (["+data.root=/my data/x", "seed=0"], "03-data.root=_my_data_x,seed=0"),
         (["model=a"], "03"),

@@ -131,7 +131,7 @@ def test_a_job_gets_the_composed_configuration_as_plain_types(command):
             ["size.widht=2"],
             None,
             "size.widht: there is no such key; did you mean size.width? allowed beside it are "
-            "size.width; +size.widht=... adds a key",
+            "size.width; +size.widht=2 adds a key",
         ),
         (
             ["alpha"],

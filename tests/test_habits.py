@@ -97,6 +97,30 @@ def test_a_plus_before_a_key_that_exists_is_named():
     assert line == "+optim.lr=1: this key exists; pass optim.lr=1, without a plus"
 
 
+@pytest.mark.slow  # composes the configuration
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("model@experiment.model", "the file that overrides it must begin with # @package _gl"),
+        ("callbacks.early_stopping.patience", "pass callbacks=early_stopping too, which sets it"),
+        ("callbacks.mine.patience", "there is no such key; allowed beside it are rdrop, "),
+        ("data.size", "there is no such key; allowed beside it are data._target_, "),
+        ("model.drop_out", "there is no such key; did you mean model.dropout? "),
+        ("optimiser._target_", "there is no such key; did you mean optimizer._target_? "),
+    ],
+)
+def test_an_unknown_key_is_compared_with_those_beside_it(given, message):
+    error = ConfigCompositionException(
+        f"Could not override '{given}'.\nTo append to your config use +{given}=5"
+    )
+
+    line = cli.explain(error, TRAIN, {})
+
+    assert line is not None
+    assert line.startswith(f"{given}: {message}")
+    assert "model.drop_path" not in line or given.startswith("model.")
+
+
 @pytest.mark.parametrize(("given", "meant"), [("val", "evaluate"), ("export", "deploy")])
 def test_a_command_of_another_framework_names_ours(monkeypatch, capsys, given, meant):
     monkeypatch.setattr("sys.argv", ["repvgg", given])

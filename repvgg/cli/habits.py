@@ -90,6 +90,8 @@ def choice(group: str, given: str) -> str | None:
         return f"pass {group}=custom {group}._target_={given}"
     if group == "model":
         return f"pass model=torchvision model.name={given}, or model=timm model.name={given}"
+    if group == "experiment":
+        return "--config-dir=FOLDER adds the recipes in FOLDER/experiment"
     if group == "data":
         return f"pass data=torchvision data.name={given} data.root=FOLDER"
     return None

@@ -5,6 +5,7 @@ Here they become one line that names keys of the command line.
 """
 
 import contextlib
+import difflib
 import re
 import shlex
 import sys
@@ -63,22 +64,8 @@ def explain(error: Exception, config: Path, settings: Mapping[str, object]) -> s
     if isinstance(error, ConfigCompositionException):
         text = str(error)
         if unknown := re.search(r"Could not override '([^']+)'", text):
-            if "/" in unknown[1]:
-                return (
-                    f"{unknown[1]}: the chosen configs have no such group; --help lists the groups"
-                )
-            given, keys = unknown[1], known_keys(config)
-            value = re.search(rf"\+{re.escape(given)}=(\S*)", text)
-            if instead := habits.key(given, value[1] if value else "", keys):
-                return f"{given}: there is no such key; {instead}"
-            if given in keys:
-                return f"{given}: these choices do not set it; +{given}=... adds it"
-            siblings = [key for key in keys if key.rpartition(".")[0] == given.rpartition(".")[0]]
-            adds = f"; +{given}=... adds a key" if "." in given else ""
-            return (
-                f"{given}: there is no such key; {did_you_mean(given, keys)}"
-                f"allowed beside it are {', '.join(siblings or keys)}{adds}"
-            )
+            value = re.search(rf"\+{re.escape(unknown[1])}=(\S*)", text)
+            return _unknown_key(unknown[1], value[1] if value else "...", config)
         if there := re.search(r"An item is already at '([^']+)'", text):
             value = re.search(rf"'\+\+({re.escape(there[1])}=.*)'", text)
             without = value[1] if value else f"{there[1]}=VALUE"
@@ -106,6 +93,31 @@ def explain(error: Exception, config: Path, settings: Mapping[str, object]) -> s
     if isinstance(error, ValueError | OSError):
         return name_keys(error, settings)
     return None
+
+
+def _unknown_key(given: str, value: str, config: Path) -> str:
+    """The line for a key that the composed configuration lacks."""
+    if "@" in given:  # model@experiment.model
+        return f"{given}: the file that overrides it must begin with # @package _global_"
+    if "/" in given:
+        return f"{given}: the chosen configs have no such group; --help lists the groups"
+    keys = known_keys(config)
+    if instead := habits.key(given, value, keys):
+        return f"{given}: there is no such key; {instead}"
+    if given in keys:
+        return f"{given}: these choices do not set it; +{given}=... adds it"
+    section, _, name = given.rpartition(".")
+    group, _, choice = section.partition(".")
+    if choice and (config.parent / group / f"{choice}.yaml").is_file():
+        return f"{given}: pass {group}={choice} too, which sets it"
+    siblings = [key for key in keys if key.rpartition(".")[0] == section]
+    near = difflib.get_close_matches(name, [key.rpartition(".")[2] for key in siblings], n=1)
+    hint = f"did you mean {section}.{near[0]}? " if section and near else ""
+    if not section or not siblings:
+        hint = did_you_mean(given, keys)
+    beside = siblings or [key for key in keys if "." not in key]
+    adds = f"; +{given}={value} adds a key" if section else ""
+    return f"{given}: there is no such key; {hint}allowed beside it are {', '.join(beside)}{adds}"
 
 
 def _passed_choice(missing: str, arguments: Iterable[str]) -> tuple[str, str]:

@@ -213,6 +213,8 @@ def _check_keys(config: Config, kind: type, prefix: str) -> None:
     known = [field.name for field in dataclasses.fields(kind)]
     for key in config:
         if key not in known:
+            if key == "experiment":
+                raise ValueError("experiment: the recipe must begin with # @package _global_")
             if not prefix and (instead := habits.key(key, str(config[key]), known)):
                 raise ValueError(f"{key}: there is no such key; {instead}")
             others = (

@@ -61,6 +61,7 @@ def test_short_names_of_precisions_are_lightnings(typed, precision):
         ("+loss.margin=1", "loss.margin=1: has no effect without loss._target_"),
         ("loss=focal", "loss=focal: pass loss._target_=package.Class"),
         ("loss=mine.focal", "loss=mine.focal: pass loss._target_=mine.focal"),
+        ("+experiment.seed=1", "experiment: the recipe must begin with # @package _global_"),
         ("+epochs=10", "epochs: there is no such key; pass trainer.max_epochs=10"),
         ("scheduler_interval=epoch", "scheduler_interval='epoch': has no effect without sched"),
         (

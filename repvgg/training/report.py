@@ -22,6 +22,7 @@ from repvgg.training import runs
 from repvgg.training.classifier import Classifier
 from repvgg.training.divergence import Diverged
 from repvgg.training.groups import parameter_groups
+from repvgg.training.resuming import recorded_choices
 from repvgg.training.schedule import Steps
 from repvgg.training.settings import LearningRate, Settings, TrainerArguments, is_emulated
 
@@ -56,7 +57,8 @@ def describe_run(
         name: of the network.
         sizes: of the network before and after folding; None if it cannot be folded or counted.
     """
-    choices = HydraConfig.get().runtime.choices
+    # A resumed run is composed anew: the choices of that are today's defaults.
+    choices = recorded_choices(folder) if settings.resume else HydraConfig.get().runtime.choices
     source = choices.get("data") or settings.data["_target_"]
     height, width = data.contract.image_size
     channels = data.contract.in_channels

@@ -172,7 +172,7 @@ def _changes(passed: list["Override"], recorded: Config, folder: Path) -> dict[s
     """What was passed beside `resume` and differs from what was recorded."""
     from omegaconf import OmegaConf
 
-    choices = _recorded_choices(folder)
+    choices = recorded_choices(folder)
     changes: dict[str, object] = {}
     for one in passed:
         key, line = one.key_or_group, one.input_line
@@ -218,7 +218,7 @@ def _fail_removed(key: str, value: object, folder: Path) -> NoReturn:
     )
 
 
-def _recorded_choices(folder: Path) -> dict[str, str]:
+def recorded_choices(folder: Path) -> dict[str, str]:
     """The choice of each group; runs of version 0.1 recorded only those that were passed."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf

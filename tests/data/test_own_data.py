@@ -35,6 +35,7 @@ def test_the_example_trains_resumes_deploys_and_predicts(tmp_path):
     assert f"if you trust it, pass {own} too" in refused.stderr
     resumed = run(program, last, "trainer.max_epochs=3", own, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.startswith("data          custom: 2 classes")  # not today's default
 
     deployed = run(
         *("deploy.py", "ckpt=run/checkpoints/best.ckpt", "data=custom", own, "formats=[onnx]"),

@@ -4,7 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.errors import (
+    ConfigCompositionException,
+    MissingConfigException,
+    OverrideParseException,
+)
 
 from repvgg import __main__, cli
 from repvgg.cli import habits
@@ -83,6 +87,25 @@ def test_a_choice_is_compared_without_its_capitals():
     error = MissingConfigException("", "model/RepVGG_A0", ["custom", "repvgg_a0"])
 
     assert "did you mean repvgg_a0?" in str(cli.explain(error, TRAIN, {}))
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "instead"),
+    [
+        ("train", "photos", "pass data=imagefolder data.root=photos"),
+        ("train", "a.ckpt", "pass init=a.ckpt or resume=a.ckpt"),
+        ("deploy", "a.ckpt", "pass ckpt=a.ckpt"),
+    ],
+)
+def test_a_path_without_a_key_gets_its_key(tmp_path, monkeypatch, config, given, instead):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "a.ckpt").touch()
+    monkeypatch.chdir(tmp_path)
+    error = OverrideParseException(given, "no viable alternative")
+
+    line = cli.explain(error, cli.CONFIGS / f"{config}.yaml", {})
+
+    assert line == f"{given}: is no key=value; {instead}"
 
 
 def test_a_plus_before_a_key_that_exists_is_named():

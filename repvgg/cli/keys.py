@@ -74,7 +74,8 @@ def _parse(argument: str, defaults: Config) -> tuple[str, object]:
 
     key, equals, given = argument.partition("=")
     if not equals or key not in defaults:
-        instead = habits.key(key, given, defaults) if equals else None
+        first = f"pass {next(iter(defaults))}={argument}"  # repvgg inspect best.ckpt
+        instead = habits.key(key, given, defaults) if equals else first
         hint = f"{instead}; " if instead else f"{did_you_mean(key, defaults)}pass key=value, "
         raise ValueError(
             f"{argument}: there is no such key; {hint}allowed are {', '.join(defaults)}"

@@ -57,6 +57,14 @@ def explain(error: Exception, config: Path, settings: Mapping[str, object]) -> s
             f"allowed are {', '.join(error.options)}"
         )
     if isinstance(error, OverrideParseException):
+        given = str(error.override)
+        if "=" not in given and Path(given).exists():
+            meant: str | None = f"pass ckpt={given}"
+            if config.stem == "train":
+                meant = f"pass init={given} or resume={given}"
+                if Path(given).is_dir():
+                    meant = habits.choice("data", given)
+            return f"{given}: is no key=value; {meant}"
         return (
             f"cannot parse '{error.override}'; pass key=value, and quote a value that holds "
             f"spaces or any of = , ( ) [ ] {{ }}, as in \"key='a b'\""

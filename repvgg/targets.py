@@ -17,6 +17,7 @@ from repvgg.checks import ArgumentError, did_you_mean, wrong_value
 
 FROM_USER_CODE = "_from_user_code"  # attribute of an error that was sent to another process
 LONGEST_SIGNATURE = 300  # characters
+LIBRARIES = {"torch", "torchvision", "lightning", "timm"}  # whose errors speak of arguments
 INSTALLED = {"site-packages", "dist-packages"}  # folders of packages, in any environment
 CLONE = Path(__file__).absolute().parents[1]
 NOT_THE_USERS = [CLONE / "repvgg", CLONE / "scripts", Path(sysconfig.get_path("stdlib"))]
@@ -123,10 +124,18 @@ def call(
     """Call the user's function or class, if it takes these arguments.
 
     Raises:
-        ArgumentError: it does not; the message shows its signature. Its own errors pass through.
+        ArgumentError: it does not, and the message shows its signature; or it is of one of the
+            LIBRARIES and rejects the values. Other errors of its own pass through.
     """
     check_arguments(function, key, target, *positional, **arguments)
-    return function(*positional, **arguments)
+    try:
+        return function(*positional, **arguments)
+    except Exception as error:  # libraries raise any kind for a wrong value
+        library = str(getattr(function, "__module__", "")).partition(".")[0]
+        if library not in LIBRARIES or is_from_user_code(error):
+            raise
+        detail = " ".join(str(error).split()) or type(error).__name__
+        raise ArgumentError(f"{key}={target}: rejects its arguments: {detail}", key) from error
 
 
 def check_arguments(

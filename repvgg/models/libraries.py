@@ -27,6 +27,8 @@ Factory = Callable[..., object]  # the user's; returns an nn.Module
 
 # Arguments of timm that read files or the network: a checkpoint must not.
 NOT_REBUILT = ("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+# What libraries raise for an argument's wrong value, beside ValueError.
+WRONG_ARGUMENT = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
 # These return auxiliary outputs beside the logits, and warn of the default of init_weights.
 WITH_AUXILIARY = ("googlenet", "inception_v3")
 
@@ -213,9 +215,11 @@ def make_torchvision(name: str, weights: object, given: Mapping[str, Plain]) -> 
 
     try:
         return cast(nn.Module, models.get_model(name, weights=weights, **given))
-    except TypeError as error:
+    except WRONG_ARGUMENT as error:
         shown = ", ".join(f"{key}={value}" for key, value in given.items() if key != "num_classes")
-        raise ValueError(f"{shown}: torchvision's {name} does not take this ({error})") from error
+        raise ValueError(
+            f"{shown}: torchvision's {name} does not take this ({_detail(error)})"
+        ) from error
 
 
 def make_timm(name: object, given: Mapping[str, Plain]) -> nn.Module:
@@ -230,9 +234,13 @@ def make_timm(name: object, given: Mapping[str, Plain]) -> nn.Module:
         )
     try:
         return cast(nn.Module, timm.create_model(str(name), **given))
-    except TypeError as error:
+    except WRONG_ARGUMENT as error:
         shown = ", ".join(f"{key}={value}" for key, value in given.items() if key != "num_classes")
-        raise ValueError(f"{shown}: timm's {name} does not take this ({error})") from error
+        raise ValueError(f"{shown}: timm's {name} does not take this ({_detail(error)})") from error
+
+
+def _detail(error: Exception) -> str:
+    return repr(error) if isinstance(error, LookupError) or not str(error) else str(error)
 
 
 def _timm() -> ModuleType:

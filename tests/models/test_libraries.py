@@ -175,6 +175,7 @@ def test_timms_networks_take_their_own_arguments():
         ({"name": "mobilnetv3_small_050"}, "did you mean mobilenetv3_small_050"),
         ({"name": "hf-hub:somebody/network"}, "unknown name 'hf-hub"),
         ({"foo": 1}, "foo=1, in_chans=3: timm's mobilenetv3_small_050 does not take this"),
+        ({"act_layer": "nope"}, r"does not take this \(KeyError\('nope'\)\)"),
         ({"strides": [1, 1, 1, 1, 1]}, "must be None: timm's networks have none"),
         ({"checkpoint_path": "/etc/passwd"}, "checkpoint_path"),
         ({"branch_drop": 0.1}, "needs over_parameterize=true"),

@@ -174,6 +174,7 @@ def test_none_keeps_the_default_of_the_builder():
         ({"name": "resnet18", "strides": [1] * 5}, "strides=.*must be None"),
         ({"name": "resnet18", "drop_path": 0.1}, "drop_path=0.1: must be None"),
         ({"name": "resnet18", "dropout": 0.1}, "dropout=0.1: .*resnet18 does not take this"),
+        ({"name": "vit_b_16", "image_size": 15}, r"image_size=15: .*\(Input shape indivisible"),
         (
             {"name": "resnet18", "over_parameterize": True, "branch_drop": 1.5},
             "branch_drop=1.5",

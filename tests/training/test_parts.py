@@ -12,6 +12,8 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
+from repvgg import targets
+from repvgg.checks import ArgumentError
 from repvgg.data.sets import digits
 from repvgg.losses import rdrop_loss, symmetric_kl
 from repvgg.models.forms import switch_to_deploy
@@ -167,6 +169,28 @@ def test_an_optimizer_of_timm_trains(tmp_path):
 def test_an_optimizer_that_cannot_be_made_is_an_error(name, message):
     with pytest.raises(ValueError, match=message):
         classifier(optimizer=optimizer(name)).make_optimizer()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("torch.optim.RMSprop", {"alpha": "abc"}, "'<=' not supported"),
+        ("torch.optim.Adam", {"betas": 3}, "'int' object is not subscriptable"),
+    ],
+)
+def test_a_value_that_an_optimizer_of_torch_rejects_is_a_mistake(name, arguments, message):
+    with pytest.raises(ArgumentError, match=rf"{name}: rejects its arguments: {message}"):
+        classifier(optimizer=optimizer(name, **arguments)).make_optimizer()
+
+
+def test_an_error_of_the_users_own_code_within_a_library_passes_through(tmp_path, monkeypatch):
+    (tmp_path / "own_rate.py").write_text("def rate(step):\n    raise KeyError('own')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = {"lr_lambda": targets.locate("own_rate.rate", "scheduler.lr_lambda")}
+    made = scheduler(f"{LR_SCHEDULER}.LambdaLR", **arguments)
+
+    with pytest.raises(KeyError, match="own"):
+        made.make(classifier().make_optimizer())
 
 
 # Schedules

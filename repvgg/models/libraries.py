@@ -21,7 +21,7 @@ from repvgg.checks import (
 from repvgg.contract import Plain
 from repvgg.models.branches import pair
 from repvgg.models.over_parameterize import over_parameterize as expand
-from repvgg.targets import accepts, call, check_arguments
+from repvgg.targets import accepts, call, check_arguments, signature_of
 
 Factory = Callable[..., object]  # the user's; returns an nn.Module
 
@@ -170,6 +170,13 @@ def check_custom(
     Raises:
         ArgumentError: the factory does not take them.
     """
+    signature = signature_of(factory)
+    if name not in ("", "custom") and signature is not None and "name" in signature.parameters:
+        raise ArgumentError(
+            f"name={name}: names the run and is not passed on to {_target_}; let it take another "
+            "argument, or write a function that does",
+            "name",
+        )
     given = custom_arguments(factory, _target_, num_classes, in_channels, arguments)
     check_arguments(factory, "model", _target_, **given)
 

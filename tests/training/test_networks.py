@@ -6,6 +6,7 @@ import torch
 
 from repvgg import checkpoint
 from repvgg.checks import ArgumentError
+from repvgg.models.libraries import check_custom
 from repvgg.training.compatibility import check_batch_of_one, check_runs
 from repvgg.training.criterion import check_loss
 from repvgg.training.parts import Part
@@ -222,3 +223,15 @@ def test_a_network_that_its_factory_gives_in_eval_mode_trains(code):
     done = run("train.py", "model=custom", "model._target_=mynets.loaded", *arguments, cwd=code)
 
     assert done.returncode == 0, done.stderr
+
+
+def test_a_name_that_a_factory_would_not_get_is_an_error():
+    def build(num_classes, name="small"):
+        raise AssertionError("it only names the run")
+
+    config = {"_target_": "own.build", "num_classes": 2, "in_channels": 1}
+    check_custom(build, **config, name="custom")
+
+    with pytest.raises(ArgumentError, match=r"^name=wide: .* not passed on to own\.build"):
+        check_custom(build, **config, name="wide")
+    check_custom(lambda num_classes, **rest: None, **config, name="wide")

@@ -208,6 +208,8 @@ def _name_classes(
         if isinstance(given, str) or not isinstance(given, Sequence) or len(given) < 2:
             raise wrong_value("classes", given, "must be at least two names", "[cat,dog]")
         names = [str(name) for name in given]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise wrong_value("classes", given, f"names {twice} twice", "[cat,dog]")
         source = "data.classes"
     else:
         stated = {part: stated_classes(dataset) for part, dataset in parts.items()}

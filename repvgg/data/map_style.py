@@ -9,9 +9,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 
 from repvgg.checks import ArgumentError
+from repvgg.data.split import first_names
 
 KEY = "data._target_"
 INSTEAD = {  # of what can be returned by mistake
@@ -114,7 +115,20 @@ def stated_labels(dataset: object) -> Tensor | None:
 
 
 def stated_classes(dataset: object) -> list[str]:
-    """The names under `classes`, as torchvision's data sets have them; none if there are none."""
+    """The names under `classes`, as torchvision's data sets have them; none if there are none.
+
+    Raises:
+        ArgumentError: data sets that were concatenated have other classes.
+    """
+    if isinstance(dataset, ConcatDataset):
+        first, *others = (stated_classes(part) for part in dataset.datasets)
+        if different := next((names for names in others if names != first), None):
+            raise ArgumentError(
+                f"{KEY}: concatenates data sets of the classes {first_names(first) or 'unknown'} "
+                f"and {first_names(different)}; they must be the same, in the same order",
+                KEY,
+            )
+        return [] if any(names != first for names in others) else first
     while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
         dataset = dataset.dataset  # of a Subset
     given = getattr(dataset, "classes", None)

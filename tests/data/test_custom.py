@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+)
 from torchvision.transforms import v2
 
 from repvgg import targets
@@ -134,6 +141,7 @@ def test_one_two_or_three_parts_are_taken(given, sizes):
     [
         (Named(), {}, ["cat", "dog"]),
         (Subset(Named(), range(10)), {}, ["cat", "dog"]),
+        (ConcatDataset([Named(), Subset(Named(), range(10))]), {}, ["cat", "dog"]),
         (Named(), {"classes": ["no", "yes", "other"]}, ["no", "yes", "other"]),
         (Items(), {}, ["0", "1"]),
     ],
@@ -476,3 +484,17 @@ def test_many_images_in_memory_keep_no_files_open():
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
     assert len(data.train.images) + len(data.val.images) == len(grey)
+
+
+@pytest.mark.parametrize("classes", [["dog", "cat"], []])
+def test_concatenated_data_sets_with_other_classes_are_an_error(classes):
+    other = Named()
+    other.classes = classes
+
+    with pytest.raises(ValueError, match=r"classes (cat, dog|unknown) and (dog, cat|cat, dog)"):
+        opened(ConcatDataset([other, Named()] if not classes else [Named(), other]))
+
+
+def test_a_class_that_is_named_twice_is_an_error():
+    with pytest.raises(ValueError, match=r"^classes=\['cat', 'cat'\]: names cat twice"):
+        opened(Items(), classes=["cat", "cat"])

@@ -23,6 +23,7 @@ from repvgg.data.scan import CACHE
 
 VERSION = 1  # of the content; another one makes all files stale
 LEAST = 2_000  # images; fewer are decoded at each start
+READ = 2**20  # bytes of a file in the key
 Tensors = dict[str, Tensor]
 
 
@@ -31,7 +32,8 @@ def fingerprint(
 ) -> str:
     """A key that changes with each file, label and setting, and with the decoder.
 
-    A file is its path, its size and the time of its last change: its content is not read.
+    A file is its path, its size and the time of its last change. Of each folder the first file is
+    read too, or classes whose folders exchange their names could look the same.
 
     Args:
         root: paths in the key start here, so a folder can be moved.
@@ -40,13 +42,25 @@ def fingerprint(
     decoder = (VERSION, PIL.__version__, features.version("jpg"))
     digest = hashlib.sha256(repr((decoder, sorted(settings.items()))).encode())
     start = f"{root}{os.sep}"
+    folders: set[str] = set()
     for part, (paths, labels) in files.items():
         digest.update(repr((part, labels.tolist())).encode())
         for path in map(str, paths):
             status = os.stat(path)
             key = (path.removeprefix(start), status.st_size, status.st_mtime_ns)
             digest.update(repr(key).encode())
+            if (folder := os.path.dirname(path)) not in folders:
+                folders.add(folder)
+                digest.update(_beginning(path))
     return digest.hexdigest()
+
+
+def _beginning(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(READ)
+    except OSError:  # reported where it is decoded
+        return b""
 
 
 def cached(root: Path, name: str, key: str, make: Callable[[], Tensors]) -> tuple[Tensors, str]:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from repvgg.data import cache, memory
@@ -113,6 +114,23 @@ def test_a_change_is_noticed_and_the_file_written_anew(change, root, decoded):
 
     assert len(decoded) == 2
     assert torch.equal(changed.train.images, again.train.images)
+
+
+def test_classes_whose_folders_exchange_their_names_decode_again(tmp_path):
+    for value, name in ((0, "cat"), (200, "dog")):
+        (tmp_path / name).mkdir()
+        for number in range(6):  # files of one size and one time
+            path = tmp_path / name / f"{number}.bmp"
+            Image.new("RGB", (16, 16), (value,) * 3).save(path)
+            os.utime(path, (1e9, 1e9))
+    before = opened(tmp_path).train
+
+    for old, new in (("cat", "other"), ("dog", "cat"), ("other", "dog")):
+        (tmp_path / old).rename(tmp_path / new)
+    after = opened(tmp_path).train
+
+    assert set(before.images[before.labels == 0].unique().tolist()) == {0}
+    assert set(after.images[after.labels == 0].unique().tolist()) == {200}
 
 
 @pytest.mark.parametrize(

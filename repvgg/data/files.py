@@ -22,6 +22,7 @@ from repvgg.data import progress
 from repvgg.data.batches import Batch, Request, Stored, same_seed
 from repvgg.data.images import MOST_PIXELS, TooManyPixels, fit, open_image, pixel_limit, to_tensor
 from repvgg.data.workers import Workers
+from repvgg.targets import is_from_user_code
 
 Fit = Callable[[Image.Image], Image.Image]
 Transform = Callable[[Image.Image], Tensor]
@@ -228,6 +229,8 @@ class _Decode:
             try:
                 return chosen, self._prepare(self.files.open(chosen), seed)
             except self.files.SKIPPABLE as error:
+                if is_from_user_code(error):  # of a transform, and no fault of the image
+                    raise
                 failures.append(_one_line(error, self.files.max_pixels))
                 if not self.files.skip_unreadable:
                     break

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from repvgg import targets
 from repvgg.data.batches import Batches, Request
 from repvgg.data.files import Files, Shards, store
 from repvgg.data.folders import imagefolder
@@ -125,6 +126,22 @@ def test_or_another_takes_its_place_and_it_is_counted(workers, root):
     assert [message.partition(":")[0] for message in source.unreadable] == [
         str(root / "train" / "cat" / "5.jpg")
     ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_the_users_own_transform_is_no_fault_of_the_image(workers, root, monkeypatch):
+    monkeypatch.setattr(targets, "NOT_THE_USERS", [ROOT / "repvgg"])
+    source = files(root / "train", num_workers=workers, skip_unreadable=True)
+
+    with pytest.raises(ValueError, match="^of my transform") as caught:
+        list(source.read([Request(torch.tensor([4, 5]), 0)], failing))
+
+    assert targets.is_from_user_code(caught.value)
+    assert not source.unreadable
+
+
+def failing(image):
+    raise ValueError("of my transform")
 
 
 def test_what_is_decoded_into_memory_is_what_the_files_give(root):

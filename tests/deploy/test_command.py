@@ -549,8 +549,8 @@ def test_a_network_of_torchvision_is_trained_and_deployed(tmp_path):
         "model.name=resnet18",
         "model.over_parameterize=true",
         "trainer.max_epochs=1",
-        "+trainer.limit_train_batches=3",
-        "data.batch_size=128",
+        *(f"+trainer.limit_{part}_batches=1" for part in ("train", "val", "test")),
+        "data.batch_size=16",
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr

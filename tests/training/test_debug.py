@@ -23,9 +23,8 @@ def test_a_debug_config_says_its_command_and_composes(debug, data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rdrop", ["false", "true"])
-def test_one_batch_of_each_part_runs_and_nothing_is_saved(rdrop, tmp_path):
-    done = run("train.py", *TINY, "debug=fdr", f"rdrop={rdrop}", cwd=tmp_path)
+def test_one_batch_of_each_part_runs_and_nothing_is_saved(tmp_path):
+    done = run("train.py", *TINY, "debug=fdr", "rdrop=true", cwd=tmp_path)
 
     assert (done.returncode, done.stderr) == (0, "")
     assert "1 epoch, 1 step of 32 images" in done.stdout
@@ -42,11 +41,8 @@ def test_a_limited_run_is_a_whole_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rdrop", ["false", "true"])
-def test_a_few_batches_are_learned_by_heart(rdrop, tmp_path):
-    done = run(
-        "train.py", *TINY, "debug=overfit", f"rdrop={rdrop}", "trainer.max_epochs=20", cwd=tmp_path
-    )
+def test_a_few_batches_are_learned_by_heart(tmp_path):
+    done = run("train.py", *TINY, "debug=overfit", "trainer.max_epochs=12", cwd=tmp_path)
 
     assert (done.returncode, done.stderr) == (0, "")
     losses = [

@@ -21,12 +21,12 @@ class MyNet(nn.Module):
     def __init__(self, num_classes, in_channels=1, width=8):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(width)
+        self.norms = nn.Sequential(nn.BatchNorm2d(width), nn.BatchNorm2d(width))
         self.drop = nn.Dropout(0.2)
         self.linear = nn.Linear(width, num_classes)
 
     def forward(self, images):
-        return self.linear(self.drop(self.bn(self.conv(images)).relu().mean((2, 3))))
+        return self.linear(self.drop(self.norms(self.conv(images)).relu().mean((2, 3))))
 
 
 class Features(MyNet):
@@ -137,15 +137,19 @@ def test_it_trains_on_from_its_checkpoint_and_inspect_names_its_code(trained):
 
 
 @pytest.mark.slow
-def test_it_trains_on_two_devices(trained):
+def test_it_trains_on_two_devices_with_frozen_modules(trained):
     folder, _ = trained
-    devices = ("trainer.devices=2", "trainer.accelerator=cpu", "data.batch_size=128")
+    devices = ("trainer.devices=2", "trainer.accelerator=cpu", "trainer.strategy=ddp")
+    frozen = ("freeze=[norms.0]", "optim.layer_decay=0.8", "hydra.run.dir=runs/two")
 
-    done = run_process(
-        "train.py", *CUSTOM, "trainer.max_epochs=1", *devices, "hydra.run.dir=runs/two", cwd=folder
-    )
+    done = run_process("train.py", *CUSTOM, *SHORT, *frozen, *devices, cwd=folder)
 
     assert done.returncode == 0, done.stderr
+    last = folder / "runs" / "two" / "checkpoints" / "last.ckpt"
+    kept = torch.load(last, weights_only=True)["state_dict"]
+    assert kept["net.norms.0.num_batches_tracked"] == 0
+    assert kept["net.norms.1.num_batches_tracked"] > 0
+    assert done.stdout.count("frozen norms.0: 8 parameters") == 1
 
 
 @pytest.mark.parametrize(
@@ -174,7 +178,7 @@ def test_a_network_that_cannot_be_trained_is_an_error_in_one_line(code, argument
     [("broken", "of my own code"), ("FailsLater", "of my own forward")],
 )
 def test_an_error_of_the_users_own_code_keeps_its_traceback(code, name, line):
-    done = run_process("train.py", "model=custom", f"model._target_=mynets.{name}", cwd=code)
+    done = run("train.py", "model=custom", f"model._target_=mynets.{name}", cwd=code)
 
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == f"ValueError: {line}"

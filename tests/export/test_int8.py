@@ -32,15 +32,20 @@ def images(count: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
+def exported():
+    """The folded network, its description and its graph, which no test changes."""
+    model, description = deployed()
+    return model, description, build_onnx(model, description)
+
+
+@pytest.fixture(scope="module")
 def found():
     model, description = deployed()
     return model, quantize(model, description, images(24), held_out=images(24, 1))
 
 
-def test_layers_are_named_as_in_the_network():
-    model, description = deployed()
-
-    assert list(layers(build_onnx(model, description))) == [
+def test_layers_are_named_as_in_the_network(exported):
+    assert list(layers(exported[-1])) == [
         "stem",
         "stages.0.0",
         "stages.1.0",
@@ -52,11 +57,11 @@ def test_layers_are_named_as_in_the_network():
     ]
 
 
-def test_what_is_measured_is_what_the_network_computes():
-    model, description = deployed()
+def test_what_is_measured_is_what_the_network_computes(exported):
+    model, description, proto = exported
     seen = []
 
-    histograms = measure(build_onnx(model, description), description, images(20))
+    histograms = measure(proto, description, images(20))
     model.stem.register_forward_hook(lambda *args: seen.append(args[-1]))
     with torch.no_grad():
         mean, std = (torch.tensor(v)[:, None, None] for v in (CONTRACT.mean, CONTRACT.std))
@@ -133,9 +138,8 @@ def test_a_quantized_file_is_a_quarter_of_the_float_one():
     assert rounded.ByteSize() < 0.27 * proto.ByteSize()
 
 
-def test_a_layer_that_is_kept_stays_in_float32_with_its_activation():
-    model, description = deployed()
-    proto = build_onnx(model, description)
+def test_a_layer_that_is_kept_stays_in_float32_with_its_activation(exported):
+    _, description, proto = exported
     ranges = {name: minmax(h) for name, h in measure(proto, description, images(4)).items()}
 
     graph = rewrite(proto, ranges, description, keep=["stages.1.0"]).graph

@@ -25,7 +25,7 @@ from tests.support.networks import settle
 def test_rdrop_in_one_forward_costs_few_operations():
     flops = {}
     for way in benchmark_rdrop.WAYS:
-        step = benchmark_rdrop.training_step(way, "repvgg_a0", "32x64x10", torch.device("cpu"))
+        step = benchmark_rdrop.training_step(way, "repvgg_a0", "32x8x10", torch.device("cpu"))
         step()  # detects stochastic layers
         flops[way] = timing.count_flops(step)
 
@@ -48,7 +48,7 @@ def test_the_rdrop_benchmark_prints_a_row_per_way(run, monkeypatch, in_threads):
 
 
 @pytest.mark.slow
-def test_the_fusion_benchmark_writes_table_and_figure(run, tmp_path):
+def test_the_fusion_benchmark_writes_table_and_figure(run, tmp_path, in_threads):
     out = run(
         benchmark_fusion,
         "networks=[resnet18]",

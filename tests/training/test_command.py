@@ -15,7 +15,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import repvgg
 from repvgg.contract import to_float
 from tests.support import foreign
-from tests.support.commands import ROOT, SECONDS, SHORT, make, run, run_process, tree, wait_for
+from tests.support.commands import (
+    ROOT,
+    SECONDS,
+    SHORT,
+    make,
+    quiet,
+    run,
+    run_process,
+    tree,
+    wait_for,
+)
 from tests.support.networks import settle
 
 
@@ -52,14 +62,6 @@ def test_training_shows_its_progress(trained):
         rf"Epoch 2: {number} s, train/loss {number}, val/accuracy {number}", lines[2]
     )
     assert trained.stderr == ""
-
-
-@pytest.mark.slow
-def test_a_process_of_its_own_trains_the_same_weights_without_a_warning(folder, tmp_path):
-    done = run_process("train.py", *SHORT, "hydra.run.dir=run", cwd=tmp_path)
-
-    assert (done.returncode, done.stderr) == (0, "")
-    assert same_weights(folder, tmp_path / "run")
 
 
 def test_a_run_keeps_configuration_events_and_two_checkpoints(folder):
@@ -154,21 +156,25 @@ def test_ctrl_c_saves_and_resuming_ends_with_the_weights_of_an_undisturbed_run(
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_resumes_with_the_same_command(trained, folder, tmp_path):
+def test_a_run_that_was_killed_resumes_with_the_same_command_without_a_warning(
+    trained, folder, tmp_path
+):
     command = [*SHORT, "hydra.run.dir=job", "resume=auto"]
     process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *command],
+        [sys.executable, "-W", "error", *quiet(), ROOT / "train.py", *command],
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     wait_for(tmp_path / "job" / "checkpoints" / "last.ckpt", process)
     process.kill()
-    process.wait()
+    _, said = process.communicate()
 
-    resumed = run("train.py", *command, cwd=tmp_path)
+    resumed = run_process("train.py", *command, cwd=tmp_path)
 
-    assert resumed.returncode == 0, resumed.stderr
+    assert said == ""
+    assert (resumed.returncode, resumed.stderr) == (0, "")
     assert same_weights(folder, tmp_path / "job")
 
 

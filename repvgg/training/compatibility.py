@@ -148,6 +148,17 @@ def check_same_steps(
         )
 
 
+def describe_rest(resume: str, steps: Steps) -> list[str]:
+    """A line for a run that has nothing left to train."""
+    done = torch.load(resume, weights_only=True, map_location="cpu", mmap=True)["global_step"]
+    if done < steps.total:
+        return []
+    return [
+        f"nothing is left to train: {done} of {steps.total} steps are done; trainer.max_epochs=N "
+        "makes the run longer"
+    ]
+
+
 def check_runs(network: nn.Module, images: Tensor, model: Config) -> None:
     """Check that a network runs on the images and gives logits of the classes.
 

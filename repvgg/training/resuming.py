@@ -88,7 +88,9 @@ def plan(arguments: cli.Arguments) -> cli.Plan:
     else:
         path = Path(str(given)).expanduser()
     if not path.is_file():
-        raise ValueError(f"resume={path}: there is no such file; pass a run's last.ckpt")
+        inside = path / LAST
+        advice = f"pass resume={inside}" if inside.is_file() else "pass a run's last.ckpt"
+        raise ValueError(f"resume={path}: there is no such file; {advice}")
     folder = path.absolute().parent.parent
     if not (folder / CONFIG).is_file():
         raise ValueError(f"resume={path}: not in the folder of a run, which holds {CONFIG}")

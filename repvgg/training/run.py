@@ -103,6 +103,7 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> flo
     if resume is not None:
         differences = compatibility.check_resumed(resume, model, data, images, factory)
         notes += [*resuming.describe_changes(config, folder), *differences]
+        notes += compatibility.describe_rest(resume, steps)
         compatibility.check_same_steps(resume, config, len(data.train.labels), steps, folder)
     compatibility.check_runs(network, to_float(images[:2]), model)
     compatibility.check_batch_of_one(network, to_float(images[:1]), data.batch_size)

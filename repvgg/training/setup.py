@@ -227,9 +227,10 @@ def find_stochastic(
             str(settings.model.get("library")),
             "model.over_parameterize=true model.branch_drop=0.1",
         )
+        name = settings.model.get("_target_") or settings.model["name"]
         raise ValueError(
-            f"rdrop={settings.rdrop:g}: {settings.model['name']} has no stochastic layer, so two "
-            f"predictions are equal; pass rdrop=false, or {advice}"
+            f"rdrop={settings.rdrop:g}: {name} has no stochastic layer, so two predictions are "
+            f"equal; pass rdrop=false, or {advice}"
         )
     return found
 

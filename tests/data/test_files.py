@@ -133,7 +133,7 @@ def test_an_error_of_the_users_own_transform_is_no_fault_of_the_image(workers, r
     monkeypatch.setattr(targets, "NOT_THE_USERS", [ROOT / "repvgg"])
     source = files(root / "train", num_workers=workers, skip_unreadable=True)
 
-    with pytest.raises(ValueError, match="^of my transform") as caught:
+    with pytest.raises(ValueError, match=r"^of my transform") as caught:
         list(source.read([Request(torch.tensor([4, 5]), 0)], failing))
 
     assert targets.is_from_user_code(caught.value)

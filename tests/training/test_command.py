@@ -441,6 +441,18 @@ def test_classes_that_were_renamed_are_an_error_when_a_run_is_resumed(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_finished_run_that_is_resumed_says_so(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "mine")
+
+    where = run("train.py", "resume=mine", cwd=tmp_path)
+    done = run("train.py", "resume=mine/checkpoints/last.ckpt", cwd=tmp_path)
+
+    assert "there is no such file; pass resume=mine/checkpoints/last.ckpt" in where.stderr
+    assert done.returncode == 0, done.stderr
+    assert "nothing is left to train: 30 of 30 steps are done; trainer.max_epochs=N" in done.stdout
+
+
 def test_a_finished_run_can_be_made_longer(trained, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "it's moved")
 

@@ -318,6 +318,16 @@ def test_the_classifier_of_any_network_is_the_layer_declared_last():
 NAMES = [f"class {i}" for i in range(CONFIG["num_classes"])]
 
 
+def test_a_thousand_folders_are_matched_by_name_where_the_checkpoint_has_their_names():
+    folders = [f"n{10000000 + number}" for number in range(1000)]
+    source, network = fresh(num_classes=1000), fresh(num_classes=1000)
+    start = network_of(source)._replace(data=contract(folders[::-1]))
+
+    checkpoint.initialize(network, start, torch.zeros(2, 1, 8, 8), classes=folders)
+
+    assert torch.equal(network.linear.weight, source.linear.weight.flip(0))
+
+
 @pytest.mark.parametrize("form", ["training", "deployed"])
 @pytest.mark.parametrize("order", ["reversed", "one more", "one renamed", "none known"])
 @torch.no_grad()

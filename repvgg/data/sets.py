@@ -24,6 +24,8 @@ from repvgg.data.module import ImageData
 from repvgg.data.scan import check_name, has_part, read_parts
 from repvgg.data.split import hold_out
 
+BATCH_SIZE = 64  # by default
+
 
 class Options(TypedDict, total=False):
     """Arguments of `ImageData` with a default, which every data set takes."""
@@ -142,6 +144,7 @@ def image_data(
     augment: AnyAugmentation | None,
     options: BatchOptions,
 ) -> ImageData:
+    complete: BatchOptions = {"batch_size": BATCH_SIZE, **options}
     return ImageData(
         found.sources["train"],
         found.sources["val"],
@@ -150,7 +153,7 @@ def image_data(
         augment=augment,
         origins=found.origins,
         notes=found.notes,
-        **options,
+        **complete,
     )
 
 

@@ -5,8 +5,9 @@ import torch
 
 from repvgg.data.augment import random_affine
 from repvgg.data.batches import Batches, Stored
+from repvgg.data.folders import imagefolder
 from repvgg.data.sets import digits
-from tests.support.commands import run
+from tests.support.commands import make, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,6 +41,12 @@ def test_the_embedded_file_is_what_the_script_builds(tmp_path):
     run("scripts/make_digits.py", str(made), cwd=tmp_path)
 
     assert made.read_bytes() == (ROOT / "repvgg" / "data" / "digits.safetensors").read_bytes()
+
+
+def test_a_folder_of_images_needs_no_more_than_its_place(tmp_path):
+    assert (
+        imagefolder(root=str(make(tmp_path / "photos", count=40)), num_workers=0).batch_size == 64
+    )
 
 
 def test_every_part_holds_every_digit_about_equally():

@@ -22,7 +22,6 @@ def count(network: nn.Module) -> int:
 
 # With random weights: the number of BatchNorms that are kept.
 TORCHVISION = {
-    "densenet121": 62,  # after a concatenation
     "googlenet": 0,
     "mobilenet_v3_small": 0,
     "shufflenet_v2_x0_5": 0,
@@ -30,12 +29,9 @@ TORCHVISION = {
 TIMM = {
     "convnext_atto": 0,
     "dpn68": 27,  # after a concatenation
-    "efficientnet_b0": 0,
     "ghostnet_100": 0,
     "hrnet_w18_small": 0,
-    "mobilenetv2_100": 0,
     "regnety_002": 0,
-    "repvgg_a0": 0,
     "resnest14d": 0,
     "tf_efficientnet_b0": 5,  # convolutions that pad by the size of their input
 }
@@ -66,6 +62,13 @@ def test_classifiers_of_torchvision(name):
     check(network, TORCHVISION[name], torch.randn(1, 3, 64, 64))
 
 
+def test_dense_blocks_which_normalize_concatenations():
+    torch.manual_seed(0)
+    network = torchvision.models.DenseNet(8, (2, 3), 16, num_classes=5)
+
+    check(network, 5 + 2, torch.randn(1, 3, 64, 64))  # one a layer, one after each block
+
+
 def test_attention_over_partitions_beside_convolutions():
     torch.manual_seed(0)
     network = torchvision.models.MaxVit((64, 64), 16, 4, [16, 32], [1, 2], 8, 0.1, num_classes=5)
@@ -80,11 +83,15 @@ def test_networks_of_timm(name):
     check(timm.create_model(name), TIMM[name], torch.randn(1, 3, 64, 64))
 
 
-def test_over_parameterized_branches_of_timm():
+@pytest.mark.parametrize(
+    ("kind", "first", "second"),
+    [("one", {"num_conv_branches": 4}, {"num_conv_branches": 1}), ("rep", {}, {})],
+)
+def test_branches_of_timm_that_are_to_be_merged(kind, first, second):
     torch.manual_seed(0)
-    one = byobnet.ByoBlockCfg("one", 2, 16, 2, 0, block_kwargs={"num_conv_branches": 4})
-    single = dataclasses.replace(one, c=24, block_kwargs={"num_conv_branches": 1})
-    config = byobnet.ByoModelCfg((one, single), stem_type="one", stem_chs=16, num_features=0)
+    block = byobnet.ByoBlockCfg(kind, 2, 16, 2, 0, block_kwargs=first)
+    wider = dataclasses.replace(block, c=24, block_kwargs=second)
+    config = byobnet.ByoModelCfg((block, wider), stem_type=kind, stem_chs=16, num_features=0)
 
     check(byobnet.ByobNet(config, num_classes=5), 0, torch.randn(1, 3, 64, 64))
 

@@ -45,6 +45,8 @@ RESUMABLE = (
 )
 # Keys of version 0.1 that later versions lack, each with the value that changed nothing.
 REMOVED = {"rdrop_views": 1, "data.repeats": 1, "data.erase": 0.0}
+# Sections whose parts write files or send what they log.
+WRITING = ("logger.", "callbacks.", "trainer.logger", "trainer.callbacks", "trainer.plugins")
 # data.augment of version 0.1 -> of later versions.
 AUGMENT: dict[str, object] = {"basic": [], "none": None}
 # The code that a recorded configuration may name. Names are matched whole, because a dotted name
@@ -244,11 +246,19 @@ def recorded_choices(folder: Path) -> dict[str, str]:
 def _require_own_code(
     recorded: Config, composed: Config, passed: list["Override"], folder: Path
 ) -> None:
-    """Reject code that only a file in the run's folder names: that file may be third-party.
+    """Reject code and places that only a file in the run's folder names: it may be third-party.
 
     Raises:
-        ValueError: a recorded `_target_` is neither ours nor passed on the command line.
+        ValueError: a recorded `_target_` is neither ours nor passed on the command line, or a
+            logger or callback would write to a place outside of the run's folder.
     """
+    typed = {one.key_or_group.lstrip("+"): str(one.value()) for one in passed}
+    for key, value in _leaves(recorded):
+        if key.startswith(WRITING) and _is_elsewhere(value) and typed.get(key) != value:
+            raise ValueError(
+                f"resume={relative(folder / LAST)}: {relative(folder / CONFIG)} names a place "
+                f"outside of the run's folder; if you trust it, pass {key}={value} too"
+            )
     sources = [composed, *({one.key_or_group: one.value()} for one in passed)]
     named = {
         str(value)
@@ -265,6 +275,12 @@ def _require_own_code(
             f"resume={relative(folder / LAST)}: {relative(folder / CONFIG)} names code that is not "
             f"this project's; if you trust it, pass {key}={target} too"
         )
+
+
+def _is_elsewhere(value: object) -> bool:
+    """Whether a value is an address, or a path that leaves the folder."""
+    text = value.removeprefix("sqlite:///") if isinstance(value, str) else ""
+    return "://" in text or text.startswith(("/", "~")) or ".." in Path(text).parts
 
 
 def _with_missing(recorded: Config, composed: Config) -> dict[str, object]:

@@ -167,6 +167,30 @@ def test_a_name_that_only_starts_as_ours_is_not_ours(target, place, here):
         resumed(f"resume=job/{runs.LAST}")
 
 
+@pytest.mark.parametrize(
+    ("place", "elsewhere"),
+    [
+        ("/etc", True),
+        ("~/x", True),
+        ("logs/../../x", True),
+        ("https://logs.example", True),
+        ("sqlite:////x/mlflow.db", True),
+        ("sqlite:///mlflow.db", False),
+        ("logs", False),
+    ],
+)
+def test_a_recorded_place_outside_of_the_run_must_be_passed_again(place, elsewhere, here):
+    logger = {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": place}
+    make(here / "job", logger={"mine": logger})
+
+    assert resumed(f"resume=job/{runs.LAST}", f"logger.mine.save_dir='{place}'")
+    if elsewhere:
+        with pytest.raises(ValueError, match="names a place outside of the run's folder"):
+            resumed(f"resume=job/{runs.LAST}")
+    else:
+        assert resumed(f"resume=job/{runs.LAST}")
+
+
 def test_a_run_of_version_0_1_is_resumed(here):
     folder = make(here / "job")
     (folder / runs.CHOICES).unlink()

@@ -137,7 +137,7 @@ def follow_rates(
         factor: share of the peak rate at the saved step; None keeps the saved rates.
     """
     named = {group["name"]: group for group in groups}
-    before = checkpoint["hyper_parameters"].get("lr", lr)
+    before = checkpoint.get("hyper_parameters", {}).get("lr", lr)  # 0.1 has none
     for optimizer in checkpoint.get("optimizer_states", ()):
         rates = []
         for group in optimizer["param_groups"]:

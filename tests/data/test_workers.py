@@ -222,8 +222,10 @@ def test_an_error_of_a_worker_is_raised_with_where_it_was(root, monkeypatch):
     assert is_from_user_code(raised.value)
 
 
-def test_an_error_of_ours_in_a_worker_stays_a_mistake_of_the_user(root):
-    data = open_data(root)
+def test_an_error_of_ours_in_a_worker_stays_a_mistake_of_the_user(tmp_path):
+    make(tmp_path / "train")
+    make(tmp_path / "val", count=2)
+    data = open_data(tmp_path)
     Path(data.train.paths[0]).write_bytes(b"")
 
     with pytest.raises(ValueError, match="cannot be read") as raised:

@@ -11,8 +11,8 @@ from typing import Any
 
 from repvgg import cli
 from repvgg.checks import check_integer
-from repvgg.data.files import CONTENTS, write_shards
 from repvgg.data.scan import read_parts
+from repvgg.data.shards import CONTENTS, write_shards
 
 DEFAULTS: dict[str, Any] = {"root": None, "out": None, "shard_size": 1024, "holdout": 0.05}
 

@@ -97,6 +97,12 @@ def _copy_fitting(
     return new + partly
 
 
+def are_imagenet_folders(folders: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether classes are ImageNet's 1000 folders (n01440764, ...), in the order of its names."""
+    found = [sum(map(bool, map(_SYNSET.fullmatch, given))) for given in (folders, names)]
+    return len(folders) == len(names) == 1000 and found == [1000, 0]
+
+
 class _Matched(NamedTuple):
     tensors: dict[str, Tensor]
     new: list[str]  # classes that the checkpoint does not have
@@ -111,8 +117,7 @@ def _match_classes(
 ) -> _Matched:
     """Tensors of a classifier for other classes, with the rows of classes of the same name."""
     places = {name: row for row, name in enumerate(before)}
-    synsets = [sum(map(bool, map(_SYNSET.fullmatch, names))) for names in (before, classes)]
-    if len(before) == 1000 and synsets == [0, 1000]:
+    if are_imagenet_folders(classes, before):
         places = {name: row for row, name in enumerate(classes)}
     known = [(row, places[name]) for row, name in enumerate(classes) if name in places]
     found: dict[str, Tensor] = {}

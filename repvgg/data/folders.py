@@ -12,12 +12,13 @@ from repvgg.checks import ArgumentError, check_boolean, check_integer, check_num
 from repvgg.contract import DataContract
 from repvgg.data.augment import by_batch, by_image
 from repvgg.data.batches import AnyAugmentation, Source
-from repvgg.data.files import Files, Reading, Shards, has_shards, read_contents
+from repvgg.data.files import Files, Reading
 from repvgg.data.images import MODES, MOST_PIXELS, fit
 from repvgg.data.memory import keep, measure
 from repvgg.data.module import ImageData
 from repvgg.data.scan import check_name, read_parts
 from repvgg.data.sets import BatchOptions, Found, count_workers, image_data
+from repvgg.data.shards import Shards, has_shards, read_contents
 from repvgg.data.split import Parts
 from repvgg.data.table import read_tables
 

@@ -1,17 +1,16 @@
 """Fit a data set to a network: its preprocessing, and its classes by name."""
 
-import re
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from repvgg.checkpoint.warm_start import are_imagenet_folders
 from repvgg.cli import Config
 from repvgg.contract import DataContract
 
 SIZES = ("image_size", "eval_size", "resize_size")
-_SYNSET = re.compile(r"n\d{8}")  # a folder of ImageNet
 
 
 class Match(NamedTuple):
@@ -107,8 +106,7 @@ def match_classes(data: Sequence[str], network: Sequence[str], *, assumed: bool)
         if assumed:
             note = f"the file names no classes: the {len(data)} of the data are taken in order"
             return Match(in_order, [*data], [note])
-        synsets = [sum(map(bool, map(_SYNSET.fullmatch, names))) for names in (data, network)]
-        if synsets == [1000, 0]:
+        if are_imagenet_folders(data, network):
             note = "classes: ImageNet's folders (n01440764, ...) are in the order of its names"
             return Match(in_order, [*network], [note])
     places = {name: row for row, name in enumerate(network)}

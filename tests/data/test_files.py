@@ -10,11 +10,12 @@ from PIL import Image
 
 from repvgg import targets
 from repvgg.data.batches import Batches, Request
-from repvgg.data.files import Files, Shards, store
+from repvgg.data.files import Files, store
 from repvgg.data.folders import imagefolder
 from repvgg.data.images import TooManyPixels, fit, open_image, to_tensor
 from repvgg.data.scan import find
 from repvgg.data.sets import cifar10
+from repvgg.data.shards import Shards
 from tests.support.commands import ROOT, make
 
 SIZE = (16, 16)

@@ -1,8 +1,14 @@
 """Checks of arguments: the error names the argument, what was given and what is allowed."""
 
 import difflib
+import importlib
 import math
+import re
 from collections.abc import Iterable, Sequence
+from types import ModuleType
+
+# Control and bidirectional characters, line ends, and bytes that are not UTF-8.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class ArgumentError(ValueError):
@@ -110,3 +116,20 @@ def check_integers(
     ):
         raise wrong_value(argument, given, f"must be {length} integers of at least 1", example)
     return tuple(given)
+
+
+def require(package: str) -> ModuleType:
+    """Import an optional package.
+
+    Raises:
+        ImportError: it is not installed; the message holds the command that installs it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"{package} is missing: run pip install {package}") from error
+
+
+def escape(text: object) -> str:
+    """A text in one line: line breaks and characters that steer a terminal become escapes."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))

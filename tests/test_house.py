@@ -21,7 +21,18 @@ PRINTS = re.compile(
     r"cli/|__main__\.py|commands/|(training|deploy)/run\.py|training/(report|outcome)\.py"
     r"|data/progress\.py"
 )
-HEAVY = ("litdata", "onnx", "onnxruntime", "safetensors", "hydra", "omegaconf", "torchvision")
+HEAVY = (
+    "litdata",
+    "matplotlib",
+    "rich",
+    "jinja2",
+    "onnx",
+    "onnxruntime",
+    "safetensors",
+    "hydra",
+    "omegaconf",
+    "torchvision",
+)
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

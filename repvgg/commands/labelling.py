@@ -5,9 +5,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from repvgg.checks import escape
 from repvgg.deploy.opening import open_any
 from repvgg.deploy.predict import Labelled, check_out, find, label, write
-from repvgg.deploy.tables import escape
 
 
 def run(

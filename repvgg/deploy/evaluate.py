@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from repvgg import cli, metrics
 from repvgg import data as data_sets
-from repvgg.checks import check_integer
+from repvgg.checks import check_integer, escape
 from repvgg.cli import Config
 from repvgg.contract import to_float
 from repvgg.data.batches import Batch, Batches, Source
@@ -25,7 +25,7 @@ from repvgg.deploy.folder import digest, new_folder
 from repvgg.deploy.matching import Match, check_images, fit_preprocessing, is_ours, match_classes
 from repvgg.deploy.measure import environment
 from repvgg.deploy.opening import Opened, open_any
-from repvgg.deploy.tables import cells, escape, header, most_likely, open_text
+from repvgg.deploy.tables import cells, header, most_likely, open_text
 
 if TYPE_CHECKING:
     from _csv import Writer  # csv has no public name for it

@@ -1,6 +1,7 @@
 """The results of an evaluation, as text and as files."""
 
 import csv
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -9,9 +10,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from repvgg import figures
+from repvgg.checks import escape
 from repvgg.deploy.evaluate_settings import METRICS
-from repvgg.deploy.figure import draw_confusion
-from repvgg.deploy.tables import escape, open_text
+from repvgg.deploy.tables import open_text
 
 NUM_WORST = 5  # classes in the summary
 QUANTILE = 1.959964  # of the normal distribution: 95 % lie within
@@ -134,9 +136,12 @@ def write(evaluation: Evaluation, folder: Path, about: Mapping[str, object]) -> 
             table.writerow([evaluation.classes[row], *evaluation.confusion[row].tolist()])
     occurring = evaluation.confusion.sum(0) + evaluation.confusion.sum(1)
     shown = sorted({*known} | {*occurring.nonzero().flatten().tolist()})
-    names = [escape(evaluation.classes[row]) for row in shown]
+    names = [evaluation.classes[row] for row in shown]
+    draw = functools.partial(
+        figures.confusion, counts=evaluation.confusion[shown][:, shown], names=names
+    )
     try:
-        draw_confusion(evaluation.confusion[shown][:, shown], names, folder / "confusion.png")
+        figures.save_png(draw, folder / "confusion.png")
     except ImportError as error:
         return [f"confusion.png was not drawn: {error}"]
     return []

@@ -1,13 +1,10 @@
-"""Rows of predictions, and text that a terminal or a table can take."""
+"""Rows of predictions, for a terminal and for tables."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from torch import Tensor
-
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # and bytes of no UTF-8
 
 
 class Prediction(NamedTuple):
@@ -15,11 +12,6 @@ class Prediction(NamedTuple):
 
     name: str
     probability: float
-
-
-def escape(text: object) -> str:
-    """A text in one line: tabs, line breaks and other control characters become escapes."""
-    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 def open_text(path: Path) -> TextIO:

@@ -9,13 +9,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from repvgg.checks import ArgumentError
+from repvgg.checks import ArgumentError, require
 from repvgg.contract import METADATA_KEY, Description
 from repvgg.export.artifact import (
     Artifact,
@@ -323,18 +322,6 @@ def load_aoti(path: Path) -> Artifact:
     return Artifact(
         described(path, program.get_metadata().get(METADATA_KEY)), without_grad(program)
     )
-
-
-def require(package: str) -> ModuleType:
-    """Import an optional package.
-
-    Raises:
-        ImportError: it is not installed; the message holds the command that installs it.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(f"{package} is missing: run pip install {package}") from error
 
 
 def open_artifact(path: Path, *, network: Factory | None = None) -> Artifact:

@@ -11,7 +11,7 @@ seed share the labels, the initial weights and the order of the data, so differe
 The last weights are tested; nothing is selected.
 
 The folder `out` gets results.csv, table.md, figure.png and settings.json. The same command resumes
-a study that was stopped. Requires scipy and matplotlib: pip install -e ".[study]"
+a study that was stopped. Requires scipy: pip install -e ".[study]"
 """
 
 import functools

@@ -7,7 +7,6 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,7 +20,6 @@ from repvgg.contract import DataContract, Description
 from repvgg.data.sets import digits
 from repvgg.deploy.evaluate_settings import EvaluateSettings, default_folder
 from repvgg.deploy.evaluation import Evaluation
-from repvgg.deploy.figure import draw_confusion
 from repvgg.deploy.folder import write_sums
 from repvgg.deploy.matching import check_images, fit_preprocessing, match_classes
 from repvgg.export.formats import FORMATS
@@ -349,17 +347,6 @@ def test_a_class_that_is_never_predicted_has_no_precision():
 
     assert (first.recall, first.precision, first.f1) == (1.0, 0.5, pytest.approx(2 / 3))
     assert (second.recall, second.precision, second.f1) == (0.0, None, 0.0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 31, 121])
-def test_a_matrix_is_drawn_for_any_number_of_classes_and_any_names(count, tmp_path):
-    names = ["$a_{b$", "x" * 300, *(f"犬{number}" for number in range(count - 2))]
-
-    draw_confusion(torch.eye(count, dtype=torch.int64), names, tmp_path / "x.png")
-
-    with Image.open(tmp_path / "x.png") as image:
-        assert np.asarray(image.convert("L")).min() < 128
 
 
 def test_without_matplotlib_the_rest_is_written(place, tmp_path, monkeypatch):

@@ -1,0 +1,43 @@
+"""Figures in one style, for TensorBoard, reports and docs; they need matplotlib when drawn."""
+
+from repvgg.figures.charts import (
+    bars,
+    confusion,
+    dots,
+    heat_map,
+    images,
+    lines,
+    reliability,
+    stacked_bars,
+)
+from repvgg.figures.style import (
+    DARK,
+    LIGHT,
+    Draw,
+    Theme,
+    css_variables,
+    inline_svg,
+    rasterize,
+    save_png,
+    save_svgs,
+)
+
+__all__ = [
+    "DARK",
+    "LIGHT",
+    "Draw",
+    "Theme",
+    "bars",
+    "confusion",
+    "css_variables",
+    "dots",
+    "heat_map",
+    "images",
+    "inline_svg",
+    "lines",
+    "rasterize",
+    "reliability",
+    "save_png",
+    "save_svgs",
+    "stacked_bars",
+]

@@ -38,7 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "rounds": 25,
     "threads": torch.get_num_threads(),
     "compile": True,
-    "out": "docs/deploy",
+    "out": "docs/studies/deploy",
 }
 BASE, AGAIN = "folded, torch", "folded, torch (A/A control)"
 MULTI_BRANCH = "multi-branch, torch"

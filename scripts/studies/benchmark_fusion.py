@@ -29,7 +29,7 @@ DEFAULTS: dict[str, Any] = {
     "rounds": 40,
     "threads": torch.get_num_threads(),
     "compile": True,
-    "out": "docs/fusion",
+    "out": "docs/studies/fusion",
 }
 BEFORE, AGAIN, AFTER = "before", "before (A/A control)", "fused"
 COMPILED = ("before, compiled", "before, compiled (A/A control)", "fused, compiled")

@@ -28,7 +28,7 @@ from scripts.studies import report, runs
 from scripts.studies.networks import count_batchnorms, largest_error, randomize_batchnorms
 
 DEFAULTS: dict[str, Any] = {
-    "out": "docs/fusion",
+    "out": "docs/studies/fusion",
     "only": [],
     "workers": 1,
 }

@@ -43,7 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "images": 256,  # to measure ranges on; as many others to choose among them
     "workers": 2,
     "work": "runs/int8",
-    "out": "docs/int8",
+    "out": "docs/studies/int8",
 }
 RECIPE = ("width", "strides", "epochs", "batch_size", "lr", "dropout")
 

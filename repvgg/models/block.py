@@ -200,6 +200,20 @@ class RepVGGBlock(nn.Module):
         kernel, bias = self._merged()
         return Affine(kernel.to(dtype), bias.to(dtype))
 
+    def branch_affines(self) -> dict[str, Affine]:
+        """Compute the part of every branch in the folded convolution.
+
+        Returns:
+            by branch ("3x3", "1x1", "identity"), kernel (O, C / groups, 3, 3) and bias (O,), in
+            float64. They add up to the folded kernel and bias.
+
+        Raises:
+            ValueError: the block is folded; or as `equivalent_kernel_bias`.
+        """
+        if self.reparam is not None:
+            raise ValueError("the block is folded: its branches are gone")
+        return self._branches()
+
     def switch_to_deploy(self) -> None:
         """Replace the branches by one convolution, in place, and set eval mode.
 
@@ -300,6 +314,9 @@ class RepVGGBlock(nn.Module):
 
     def _merged(self) -> Affine:
         """The sum of the branches in eval mode; in float64."""
+        return merge(*self._branches().values())
+
+    def _branches(self) -> dict[str, Affine]:
         assert self.branch_3x3 is not None
         assert self.branch_1x1 is not None
         for name in ("branch_drop", "drop_path"):
@@ -308,11 +325,11 @@ class RepVGGBlock(nn.Module):
         point = read_branch("branch_1x1", self.branch_1x1)
         stride = tuple(self.stride * step for step in point.geometry.stride)
         point = point._replace(geometry=point.geometry._replace(stride=stride))
-        branches = [dense.affine, embed("branch_1x1", point, dense)]
+        branches = {"3x3": dense.affine, "1x1": embed("branch_1x1", point, dense)}
         if self.branch_identity is not None:
             same = read_identity("branch_identity", self.branch_identity, dense)
-            branches.append(embed("branch_identity", same, dense))
-        return merge(*branches)
+            branches["identity"] = embed("branch_identity", same, dense)
+        return branches
 
     def _forward(self, x: Tensor) -> Tensor:
         x = self._sum_of_branches(x) if self.reparam is None else self.reparam(x)
@@ -377,6 +394,17 @@ class QARepVGGBlock(RepVGGBlock):
 
     def _main_norm(self) -> nn.Module | None:
         return self.post_bn
+
+    def branch_affines(self) -> dict[str, Affine]:
+        """As of `RepVGGBlock`; the scale of `post_bn` is in each, its shift in that of the 3x3."""
+        parts = super().branch_affines()
+        nothing = Affine(*(torch.zeros_like(part) for part in parts["3x3"]))
+        shift = normalize("post_bn", nothing, self.post_bn).bias
+        scaled = {name: normalize("post_bn", part, self.post_bn) for name, part in parts.items()}
+        return {
+            name: part if name == "3x3" else part._replace(bias=part.bias - shift)
+            for name, part in scaled.items()
+        }
 
     def _merged(self) -> Affine:
         return normalize("post_bn", super()._merged(), self.post_bn)

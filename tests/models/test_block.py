@@ -70,6 +70,23 @@ def test_switching_does_not_change_the_function(case, size):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_the_parts_of_the_branches_add_up_to_the_folded_convolution(case):
+    block = build(case).double()
+
+    parts = block.branch_affines()
+
+    kernel, bias = block.equivalent_kernel_bias()
+    assert relative_error(kernel, sum(part.kernel for part in parts.values())) < 1e-12
+    torch.testing.assert_close(bias, sum(part.bias for part in parts.values()))
+    kept = copy.deepcopy(block)
+    kept.branch_1x1.conv.weight.data.zero_()
+    without = kept.equivalent_kernel_bias().kernel  # the 1x1 branch gives a bias alone
+    assert relative_error(kernel - parts["1x1"].kernel, without) < 1e-12
+    with pytest.raises(ValueError, match="the block is folded"):
+        block.switch_to_deploy() or block.branch_affines()
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_a_switched_block_has_one_3x3_convolution(case):
     block = build(case)
 

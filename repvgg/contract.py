@@ -27,7 +27,8 @@ class DataContract:
         classes: names, in the order of the logits.
         in_channels: of an image.
         image_size: height and width in pixels.
-        mean, std: by channel, of images in [0, 1].
+        mean: by channel, of images in [0, 1].
+        std: by channel, of images in [0, 1].
         interpolation: how images are resized.
         resize_size: the shorter side in pixels before the center crop; None is the smallest size
             that covers `image_size`.

@@ -16,9 +16,12 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # logits (N, K), targets -> scalar
 
 
 class RDropLoss(NamedTuple):
-    """total = cross_entropy + alpha * kl; scalars, each a mean over the batch.
+    """The result of `rdrop_loss`: scalars, each a mean over the batch.
 
-    With another loss `cross_entropy` is the mean of that.
+    Attributes:
+        total: cross_entropy + alpha * kl.
+        cross_entropy: of both predictions; with another loss, the mean of that.
+        kl: as `symmetric_kl` computes it.
     """
 
     total: Tensor
@@ -54,7 +57,8 @@ def symmetric_kl(logits1: Tensor, logits2: Tensor) -> Tensor:
     nor half-precision autocast give NaN.
 
     Args:
-        logits1, logits2: (N, K).
+        logits1: (N, K).
+        logits2: (N, K).
 
     Returns:
         a scalar, in nats; 0 exactly when the logits are equal.
@@ -88,13 +92,13 @@ def rdrop_loss(
     batch, so alpha does not depend on batch size, accumulation or the number of devices. The paper
     and its authors' programs scale the terms differently. The same strength here is alpha =
 
-        the paper's (it sums the two cross-entropies)                  its alpha / 2
-        the snippet in their README (its KL sums over the batch)       its alpha * batch size
-        their ViT program (its KL sums over a micro-batch)             its alpha * micro-batch
-                                                                       (0.3 with 32 images: 9.6)
+        the paper's (sums the two cross-entropies)    its alpha / 2
+        their README's (sums the KL over the batch)   its alpha * batch size
+        their ViT program's (over a micro-batch)      its alpha * micro-batch; 0.3 * 32 = 9.6
 
     Args:
-        logits1, logits2: (N, K), of the same images, with different dropout masks.
+        logits1: (N, K).
+        logits2: (N, K), of the same images, with other dropout masks.
         targets: (N,) class indices, or (N, K) probabilities.
         alpha: weight of the divergence, 0 or more.
         label_smoothing: of both cross-entropies, in [0, 1).

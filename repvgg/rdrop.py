@@ -35,7 +35,8 @@ class Predictions(NamedTuple):
     """Two predictions for each image.
 
     Attributes:
-        first, second: logits (N, K).
+        first: logits (N, K).
+        second: logits (N, K).
         auxiliary: logits of auxiliary classifiers, (N, K) or, for both predictions, (2N, K).
     """
 

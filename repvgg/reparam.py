@@ -95,7 +95,8 @@ def scale_output(kernel: Tensor, bias: Tensor | None, scale: Tensor, shift: Tens
     Args:
         kernel: (O, I / groups, *size).
         bias: (O,), or None for a convolution without bias.
-        scale, shift: (O,).
+        scale: (O,).
+        shift: (O,).
     """
     if bias is not None:
         shift = shift.double() + bias.double() * scale.double()
@@ -114,7 +115,8 @@ def scale_input(
     Args:
         kernel: (O, I / groups, *size).
         bias: (O,), or None for a convolution without bias.
-        scale, shift: (I,).
+        scale: (I,).
+        shift: (I,).
     """
     out, width = kernel.shape[:2]
     ones = [1] * (kernel.ndim - 2)

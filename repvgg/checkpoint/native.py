@@ -51,7 +51,14 @@ class Probe(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A network from a file, ours or not: see `Checkpoint`. `data` is None if not recorded."""
+    """A network from a file, ours or not.
+
+    Attributes:
+        model: the network, in eval mode, on the CPU; folded if the file is.
+        config: the arguments of `repvgg.models.registry.build_model` that rebuilt it.
+        data: the data description; None if it is not recorded.
+        origin: the third-party checkpoint that it comes from; empty if it is ours.
+    """
 
     model: nn.Module
     config: dict[str, Plain]

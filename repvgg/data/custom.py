@@ -78,7 +78,8 @@ def from_dataset(
         classes: names, in the order of the labels; None takes the data set's own, else numbers.
         image_size: height and width in pixels; None takes those of the images, which must agree.
         in_channels: 1 or 3; None takes those of the images, which must agree.
-        mean, std: by channel, of images in [0, 1]; None measures them on training images.
+        mean: by channel, of images in [0, 1]; None measures it on training images.
+        std: the same.
         interpolation: "bilinear" or "bicubic".
         augment: transforms of the training images, see `repvgg.data.augment`.
         flip: False does not flip training images, as for digits and letters.

@@ -57,6 +57,9 @@ def imagefolder(
     Args:
         root: the folder; or its shards by `scripts/write_shards.py`, also as s3://... or gs://...
         cache_size: disk space for shards that were fetched, as in "100GB".
+        options: those below, and batch_size, mixup, cutmix and seed, of `ImageData`.
+
+    Keyword Args:
         image_size: height and width in pixels in training.
         eval_size: those in evaluation; None takes `image_size`.
         resize_size: length of the shorter side before the centre crop, in evaluation; None scales
@@ -73,7 +76,6 @@ def imagefolder(
         in_memory: decodes all images once and keeps them; for small images.
         cache: keeps the decoded images on disk too, for the next start.
         holdout: share of the training images, by class, that validates if val/ is missing.
-        options: batch_size, mixup, cutmix and seed, of `ImageData`.
 
     Raises:
         ValueError: a value is outside its range, or the folders are not as described.
@@ -103,8 +105,9 @@ def csv(
 
     Args:
         root: the folder where the paths start.
-        train, val, test: the CSV files, in UTF-8 with a header, in `root` unless absolute. Without
-            `val`, some training images validate. Without `test`, the validation images test.
+        train: a CSV file in UTF-8 with a header, in `root` unless absolute.
+        val: another; without it some training images validate.
+        test: another; without it the validation images test.
         path_column: name of the column of paths, relative to `root`.
         label_column: name of the column of labels, which are names of classes.
         options: of `imagefolder`.

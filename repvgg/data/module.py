@@ -33,7 +33,9 @@ class ImageData(L.LightningDataModule):
     """Images to train, validate and test on.
 
     Args:
-        train, val, test: the sources; without `test` the validation images test.
+        train: the source of the training images.
+        val: that of the validation images.
+        test: that of the test images; None tests on the validation images.
         contract: what the images are; its mean and std normalize them.
         batch_size: images in a batch, of each device.
         augment: changes the training images, of the kind that their source takes; None is off.

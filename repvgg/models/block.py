@@ -95,8 +95,8 @@ class RepVGGBlock(nn.Module):
 
     Attributes:
         stride: of the subsampling before the 1x1 branch.
-        in_channels, out_channels, groups, dilation, padding_mode, bn_eps: read-only, from the 3x3
-            branch or the folded convolution.
+        in_channels: read-only, from the 3x3 branch or the folded convolution, as `out_channels`,
+            `groups`, `dilation`, `padding_mode` and `bn_eps` are.
         recompute: activation checkpointing. True keeps only the block's input for the backward
             pass, which computes the rest again (Chen et al., 2016, arXiv:1604.06174). It takes less
             memory and a third more time; the numbers and the BatchNorm statistics are the same.

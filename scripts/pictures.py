@@ -11,14 +11,19 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
+import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from repvgg import RepVGGBlock, checkpoint, cli, figures, switch_to_deploy, verify
+from repvgg import RepVGGBlock, checkpoint, cli, data, figures, switch_to_deploy, verify
 from repvgg.contract import Normalize, to_float
+from repvgg.data.batches import Stored
+from repvgg.figures import LIGHT
 from repvgg.figures.style import new_figure, styled
 
 if TYPE_CHECKING:
@@ -211,6 +216,53 @@ def draw_latency(theme: figures.Theme) -> Figure:
     )
 
 
+def draw_badge(label: str, value: str) -> str:
+    """A small label of two fields, as the text of an SVG file."""
+    left, right = (7 * len(text) + 14 for text in (label, value))
+    texts = ((label, left / 2), (value, left + right / 2))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + right}" height="20" role="img" '
+        f'aria-label="{label}: {value}" font-family="Verdana, DejaVu Sans, sans-serif" '
+        'font-size="11" fill="#ffffff" text-anchor="middle">'
+        f'<rect width="{left + right}" height="20" rx="3" fill="{LIGHT.main}"/>'
+        f'<path d="M3 0h{left - 3}v20H3a3 3 0 0 1-3-3V3a3 3 0 0 1 3-3z" fill="#444c56"/>'
+        + "".join(f'<text x="{x:g}" y="14">{text}</text>' for text, x in texts)
+        + "</svg>\n"
+    )
+
+
+def badges() -> dict[str, str]:
+    """What the package requires, and its licence, as pyproject.toml has them; by file name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    prefix = "Programming Language :: Python :: "
+    pythons = [
+        line.removeprefix(prefix)
+        for line in project["classifiers"]
+        if line.startswith(f"{prefix}3.")
+    ]
+    (torch_range,) = (text for text in project["dependencies"] if text.startswith("torch>="))
+    lowest, below = (text.rpartition(".") for text in re.findall(r"[\d.]+", torch_range))
+    return {
+        "python": draw_badge("python", " | ".join(pythons)),
+        "torch": draw_badge("torch", f"{''.join(lowest)} to {below[0]}.{int(below[2]) - 1}"),
+        "licence": draw_badge("licence", project["license"]),
+    }
+
+
+def write_digits(folder: Path) -> list[Path]:
+    """Write the first image of each class of the test part, for a first prediction."""
+    test = cast(Stored, data.digits().test)  # the images in memory
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for digit in range(10):
+        index = int((test.labels == digit).nonzero()[0])
+        path = folder / f"digit-{digit}.png"
+        pixels = test.images[index, 0]
+        Image.fromarray(pixels.numpy()).save(path)
+        paths.append(path)
+    return paths
+
+
 def main(settings: cli.Config) -> None:
     """Draw every picture for light and for dark pages."""
     path = cli.given_path(settings, "ckpt", "runs/first/checkpoints/best.ckpt")
@@ -222,6 +274,11 @@ def main(settings: cli.Config) -> None:
     }
     for name, draw in pictures.items():
         print(*figures.save_svgs(draw, out / name), sep="\n")
+    for name, text in badges().items():
+        path = out / f"badge-{name}.svg"
+        path.write_text(text)
+        print(path)
+    print(*write_digits(out / "digits"), sep="\n")
 
 
 if __name__ == "__main__":

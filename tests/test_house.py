@@ -15,11 +15,11 @@ MODULES = [
 ]
 # Imported late, by what needs torchvision and hydra anyway.
 ALLOWED = re.compile(
-    r"data/|training/(run|setup|additions|compatibility|report|outcome)\.py|cli/sweeps\.py"
+    r"data/|training/(run|setup|additions|compatibility|report|outcome|progress)\.py|cli/sweeps\.py"
 )
 PRINTS = re.compile(
     r"cli/|__main__\.py|commands/|(training|deploy)/run\.py|training/(report|outcome)\.py"
-    r"|data/progress\.py"
+    r"|data/progress\.py|terminal\.py"
 )
 HEAVY = (
     "litdata",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn, cast
 
+from repvgg.checks import escape
 from repvgg.cli.mistakes import FULL_ERROR, Config, explain, fail
 from repvgg.cli.names import command, subcommand
 from repvgg.signals import end_on_signals
@@ -114,7 +115,7 @@ def run(
             if sweep:
                 overrides = " ".join(HydraConfig.get().overrides.task)
                 message = explain(error, config, settings)
-                print(f"{overrides}: {message or repr(error)}", file=sys.stderr)
+                print(escape(f"{overrides}: {message or repr(error)}"), file=sys.stderr)
                 if message is None or show_traceback:
                     traceback.print_exception(error)
                 if record is not None:

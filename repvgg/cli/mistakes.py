@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn, cast
 
-from repvgg.checks import ArgumentError, did_you_mean
+from repvgg.checks import ArgumentError, did_you_mean, escape
 from repvgg.cli import habits
 from repvgg.cli.names import command, program
 from repvgg.targets import is_from_user_code
@@ -201,6 +201,7 @@ def one_line(error: BaseException) -> str:
 
 def fail(message: str, status: int = 1) -> NoReturn:
     """Print one line on stderr and exit."""
+    over = "\r" if sys.stderr.isatty() else ""  # the ^C that a terminal echoes
     with contextlib.suppress(OSError):  # the terminal was closed
-        print(f"{program()}: {message}", file=sys.stderr, flush=True)
+        print(f"{over}{program()}: {escape(message)}", file=sys.stderr, flush=True)
     sys.exit(status)

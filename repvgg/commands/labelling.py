@@ -3,8 +3,7 @@
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
+from repvgg import terminal
 from repvgg.checks import escape
 from repvgg.deploy.opening import open_any
 from repvgg.deploy.predict import Labelled, check_out, find, label, write
@@ -36,13 +35,13 @@ def run(
     found: list[Labelled] = []
     unreadable = 0
     # Lines and a bar on one terminal would overwrite each other.
-    hidden = True if out is None and sys.stdout.isatty() else None
-    with tqdm(total=len(paths), unit="image", leave=False, disable=hidden) as bar:
+    hidden = out is None and sys.stdout.isatty()
+    with terminal.bar("labelling", len(paths), sys.stderr, hidden=hidden) as advance:
         for image in label(paths, opened, top=top, batch_size=batch_size):
-            bar.update()
+            advance(1)
             if image.error:
                 unreadable += 1
-                bar.write(escape(image.error), file=sys.stderr)
+                print(escape(image.error), file=sys.stderr)
             elif out is None:
                 print(line(image))
             else:

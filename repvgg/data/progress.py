@@ -1,11 +1,10 @@
 """A bar for the first decode of a data set, which can take minutes."""
 
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from tqdm import tqdm
+from repvgg import terminal
 
 Result = TypeVar("Result")
 LEAST = 2_000  # images; fewer are read at once
@@ -21,11 +20,11 @@ def show(results: Iterable[Result], count: int, step: int, verb: str) -> Iterato
     """
     if count < LEAST:
         yield from results
-    elif sys.stdout.isatty():
-        with tqdm(total=count, desc=verb, unit=" images", file=sys.stdout, leave=False) as bar:
+    elif terminal.is_interactive():
+        with terminal.bar(f"{verb} images", count) as advance:
             for result in results:
                 yield result
-                bar.update(min(step, count - bar.n))
+                advance(step)
     else:
         start = time.monotonic()
         print(f"{verb} {count:,} images ...", end="", flush=True)

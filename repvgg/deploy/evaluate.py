@@ -3,6 +3,7 @@
 import csv
 import os
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -11,9 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from repvgg import cli, metrics
+from repvgg import cli, metrics, terminal
 from repvgg import data as data_sets
 from repvgg.checks import check_integer, escape
 from repvgg.cli import Config
@@ -150,8 +150,8 @@ def evaluate(
     measured = metrics.named(scores)
     batches: Iterator[Batch] = chain.from_iterable(loaders)
     total = sum(map(len, loaders))
-    with torch.inference_mode():
-        for images, labels in tqdm(batches, total=total, unit="batch", leave=False, disable=None):
+    with torch.inference_mode(), terminal.bar("evaluating", total, sys.stderr) as advance:
+        for images, labels in batches:
             logits, outputs = opened.predict(to_float(images)).float(), match.outputs[labels]
             if not logits.isfinite().all():
                 raise ValueError("ckpt: its logits are NaN or infinite on these images")
@@ -159,6 +159,7 @@ def evaluate(
             table.update(logits, outputs)
             for callback in see:
                 callback(logits, outputs)
+            advance(1)
         return Evaluation(
             {name: metric.compute().item() for name, metric in measured.items()},
             table.compute(),

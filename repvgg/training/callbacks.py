@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -272,38 +272,6 @@ def training_data(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterable[
         loader = copy.copy(loader)
         loader._iterator = None  # its persistent workers read for training
     return cast(Iterable[object], loader)
-
-
-class EpochLines(ProgressBar):
-    """Prints one line an epoch, for output into a file or a pipe."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._begin = 0.0
-        self._enabled = True
-
-    def disable(self) -> None:
-        """Print nothing: Lightning calls this in all processes but the first."""
-        self._enabled = False
-
-    def enable(self) -> None:
-        """Print again."""
-        self._enabled = True
-
-    def on_train_start(self, *_: object) -> None:
-        self._begin = time.perf_counter()  # a resumed run starts within an epoch
-
-    def on_train_epoch_start(self, *_: object) -> None:
-        self._begin = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._enabled and trainer.is_global_zero:
-            metrics = self.get_metrics(trainer, pl_module)
-            shown = ", ".join(
-                f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)
-            )
-            seconds = time.perf_counter() - self._begin
-            self.print(f"Epoch {trainer.current_epoch}: {seconds:.1f} s, {shown}", flush=True)
 
 
 class Throughput(Callback):

@@ -12,14 +12,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from repvgg import cli
-from repvgg.checks import did_you_mean
+from repvgg import cli, terminal
+from repvgg.checks import did_you_mean, escape
 from repvgg.data.module import ImageData
 from repvgg.training import runs
 from repvgg.training.checkpoints import read_best
 from repvgg.training.classifier import Classifier
 from repvgg.training.loggers import METRICS
-from repvgg.training.report import Facts, print_facts
 
 
 class Clock(Callback):
@@ -109,9 +108,9 @@ def report_results(
     for part in (data.train, data.val, *([data.test] if data.has_test else [])):
         if unreadable := sorted(getattr(part, "unreadable", ())):
             print(f"{len(unreadable)} images could not be read; others took their place:")
-            print(*unreadable, sep="\n")
+            print(*map(escape, unreadable), sep="\n")
     path, folder = shlex.quote(runs.relative(best)), best.parent.parent
-    facts: Facts = []
+    facts: list[tuple[str, str]] = []
     if results["seconds"]:  # spawned processes measure their own time alone
         speed = f"{results['images_per_second']:,.0f} images per second"
         facts.append(("trained for", f"{results['seconds']} s, {speed}"))
@@ -127,14 +126,13 @@ def report_results(
         value = f"{metrics['test/accuracy']:.4f}{shown}, loss {metrics['test/loss']:.4f}{why}"
         facts.append(("test accuracy" if data.has_test else "accuracy", value))
     network = "" if target is None else f" network={target}"
-    facts += [
-        ("results", shlex.quote(runs.relative(folder / runs.RESULTS))),
-        ("metrics", shlex.quote(runs.relative(folder / METRICS))),
-        ("checkpoint", path),
+    commands = [
+        ("folder", shlex.quote(runs.relative(folder))),
+        ("files in it", f"{best.relative_to(folder)}, {runs.RESULTS}, {METRICS}"),
         ("deploy it", f"{cli.command('deploy')} ckpt={path}{network}"),
     ]
     if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
         own = folder.is_relative_to(cli.start_folder() / runs.RUNS)
         logs = str(runs.RUNS) if own else runs.relative(folder)
-        facts.append(("watch it", f"tensorboard --logdir {shlex.quote(logs)}"))
-    print_facts(facts)
+        commands.append(("watch it", f"tensorboard --logdir {shlex.quote(logs)}"))
+    terminal.print_facts("results", facts, commands)

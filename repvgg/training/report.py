@@ -18,17 +18,13 @@ from repvgg.data.batches import WorkersDied
 from repvgg.data.module import ImageData
 from repvgg.models.size import Size
 from repvgg.signals import Interrupted
+from repvgg.terminal import Facts
 from repvgg.training import runs
 from repvgg.training.classifier import Classifier
 from repvgg.training.divergence import Diverged
-from repvgg.training.groups import parameter_groups
 from repvgg.training.resuming import recorded_choices
 from repvgg.training.schedule import Steps
 from repvgg.training.settings import LearningRate, Settings, TrainerArguments, is_emulated
-
-NAME_WIDTH = 14
-
-Facts = list[tuple[str, str]]  # names and values, one a line
 
 
 def warn_of_emulation(arguments: TrainerArguments) -> None:
@@ -65,11 +61,8 @@ def describe_run(
     pixels = f"{height}x{width} pixels, {_count(channels, 'channel')}"
     trained, folded = (f"{_size(size)}" if size else "not folded" for size in sizes)
     form = f", folded {folded}" if sizes[1] else ""
-    groups = parameter_groups(module.net, module.weight_decay)
-    counts = [sum(part.numel() for part in group["params"]) for group in groups]
     optimizer = settings.optim.name if settings.optimizer is None else settings.optimizer.name
     recipe = _choices("experiment/default", "experiment", "hparams_search", "debug")
-    place = ("folder", runs.relative(folder))
     commit = find_commit(cli.start_folder()) or find_commit(Path(repvgg.__file__).parent)
     return [
         ("data", f"{source}: {data.summary().splitlines()[0]}, {pixels}"),
@@ -77,7 +70,7 @@ def describe_run(
         (
             "optimizer",
             f"{optimizer}, peak learning rate {rate.scaled:.4g}{rate.explained}, weight "
-            f"decay {module.weight_decay:g} on {counts[0]:,} of {sum(counts):,} parameters",
+            f"decay {module.weight_decay:g}",
         ),
         (
             "schedule",
@@ -94,14 +87,7 @@ def describe_run(
             f"repvgg {repvgg.__version__}, torch {torch.__version__}, lightning {L.__version__}"
             f"{', commit ' if commit else ''}{commit}",
         ),
-        *([] if settings.trainer.others.get("fast_dev_run") else [place]),
     ]
-
-
-def print_facts(facts: Facts) -> None:
-    """Print a name and a value on each line."""
-    for name, value in facts:
-        print(f"{name:<{NAME_WIDTH}}{value}")
 
 
 def _size(size: Size) -> str:

@@ -3,13 +3,15 @@
 import contextlib
 import functools
 import json
+import shlex
 from pathlib import Path
 from typing import cast
 
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
 
-from repvgg import checkpoint
+from repvgg import checkpoint, terminal
+from repvgg.checks import escape
 from repvgg.cli import Config
 from repvgg.contract import ModelConfig, to_float
 from repvgg.data.batches import WorkersDied
@@ -130,8 +132,9 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> flo
         facts = report.describe_run(
             settings, str(model["name"]), data, module, steps, rate, sizes, trainer, folder
         )
-        report.print_facts(facts)
-        print(*notes, sep="\n", end="\n" if notes else "")
+        place = [("folder", shlex.quote(runs.relative(folder)))] if saves else []
+        terminal.print_facts("training", facts, place)
+        print(*map(escape, notes), sep="\n", end="\n" if notes else "")
         if saves:
             runs.record(config, folder)
     shown = {**config, "rdrop": module.rdrop, "model": model}

@@ -134,7 +134,7 @@ class Settings:
 
     @classmethod
     def read(cls, config: Config) -> "Settings":
-        """Read a composed configuration.
+        """Read a composed configuration. `check_trainer` checks the section `trainer`.
 
         Raises:
             ValueError: a key is unknown or missing, or a value is outside its range.
@@ -162,10 +162,17 @@ class Settings:
         _check(settings)
         _check_optim(settings)
         _check_rdrop(settings)
-        trainer_keys.check_arguments(settings.trainer)
-        stops_early = bool(settings.callbacks)
-        trainer_keys.check_keys(trainer, stops_early=stops_early)  # imports Lightning: seconds
         return settings
+
+    def check_trainer(self) -> None:
+        """Check the arguments of Lightning's Trainer. This imports Lightning, which takes seconds.
+
+        Raises:
+            ValueError: an argument is unknown or wrong, or this machine cannot train with it.
+        """
+        trainer_keys.check_arguments(self.trainer)
+        given = {**self.trainer.scalars(), "plugins": self.trainer.plugins}
+        trainer_keys.check_keys(given, stops_early=bool(self.callbacks))
 
 
 class LearningRate(NamedTuple):

@@ -3,7 +3,6 @@
 import inspect
 import logging
 import re
-import sys
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -12,10 +11,10 @@ import lightning as L
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
-from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from torch import Tensor, nn
 
-from repvgg import checkpoint, cli
+from repvgg import checkpoint, cli, terminal
 from repvgg.checks import did_you_mean
 from repvgg.cli import Config
 from repvgg.contract import DataContract, ModelConfig, Normalize, Plain, to_float
@@ -33,6 +32,7 @@ from repvgg.training.criterion import build_loss
 from repvgg.training.divergence import StopOnDivergence
 from repvgg.training.loggers import build_loggers
 from repvgg.training.optimizers import optimizer_maker, scheduler_maker
+from repvgg.training.progress import EpochLines, RunBar
 from repvgg.training.schedule import Steps
 from repvgg.training.settings import Settings, TrainerArguments
 
@@ -59,11 +59,12 @@ def build_trainer(
             *([callbacks.DeployedValidation()] if settings.deployed_validation else []),
             StopOnDivergence(),
             callbacks.SelfDescribing(checkpoint.KEY, describe),
+            # Before what may raise in `on_exception`, so that the bar ends in any case.
+            *progress_bar(settings.trainer, parts.callbacks, steps),
             callbacks.SaveOnSignal(last),
             callbacks.Throughput(),
             checkpoints.BestCheckpoint(last.parent),
             checkpoints.LastCheckpoint(last.parent),
-            *progress_bar(settings.trainer, parts.callbacks),
             *parts.callbacks,
         ],
         _convert_="all",
@@ -71,11 +72,11 @@ def build_trainer(
     return trainer
 
 
-def progress_bar(arguments: TrainerArguments, own: list[Callback]) -> list[Callback]:
+def progress_bar(arguments: TrainerArguments, own: list[Callback], steps: Steps) -> list[Callback]:
     """A bar on a terminal, a line an epoch elsewhere; the user's own takes its place."""
     if not arguments.enable_progress_bar or any(isinstance(part, ProgressBar) for part in own):
         return []
-    return [TQDMProgressBar() if sys.stdout.isatty() else callbacks.EpochLines()]
+    return [(RunBar if terminal.is_interactive() else EpochLines)(steps.total)]
 
 
 def build_classifier(

@@ -23,12 +23,11 @@ from typing import Any
 import lightning  # noqa: F401 - for the forked processes
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import repvgg.data.sets
 import repvgg.training.callbacks
 import repvgg.training.classifier
-from repvgg import cli
+from repvgg import cli, terminal
 from repvgg.checks import check_integer, check_number, wrong_value
 from repvgg.training import runs
 from scripts.studies import report
@@ -57,7 +56,11 @@ def main(settings: dict[str, Any]) -> None:
     sent = SIGNALS[settings["signal"]]
     arguments = [*RUN, f"trainer.max_epochs={epochs}"]
     draw = random.Random(settings["seed"]).uniform
-    with tempfile.TemporaryDirectory() as place, contextlib.chdir(settings["out"] or place):
+    with (
+        tempfile.TemporaryDirectory() as place,
+        contextlib.chdir(settings["out"] or place),
+        terminal.bar("kills", kills, sys.stderr) as advance,
+    ):
         if workers:
             arguments += [*write_digits(Path("digits")), f"data.num_workers={workers}"]
         uninterrupted = Path("uninterrupted")
@@ -65,7 +68,6 @@ def main(settings: dict[str, Any]) -> None:
             raise ValueError("the uninterrupted run failed; its output is in output.txt")
         expected = tensors(uninterrupted)
         done, ended, differing, at_once, finished = 0, 0, 0, 0, False
-        bar = tqdm(total=kills, unit="kill", mininterval=5)
         while done < kills or not finished:
             folder = f"run-{ended}"
             child = start([*arguments, f"hydra.run.dir={folder}", "resume=auto"])
@@ -74,7 +76,7 @@ def main(settings: dict[str, Any]) -> None:
             if status in (-sent, 128 + sent):
                 done += 1
                 at_once += status == -sent and sent != signal.SIGKILL
-                bar.update()
+                advance(1)
             elif finished:
                 given = tensors(Path(folder))
                 same = given.keys() == expected.keys()
@@ -82,7 +84,6 @@ def main(settings: dict[str, Any]) -> None:
                 ended += 1
             else:
                 raise ValueError(f"{folder} ended with status {status}; see output.txt")
-        bar.close()
     print(
         f"{done} times {sent.name} after 0 to {longest:g} s, {workers} workers: {ended} runs of "
         f"{epochs} epochs finished, {differing} with a tensor that differs (of {len(expected)}); "

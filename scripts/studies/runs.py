@@ -5,13 +5,15 @@ import csv
 import logging
 import multiprocessing
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+
+from repvgg import terminal
 
 Row = dict[str, Any]
 
@@ -38,8 +40,10 @@ def run(
     try:
         futures = [pool.submit(job, *call) for call in calls]
         ended = concurrent.futures.as_completed(futures)
-        for future in tqdm(ended, total=len(calls), unit="run", smoothing=0.05):
-            append(path, future.result())
+        with terminal.bar("runs", len(calls), sys.stderr) as advance:
+            for future in ended:
+                append(path, future.result())
+                advance(1)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

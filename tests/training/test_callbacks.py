@@ -26,7 +26,6 @@ from repvgg.training import callbacks
 from repvgg.training.callbacks import (
     EMA,
     DeployedValidation,
-    EpochLines,
     Interrupted,
     ReestimateBN,
     SaveOnSignal,
@@ -37,6 +36,7 @@ from repvgg.training.checkpoints import BestCheckpoint, LastCheckpoint, WholeFil
 from repvgg.training.classifier import Classifier
 from repvgg.training.divergence import StopOnDivergence
 from repvgg.training.processes import cluster_plugins
+from repvgg.training.progress import EpochLines
 from tests.support.trainers import quiet_trainer
 
 MODEL = {

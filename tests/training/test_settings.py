@@ -10,7 +10,9 @@ from tests.support.commands import compose
 
 
 def read(*typed: str) -> Settings:
-    return Settings.read(compose("train", *typed))
+    settings = Settings.read(compose("train", *typed))
+    settings.check_trainer()
+    return settings
 
 
 def test_the_settings_are_the_keys_of_the_configuration():

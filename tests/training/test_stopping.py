@@ -156,7 +156,7 @@ def test_a_run_without_a_test_keeps_its_checkpoints(tmp_path):
 
     assert done.returncode == 0, done.stderr
     assert "test accuracy" not in done.stdout
-    assert "checkpoint    run/checkpoints/best.ckpt" in done.stdout
+    assert "ckpt=run/checkpoints/best.ckpt" in done.stdout
 
 
 @pytest.mark.slow

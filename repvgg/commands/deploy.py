@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import repvgg
 from repvgg import cli
+from repvgg.checks import escape
 from repvgg.deploy.settings import DeploySettings, VerifySettings, one_run
 
 
@@ -14,6 +16,9 @@ def deploy(config: cli.Config, _: Path) -> None:
     """Deploy a checkpoint, or verify a deployed folder again."""
     kind = DeploySettings if config.get("verify") is None else VerifySettings
     settings = kind.read(config)
+    if isinstance(settings, DeploySettings):
+        place = escape(settings.ckpt)
+        print(f"repvgg {repvgg.__version__}: deploying {place} ...", flush=True)
     from repvgg.deploy.run import run, verify_again  # takes seconds; mistakes are reported before
 
     if isinstance(settings, VerifySettings):

@@ -6,21 +6,22 @@ from pathlib import Path
 
 import torch
 
-from repvgg import checkpoint, cli
+from repvgg import checkpoint, cli, terminal
 from repvgg.contract import Description, to_float
 from repvgg.deploy import certificate, verification
 from repvgg.deploy.certificate import Recorded
 from repvgg.deploy.files import INT8, describe_files, export, export_int8, in_bf16
-from repvgg.deploy.folder import new_folder
+from repvgg.deploy.folder import SUMS, new_folder
 from repvgg.deploy.measure import environment, latency, sizes
 from repvgg.deploy.report import Report
 from repvgg.deploy.sets import load_sets
 from repvgg.deploy.settings import DeploySettings
-from repvgg.deploy.verification import DEPLOYED, OWN, TRAINED, Forms, require
+from repvgg.deploy.verification import DEPLOYED, FOLDED32, FOLDED64, OWN, TRAINED, Forms, require
+from repvgg.export.artifact import Artifact
 from repvgg.models.forms import deployed_form
 from repvgg.models.libraries import Factory
 from repvgg.targets import locate
-from repvgg.verify import TOLERANCE, Predictor
+from repvgg.verify import TOLERANCE, Predictor, Verdict
 
 BF16_BOUND = TOLERANCE[torch.bfloat16]
 
@@ -62,37 +63,71 @@ def deploy(settings: DeploySettings, folder: Path) -> Report:
         ValueError: the checkpoint or the data is wrong, or a check failed; the message names it.
     """
     factory = find_factory(settings.network)
-    with cli.suggest_import(settings.ckpt):
-        restored = checkpoint.load(settings.ckpt, network=factory)
-    description = Description(restored.config, restored.data, settings.input, settings.output)
-    sets = load_sets(settings, restored)
-    images = to_float(restored.probe.images)
-    probe = verification.evaluate_probe(restored, images)
-    require("probe batch: the restored network and the recorded logits", probe)
+    with terminal.step("restore") as step:
+        with cli.suggest_import(settings.ckpt):
+            restored = checkpoint.load(settings.ckpt, network=factory)
+        description = Description(restored.config, restored.data, settings.input, settings.output)
+        sets = load_sets(settings, restored)
+        images = to_float(restored.probe.images)
+        probe = verification.evaluate_probe(restored, images)
+        require("probe batch: the restored network and the recorded logits", probe)
+        step.result = f"{restored.config['name']}, {_shown(probe)}, {len(images)} images"
 
-    network, fusion = deployed_form(restored.model)
-    forms = Forms.of(restored, network, description)
-    blocks = verification.compare_blocks(forms, images, fusion.moved)
-    of_forms = verification.evaluate_forms(forms, images, blocks)
-    bound = of_forms[OWN].tolerance
+    with terminal.step("fold") as step:
+        network, fusion = deployed_form(restored.model)
+        forms = Forms.of(restored, network, description)
+        blocks = verification.compare_blocks(forms, images, fusion.moved)
+        verdicts = verification.evaluate_forms(forms, images, blocks)
+        for name, verdict in verdicts.items():
+            require(name, verdict)
+        step.result = f"float64 {_shown(verdicts[FOLDED64])}, float32 {_shown(verdicts[FOLDED32])}"
+    bound = verdicts[OWN].tolerance
 
-    files = export(network, description, settings.formats, folder, factory=factory)
+    files: dict[str, Artifact] = {}
+    for kind in settings.formats:
+        with terminal.step(kind) as step:
+            written = export(network, description, [kind], folder, factory=factory)
+            (name,) = written
+            found = verification.evaluate(forms.reference, written, images, tolerance=bound)
+            require(name, found[name])
+            files, verdicts = files | written, verdicts | found
+            step.result = f"{name}, {_shown(found[name])}"
     bf16 = in_bf16(forms.folded, folder) if settings.bf16 else {}
-    verdicts = {
-        **of_forms,
-        **verification.evaluate(forms.reference, files, images, tolerance=bound),
-        **verification.evaluate(forms.reference, bf16, images, tolerance=BF16_BOUND),
-    }
-    for name, verdict in verdicts.items():
-        require(name, verdict)
+    for name, predictor in bf16.items():
+        with terminal.step("bf16") as step:
+            found = verification.evaluate(
+                forms.reference, {name: predictor}, images, tolerance=BF16_BOUND
+            )
+            require(name, found[name])
+            verdicts |= found
+            step.result = f"{name}, {_shown(found[name])}"
 
     int8 = None
     if settings.int8:
-        int8 = export_int8(network, forms, description, restored, sets, settings, folder)
+        with terminal.step("int8") as step:
+            int8 = export_int8(network, forms, description, restored, sets, settings, folder)
+            lost = max(verdict.error for verdict in int8.report.verdicts.values())
+            step.result = f"{INT8}, accuracy lost {lost:.2%}, on {int8.report.judged_on}"
     engines = int8.engines if int8 else {}
     torch_forms = {TRAINED: forms.trained, DEPLOYED: forms.folded}
     predictors: dict[str, Predictor] = {**torch_forms, **files, **bf16, **engines}
-    accuracies = verification.measure_accuracies(predictors, restored, sets)
+    with terminal.step("accuracy") as step:
+        accuracies = verification.measure_accuracies(predictors, restored, sets)
+        measured = accuracies.on_validation or accuracies.on_probe
+        part = "validation set" if accuracies.on_validation else "probe batch"
+        step.result = (
+            f"{measured[TRAINED]:.2%} before, {measured[DEPLOYED]:.2%} after, on the {part}"
+            if measured
+            else "not known: no labelled images"
+        )
+    timed = None
+    if settings.benchmark:
+        with terminal.step("latency", still=True) as step:
+            timed = latency(predictors, images[:1])
+            step.result = (
+                f"{timed.milliseconds[TRAINED].median:.2f} ms before, "
+                f"{timed.milliseconds[DEPLOYED].median:.2f} ms after, one image in torch"
+            )
     report = Report(
         checkpoint=str(settings.ckpt),
         int8=int8.report if int8 else None,
@@ -114,10 +149,16 @@ def deploy(settings: DeploySettings, folder: Path) -> Report:
         size=sizes(forms, images),
         environment=environment(),
         command=cli.command_line(),
-        latency=latency(predictors, images[:1]) if settings.benchmark else None,
+        latency=timed,
     )
-    reference = forms.reference(images.double()).detach()
-    outputs = int8.artifact(images) if int8 else torch.empty(0)
-    recorded = Recorded(restored.probe.images, restored.probe.labels, reference, outputs)
-    certificate.write(folder, report, recorded)
+    with terminal.step("certificate") as step:
+        reference = forms.reference(images.double()).detach()
+        outputs = int8.artifact(images) if int8 else torch.empty(0)
+        recorded = Recorded(restored.probe.images, restored.probe.labels, reference, outputs)
+        certificate.write(folder, report, recorded)
+        step.result = f"{SUMS} of {len([*folder.iterdir()]) - 1} files"
     return report
+
+
+def _shown(verdict: Verdict) -> str:
+    return f"error {verdict.error:.1e}"

@@ -17,6 +17,7 @@ from repvgg.verify import Predictor, Verdict
 
 DEPLOYED, TRAINED = "deployed, torch", "trained form, torch"
 OWN = "trained form, float32"  # the error that the trained network itself has
+FOLDED64, FOLDED32 = "folded, float64", "folded, float32"
 NETWORK = "1."  # prefix of the network's modules, which follow the normalization
 
 
@@ -86,8 +87,8 @@ def evaluate_forms(
     bound = verify.float32_bound(own.error)
     verdicts = {
         OWN: replace(own, tolerance=bound),
-        "folded, float64": verify.compare(forms.reference, forms.folded64, images.double()),
-        "folded, float32": verify.compare(forms.reference, forms.folded, images, tolerance=bound),
+        FOLDED64: verify.compare(forms.reference, forms.folded64, images.double()),
+        FOLDED32: verify.compare(forms.reference, forms.folded, images, tolerance=bound),
     }
     for name, errors in blocks.items():
         allowed = dict.fromkeys(errors, verify.TOLERANCE[getattr(torch, name)])

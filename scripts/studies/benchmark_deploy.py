@@ -4,14 +4,15 @@ Latency of one network, multi-branch and folded, in every engine: torch, compile
 onnxruntime, OpenVINO, in float32, bf16 and int8, beside the folded networks of timm (if it is
 installed) and of the authors' program. Each candidate runs in its own process; they are timed in
 turns. The folded network is timed twice (A/A control): if the two differ by more than 5 %,
-no ratios are printed. Writes a table, a bar chart and JSON.
+no ratios are printed and no bars are drawn. Writes a table, bar charts and JSON.
 """
 
 import copy
+import functools
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import repvgg
-from repvgg import cli, verify
+from repvgg import cli, figures, verify
 from repvgg.checks import check_integer, wrong_value
 from repvgg.contract import METADATA_KEY, DataContract, Description
 from repvgg.export import formats, int8
@@ -42,6 +43,11 @@ DEFAULTS: dict[str, Any] = {
 }
 BASE, AGAIN = "folded, torch", "folded, torch (A/A control)"
 MULTI_BRANCH = "multi-branch, torch"
+OTHERS = ("multi-branch", "timm", "reference")
+CAPTION = (
+    "Latency of each candidate: bars are medians, lines the quartiles; grey are multi-branch "
+    "networks, the folded networks of other programs and the A/A control"
+)
 REST = 0.05  # seconds before each turn
 MAX_NOISE = 0.05  # of the A/A control
 # The measured peak that a candidate is compared with; float32 by default.
@@ -52,7 +58,6 @@ Call = Callable[[Tensor], Tensor]
 
 def main(settings: dict[str, Any]) -> None:
     check(settings)
-    report.require_packages()
     out = Path(settings["out"])
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(settings["threads"])
@@ -67,11 +72,17 @@ def main(settings: dict[str, Any]) -> None:
                 for batch in settings["batches"]
             }
     record = summarize(times, {name: one.number for name, one in running.items()}, settings)
-    (out / f"{settings['model']}.json").write_text(json.dumps(record, indent=2) + "\n")
-    text = table(record)
-    (out / f"{settings['model']}.md").write_text(text)
-    draw(record, out / f"{settings['model']}.png")
-    print(text)
+    path = out / f"{settings['model']}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    redraw(path)
+    print(path.with_suffix(".md").read_text())
+
+
+def redraw(path: Path) -> None:
+    """Write table and figures again from the recorded numbers."""
+    record = json.loads(path.read_text())
+    drawn = draw(record, path.with_suffix(""))
+    path.with_suffix(".md").write_text(table(record, drawn))
 
 
 def check(settings: dict[str, Any]) -> None:
@@ -285,7 +296,12 @@ def summarize(
     }
 
 
-def table(record: dict[str, Any]) -> str:
+def table(record: dict[str, Any], drawn: Mapping[str, Path] | None = None) -> str:
+    """The page of a record.
+
+    Args:
+        drawn: the figure of each batch that has one.
+    """
     peaks = ", ".join(
         f"{name} {'not measured' if peak is None else f'{peak / 1e9:.0f} G'}"
         for name, peak in record["peak_operations_per_second"].items()
@@ -309,6 +325,7 @@ def table(record: dict[str, Any]) -> str:
             f"A/A control: {measured['control']:.3f}x."
             + (" Too noisy: no ratios are printed." if measured["noisy"] else ""),
             "",
+            *([report.picture(drawn[batch], CAPTION), ""] if drawn and batch in drawn else []),
             "| | ms | quartiles | speed-up | images/s | of the peak | error |",
             "|---|---|---|---|---|---|---|",
         ]
@@ -350,33 +367,25 @@ def _split(rows: dict[str, Any]) -> list[str]:
     return lines
 
 
-def draw(record: dict[str, Any], path: Path) -> None:
-    """Bars of the speed-ups with quartiles, without batches that were too noisy."""
-    plt = report.pyplot()
-    batches = {batch: one for batch, one in record["batches"].items() if not one["noisy"]}
-    if not batches:
-        path.unlink(missing_ok=True)
-        return
-    names = list(next(iter(batches.values()))["rows"])
-    figure, axes = plt.subplots(figsize=(8, 0.34 * len(names) + 1), layout="constrained")
-    height = 0.8 / len(batches)
-    for i, (batch, measured) in enumerate(batches.items()):
-        rows = measured["rows"].values()
-        places = [place + (i - (len(batches) - 1) / 2) * height for place in range(len(names))]
-        values = [row["speedup"] for row in rows]
-        spread = [
-            [row["speedup"] - row["speedup_lower"] for row in rows],
-            [row["speedup_upper"] - row["speedup"] for row in rows],
-        ]
-        label, error_kw = f"batch {batch}", {"elinewidth": 1}
-        axes.barh(places, values, height, xerr=spread, label=label, error_kw=error_kw)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel("speed-up over the folded network in torch")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def draw(record: dict[str, Any], stem: Path) -> dict[str, Path]:
+    """Bars of the latency with quartiles, a figure for each batch that was not too noisy."""
+    drawn = {}
+    for batch, measured in record["batches"].items():
+        if measured["noisy"]:
+            continue
+        rows = measured["rows"]
+        count = "one image" if batch == "1" else f"{batch} images"
+        chart = functools.partial(
+            figures.bars,
+            values={name: row["milliseconds"] for name, row in rows.items()},
+            intervals={name: (row["lower"], row["upper"]) for name, row in rows.items()},
+            main=[name for name in rows if not name.startswith(OTHERS) and name != AGAIN],
+            unit="milliseconds, median and quartiles",
+            title=f"{record['model']}: {count} of {record['size']}x{record['size']}",
+        )
+        drawn[batch] = stem.with_name(f"{stem.name}-{batch}")
+        figures.save_svgs(chart, drawn[batch])
+    return drawn
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ figure and CSV.
 """
 
 import copy
+import functools
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torchvision
 from torch import nn
 
 import repvgg
-from repvgg import cli, verify
+from repvgg import cli, figures, verify
 from repvgg.checks import check_integer, wrong_value
 from scripts.studies import report, runs, timing
 from scripts.studies.networks import randomize_batchnorms
@@ -32,11 +34,12 @@ DEFAULTS: dict[str, Any] = {
     "out": "docs/studies/fusion",
 }
 BEFORE, AGAIN, AFTER = "before", "before (A/A control)", "fused"
+MODES = {"eager": (AGAIN, AFTER), "compiled": ("before, compiled (A/A control)", "fused, compiled")}
+CAPTION = "Speed-up by fusing, eager and compiled; dots are medians, lines the quartiles"
 COMPILED = ("before, compiled", "before, compiled (A/A control)", "fused, compiled")
 
 
 def main(settings: dict[str, Any]) -> None:
-    report.require_packages()
     for key in ("batch", "size", "threads"):
         check_integer(key, settings[key], minimum=1, example=DEFAULTS[key])
     check_integer("rounds", settings["rounds"], minimum=2, example=40)  # quartiles need two
@@ -56,7 +59,12 @@ def main(settings: dict[str, Any]) -> None:
         for row in rows:
             runs.append(out / "benchmark.csv", row)
     print(text)
-    draw(rows, out / "benchmark.png")
+    redraw(out / "benchmark.csv")
+
+
+def redraw(path: Path) -> None:
+    """Draw the figure again from the recorded numbers."""
+    draw(runs.read(path), path.with_suffix(""))
 
 
 def measure(network: str, names: tuple[str, ...], settings: dict[str, Any]) -> list[runs.Row]:
@@ -106,6 +114,8 @@ def table(rows: list[runs.Row], settings: dict[str, Any]) -> str:
         f"threads. The speed-up is the median over rounds, against "
         "the same mode before fusing.",
         "",
+        report.picture(Path("benchmark"), CAPTION),
+        "",
         "| network | form | ms, median (quartiles) | speed-up (quartiles) | largest error |",
         "|---|---|---|---|---|",
     ]
@@ -118,31 +128,30 @@ def table(rows: list[runs.Row], settings: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(rows: list[runs.Row], path: Path) -> None:
-    """Bars of the speed-up by network, with quartiles; 1 is the form before fusing."""
-    plt = report.pyplot()
-    networks = list(dict.fromkeys(row["network"] for row in rows))
-    forms = [form for form in dict.fromkeys(row["form"] for row in rows) if form != BEFORE]
-    forms = [form for form in forms if form != COMPILED[0]]
-    figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
-    width = 0.8 / len(forms)
-    for i, form in enumerate(forms):
-        own = [row for row in rows if row["form"] == form]
-        places = [
-            networks.index(row["network"]) + (i - (len(forms) - 1) / 2) * width for row in own
-        ]
-        values = [row["speedup"] for row in own]
-        spread = [
-            [row["speedup"] - row["speedup_lower"] for row in own],
-            [row["speedup_upper"] - row["speedup"] for row in own],
-        ]
-        axes.bar(places, values, width, yerr=spread, label=form, error_kw={"elinewidth": 1})
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(networks)), networks)
-    axes.set_ylabel("speed-up over the network before fusing")
-    axes.legend(fontsize="small", ncols=2)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def draw(rows: Sequence[Mapping[str, Any]], stem: Path) -> None:
+    """Speed-ups by network with quartiles; 1 is the network before fusing."""
+    panels = []
+    for mode, (control, fused) in MODES.items():
+        series = {
+            label: {
+                row["network"]: report.Interval(
+                    *(float(row[key]) for key in ("speedup", "speedup_lower", "speedup_upper"))
+                )
+                for row in rows
+                if row["form"] == form
+            }
+            for label, form in (("A/A control", control), ("fused", fused))
+        }
+        if series["fused"]:
+            panels.append(report.Panel(mode, series))
+    chart = functools.partial(
+        report.intervals,
+        panels=panels,
+        unit="times as fast as before fusing: median and quartiles of the rounds",
+        number="{:.2f}",
+        reference=1.0,
+    )
+    figures.save_svgs(chart, stem)
 
 
 if __name__ == "__main__":

@@ -9,25 +9,21 @@ process and saved as a checkpoint in `work`: the same command resumes a stopped 
 
 import functools
 import statistics
-import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from repvgg import checkpoint, cli, verify
-from repvgg.checkpoint.native import Checkpoint, Probe
+from repvgg import checkpoint, cli, figures, verify
 from repvgg.checks import check_integer, check_number, wrong_value
 from repvgg.contract import Description, to_float
-from repvgg.data.module import ImageData
 from repvgg.deploy.verification import accuracy
 from repvgg.export import int8
 from repvgg.export.calibration import RANGES, Histogram, minmax
 from repvgg.export.formats import build_onnx
-from repvgg.models.block import RepVGGBlock
 from repvgg.models.forms import switch_to_deploy
-from repvgg.models.registry import create_model, list_models
+from repvgg.models.registry import list_models
 from scripts.studies import report, runs, training
 
 DEFAULTS: dict[str, Any] = {
@@ -45,20 +41,9 @@ DEFAULTS: dict[str, Any] = {
     "work": "runs/int8",
     "out": "docs/studies/int8",
 }
-RECIPE = ("width", "strides", "epochs", "batch_size", "lr", "dropout")
 
 
-class Job(NamedTuple):
-    model: str
-    seed: int
-
-    def path(self, settings: dict[str, Any]) -> Path:
-        """The checkpoint; its name has a checksum of the settings it was trained with."""
-        data = "" if settings["root"] is None else Path(settings["root"]).resolve().name
-        trained = repr([data, *(settings[key] for key in RECIPE)])
-        return Path(settings["work"]) / (
-            f"{self.model}-{self.seed}-{zlib.crc32(trained.encode()):08x}.ckpt"
-        )
+CAPTION = "Change of the test accuracy by int8, for every kind of range and both networks"
 
 
 def check(settings: dict[str, Any]) -> None:
@@ -74,69 +59,19 @@ def check(settings: dict[str, Any]) -> None:
         )
 
 
-loaded = functools.cache(training.load_images)  # once in each process
-
-
-def train(job: Job, settings: dict[str, Any]) -> runs.Row:
-    """Train one network and save it as a self-describing checkpoint."""
-    images, test, contract, augment = loaded(settings["root"])
-    data = ImageData(
-        images,
-        test,
-        test,
-        contract,
-        batch_size=settings["batch_size"],
-        augment=augment,
-        seed=job.seed,
-    )
-    widths = stage_widths(job.model)
-    config = {
-        "name": job.model,
-        "num_classes": len(contract.classes),
-        "in_channels": contract.in_channels,
-        "strides": settings["strides"],
-        "widths": [8 * round(settings["width"] * width / 8) for width in widths],
-        "dropout": settings["dropout"],
-    }
-    steps = settings["epochs"] * len(data.train_dataloader())
-    torch.manual_seed(job.seed)
-    module = training.classifier(
-        create_model(**config),
-        num_classes=len(contract.classes),
-        lr=settings["lr"],
-        steps=steps,
-        warmup=steps // 20,
-        seed=job.seed,
-    )
-    training.fit(module, data, steps)
-    path = job.path(settings)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    probe = Probe(*data.probe(), torch.empty(0))
-    checkpoint.save(path, Checkpoint(module.net, config, contract, probe))
-    return {"model": job.model, "seed": job.seed, "steps": steps}
-
-
-def stage_widths(model: str) -> list[int]:
-    """Output channels of the four stages of a variant."""
-    with torch.device("meta"):
-        network = create_model(model)
-    blocks = [stage[-1] for stage in network.stages.children() if isinstance(stage, nn.Sequential)]
-    return [block.out_channels for block in blocks if isinstance(block, RepVGGBlock)]
-
-
 def outlier_ratio(values: Tensor) -> float:
     """Largest absolute value over the root mean square: how coarse int8 is for most of them."""
     return (values.abs().max() / values.square().mean().sqrt()).item()
 
 
 @torch.no_grad()
-def examine(job: Job, settings: dict[str, Any]) -> list[runs.Row]:
+def examine(job: training.Job, settings: dict[str, Any]) -> list[runs.Row]:
     """Accuracy of one trained network in float32 and int8, a row for every way to round.
 
     The ways: each kind of range with weights rounded per channel; the one chosen on held-out
     training images; and weights rounded per tensor, which suffer more from outliers.
     """
-    images, test, _, _ = loaded(settings["root"])
+    images, test, _, _ = training.loaded(settings["root"])
     restored = checkpoint.load(job.path(settings))
     deployed = switch_to_deploy(restored.model)
     description = Description(restored.config, restored.data)
@@ -192,12 +127,7 @@ def spread(histogram: Histogram) -> float:
 
 def main(settings: dict[str, Any]) -> None:
     check(settings)
-    report.require_packages()
-    jobs = [Job(model, seed) for seed in range(settings["seeds"]) for model in settings["models"]]
-    calls = [(job, settings) for job in jobs if not job.path(settings).exists()]
-    if calls:
-        Path(settings["work"]).mkdir(parents=True, exist_ok=True)
-        runs.run(train, calls, Path(settings["work"]) / "trained.csv", workers=settings["workers"])
+    jobs = training.train_missing(settings["models"], settings)
     out = Path(settings["out"])
     out.mkdir(parents=True, exist_ok=True)
     data = "digits" if settings["root"] is None else Path(settings["root"]).resolve().name
@@ -209,8 +139,13 @@ def main(settings: dict[str, Any]) -> None:
     rows = runs.read(results)
     text = table(rows, settings, data)
     (out / f"{data}.md").write_text(text)
-    draw(rows, out / f"{data}.png")
+    redraw(results)
     print(text)
+
+
+def redraw(path: Path) -> None:
+    """Draw the figure again from the recorded numbers."""
+    draw(runs.read(path), path.with_suffix(""))
 
 
 def column(rows: list[dict[str, str]], model: str, rounding: str, key: str) -> list[float]:
@@ -235,6 +170,8 @@ def table(rows: list[dict[str, str]], settings: dict[str, Any], data: str) -> st
         f"chosen on as many others; {report.machine()}, {report.versions('onnxruntime')}. Mean and "
         "standard deviation over seeds; the change is paired by seed.",
         "",
+        report.picture(Path(data), CAPTION),
+        "",
         "| rounding | " + " | ".join(f"{m}: accuracy, % | change | same top-1, %" for m in models),
         "|---" * (1 + 3 * len(models)) + "|",
     ]
@@ -250,7 +187,7 @@ def table(rows: list[dict[str, str]], settings: dict[str, Any], data: str) -> st
         lines.append(f"| {rounding} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Largest absolute value over root mean square: of the deployed kernels (mean over layers, "
+        "Largest absolute value over root mean square: of the folded kernels (mean over layers, "
         "then the worst layer), and of the activations (mean over layers).",
         "",
         "| | kernels | worst kernel | activations | chosen |",
@@ -266,26 +203,28 @@ def table(rows: list[dict[str, str]], settings: dict[str, Any], data: str) -> st
     return "\n".join(lines) + "\n"
 
 
-def draw(rows: list[dict[str, str]], path: Path) -> None:
-    """Accuracy lost in int8 against the outliers of the kernels, one point per network."""
-    plt = report.pyplot()
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    markers = {"minmax": "o", "minmax, weights per tensor": "x"}
-    for color, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+def draw(rows: list[dict[str, str]], stem: Path) -> None:
+    """Change of the accuracy by int8, for every way to round."""
+    series: dict[str, dict[str, report.Interval]] = {}
+    for model in dict.fromkeys(row["model"] for row in rows):
         before = column(rows, model, "float32", "accuracy")
-        outliers = column(rows, model, "float32", "kernel_outliers")
-        for rounding, marker in markers.items():
-            values = column(rows, model, rounding, "accuracy")
-            lost = [100 * (old - new) for new, old in zip(values, before, strict=True)]
-            axes.scatter(
-                outliers, lost, marker=marker, color=f"C{color}", label=f"{model}, {rounding}"
+        series[model] = {}
+        for rounding in dict.fromkeys(row["rounding"] for row in rows):
+            if rounding == "float32":
+                continue
+            after = column(rows, model, rounding, "accuracy")
+            change = [100 * (new - old) for new, old in zip(after, before, strict=True)]
+            series[model][rounding] = report.Interval(
+                statistics.mean(change), min(change), max(change)
             )
-    axes.set_xlabel("largest weight over root mean square, mean over the deployed kernels")
-    axes.set_ylabel("points of accuracy lost in int8")
-    axes.axhline(0, color="black", linewidth=0.6)
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    chart = functools.partial(
+        report.intervals,
+        panels=[report.Panel("", series)],
+        unit="points of accuracy gained or lost by int8: mean, smallest and largest of the seeds",
+        number="{:+.2f}",
+        reference=0.0,
+    )
+    figures.save_svgs(chart, stem)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ time of the plain arm, by the costs measured on this machine before the first ru
 seed share the labels, the initial weights and the order of the data, so differences are paired.
 The last weights are tested; nothing is selected.
 
-The folder `out` gets results.csv, table.md, figure.png and settings.json. The same command resumes
+The folder `out` gets results.csv, table.md, two figures and settings.json. The same command resumes
 a study that was stopped. Requires scipy: pip install -e ".[study]"
 """
 
@@ -29,8 +29,8 @@ import torch
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from repvgg import cli
-from repvgg.checks import check_integer, check_number, wrong_value
+from repvgg import cli, figures
+from repvgg.checks import check_integer, check_number, require, wrong_value
 from repvgg.data.module import ImageData
 from repvgg.models.registry import create_model
 from repvgg.rdrop import StochasticLayers
@@ -57,6 +57,8 @@ DEFAULTS: dict[str, Any] = {
 FREE = ("seeds", "alphas", "dropouts", "label_smoothing", "budgets", "workers", "out")
 MEASURED_STEPS = 30  # of each short run that measures the cost of a step
 METRICS = {"accuracy": (100, "{:.2f}"), "nll": (1, "{:.3f}"), "ece": (100, "{:.2f}")}
+
+DRAWN = {"accuracy": "accuracy, points", "ece": "calibration error (ECE), points"}
 
 
 class Arm(NamedTuple):
@@ -111,7 +113,7 @@ class Job(NamedTuple):
 
 def main(settings: dict[str, Any]) -> None:
     check(settings)
-    report.require_packages()
+    require("scipy")
     out = Path(settings["out"])
     record = prepare(settings, out)
     results = out / "results.csv"
@@ -122,8 +124,13 @@ def main(settings: dict[str, Any]) -> None:
         runs.run(train, calls, results, workers=settings["workers"])
     rows = runs.read(results)
     (out / "table.md").write_text(table(rows, settings, record))
-    draw(rows, settings, out / "figure.png")
+    redraw(results)
     print((out / "table.md").read_text())
+
+
+def redraw(path: Path) -> None:
+    """Draw the figures again from the recorded numbers."""
+    draw(runs.read(path), path.parent)
 
 
 def check(settings: dict[str, Any]) -> None:
@@ -185,7 +192,7 @@ def build(
     job: Job, settings: dict[str, Any], costs: dict[str, dict[str, float]]
 ) -> tuple[Classifier, ImageData, int]:
     """The module, its data and the number of steps."""
-    train, test, contract, augment = loaded(settings["root"])
+    train, test, contract, augment = training.loaded(settings["root"])
     train = training.subset(train, job.labels, job.seed)
     arm = job.arm
     data = ImageData(
@@ -222,9 +229,6 @@ def build(
     if arm.doubled:
         module.stochastic = StochasticLayers(backbone=True, head=True)
     return module, data, steps
-
-
-loaded = functools.cache(training.load_images)  # once in each process
 
 
 class Clock(L.Callback):
@@ -326,11 +330,18 @@ def values(
     rows: list[dict[str, str]], labels: float, budget: str, arm: Arm, metric: str
 ) -> dict[str, float]:
     """A metric by seed."""
-    wanted = Job.of(labels, budget, arm, 0).key[:3]
+    wanted = Job.of(labels, budget, arm, 0)
+    return column(rows, f"{labels:g}", wanted.budget, str(arm), metric)
+
+
+def column(
+    rows: list[dict[str, str]], labels: str, budget: str, arm: str, metric: str
+) -> dict[str, float]:
+    """A metric by seed, of an arm as it is recorded."""
     return {
         row["seed"]: METRICS[metric][0] * float(row[metric])
         for row in rows
-        if key(row)[:3] == wanted
+        if key(row)[:3] == (labels, budget, arm)
     }
 
 
@@ -346,6 +357,9 @@ def table(rows: list[dict[str, str]], settings: dict[str, Any], record: dict[str
         "interval; p is of the paired t-test, not corrected for the number of comparisons. An arm "
         "with alpha is compared with the same arm without it, any other with the plain arm.",
     ]
+    for metric, unit in DRAWN.items():
+        caption = f"{unit.capitalize()}, against plain training: mean and 95 % interval"
+        lines += ["", report.picture(Path(metric), caption)]
     for labels, budget in itertools.product(sorted(settings["labels"]), settings["budgets"]):
         costs = record["costs"][f"{labels:g}"]
         relative = ", ".join(f"{name} {costs[name] / costs['plain']:.2f}" for name in costs)
@@ -376,44 +390,30 @@ def table(rows: list[dict[str, str]], settings: dict[str, Any], record: dict[str
     return "\n".join(lines) + "\n"
 
 
-def draw(rows: list[dict[str, str]], settings: dict[str, Any], path: Path) -> None:
+def draw(rows: list[dict[str, str]], folder: Path) -> None:
     """Accuracy and calibration error against the plain arm, by share of labels and budget."""
-    pyplot = report.pyplot()
-    shares = sorted(settings["labels"])
-    figure, axes = pyplot.subplots(
-        2, len(shares), figsize=(1 + 3.6 * len(shares), 8), squeeze=False
-    )
-    named = {"accuracy": "accuracy, points", "ece": "calibration error (ECE), points"}
-    for line, (metric, title) in enumerate(named.items()):
-        for column, labels in enumerate(shares):
-            axis = axes[line][column]
-            axis.axhline(0, color="black", linewidth=0.8)
-            names: list[str] = []
-            for shift, budget in zip((-0.15, 0.15), settings["budgets"], strict=False):
-                plain = values(rows, labels, budget, Arm(), metric)
-                arms = arms_of(settings, budget)[1:]
-                names = max(names, [str(arm) for arm in arms], key=len)
-                found = [
-                    report.compare(values(rows, labels, budget, arm, metric), plain) for arm in arms
-                ]
-                axis.errorbar(
-                    [i + shift for i in range(len(arms))],
-                    [comparison.mean for comparison in found],
-                    [comparison.half_width for comparison in found],
-                    fmt="o",
-                    markersize=4,
-                    capsize=2,
-                    label=f"equal {budget}",
-                )
-            axis.set_xticks(range(len(names)), names if line else [], rotation=90, fontsize=8)
-            if line == 0:
-                axis.set_title(f"{100 * labels:g} % of the labels")
-            if column == 0:
-                axis.set_ylabel(f"{title}, against plain")
-    axes[0][0].legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    for metric, unit in DRAWN.items():
+        panels = []
+        arms = sorted(
+            {row["arm"] for row in rows} - {str(Arm())}, key=lambda arm: ("alpha" in arm, arm)
+        )
+        for labels in sorted({float(row["labels"]) for row in rows}):
+            share, series = f"{labels:g}", {}
+            for budget in dict.fromkeys(row["budget"] for row in rows):
+                plain = column(rows, share, "epochs", str(Arm()), metric)
+                found = {arm: column(rows, share, budget, arm, metric) for arm in arms}
+                series[f"equal {budget}"] = {
+                    arm: report.compare(own, plain).interval for arm, own in found.items() if own
+                }
+            panels.append(report.Panel(f"{100 * labels:g} % of the labels", series))
+        chart = functools.partial(
+            report.intervals,
+            panels=panels,
+            unit=f"{unit}, against plain training",
+            reference=0.0,
+            width=3.2 + 2.4 * len(panels),
+        )
+        figures.save_svgs(chart, folder / metric)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,103 @@
-"""Images and short CPU trainings for studies."""
+"""Images, short CPU trainings and trained networks for studies."""
 
+import functools
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from repvgg import checkpoint
+from repvgg.checkpoint.native import Checkpoint, Probe
 from repvgg.contract import DataContract, to_float
 from repvgg.data.batches import Augmentation, Stored
 from repvgg.data.files import store
 from repvgg.data.images import open_image
+from repvgg.data.module import ImageData
 from repvgg.data.scan import find
 from repvgg.data.sets import digits
+from repvgg.models.block import RepVGGBlock
+from repvgg.models.registry import create_model
 from repvgg.training.classifier import Classifier
+from scripts.studies import runs
+
+RECIPE = ("width", "strides", "epochs", "batch_size", "lr", "dropout")
+
+
+class Job(NamedTuple):
+    """One network that a study trains and saves."""
+
+    model: str
+    seed: int
+
+    def path(self, settings: dict[str, Any]) -> Path:
+        """The checkpoint; its name has a checksum of the settings it was trained with."""
+        data = "" if settings["root"] is None else Path(settings["root"]).resolve().name
+        trained = repr([data, *(settings[key] for key in RECIPE)])
+        return Path(settings["work"]) / (
+            f"{self.model}-{self.seed}-{zlib.crc32(trained.encode()):08x}.ckpt"
+        )
+
+
+def train_missing(models: Sequence[str], settings: dict[str, Any]) -> list[Job]:
+    """Train every model with every seed, in parallel processes; saved ones are not repeated."""
+    jobs = [Job(model, seed) for seed in range(settings["seeds"]) for model in models]
+    calls = [(job, settings) for job in jobs if not job.path(settings).exists()]
+    if calls:
+        Path(settings["work"]).mkdir(parents=True, exist_ok=True)
+        runs.run(train, calls, Path(settings["work"]) / "trained.csv", workers=settings["workers"])
+    return jobs
+
+
+def train(job: Job, settings: dict[str, Any]) -> runs.Row:
+    """Train one network and save it as a self-describing checkpoint."""
+    images, test, contract, augment = loaded(settings["root"])
+    data = ImageData(
+        images,
+        test,
+        test,
+        contract,
+        batch_size=settings["batch_size"],
+        augment=augment,
+        seed=job.seed,
+    )
+    widths = stage_widths(job.model)
+    config = {
+        "name": job.model,
+        "num_classes": len(contract.classes),
+        "in_channels": contract.in_channels,
+        "strides": settings["strides"],
+        "widths": [8 * round(settings["width"] * width / 8) for width in widths],
+        "dropout": settings["dropout"],
+    }
+    steps = settings["epochs"] * len(data.train_dataloader())
+    torch.manual_seed(job.seed)
+    module = classifier(
+        create_model(**config),
+        num_classes=len(contract.classes),
+        lr=settings["lr"],
+        steps=steps,
+        warmup=steps // 20,
+        seed=job.seed,
+    )
+    fit(module, data, steps)
+    path = job.path(settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    probe = Probe(*data.probe(), torch.empty(0))
+    checkpoint.save(path, Checkpoint(module.net, config, contract, probe))
+    return {"model": job.model, "seed": job.seed, "steps": steps}
+
+
+def stage_widths(model: str) -> list[int]:
+    """Output channels of the four stages of a variant."""
+    with torch.device("meta"):
+        network = create_model(model)
+    blocks = [stage[-1] for stage in network.stages.children() if isinstance(stage, nn.Sequential)]
+    return [block.out_channels for block in blocks if isinstance(block, RepVGGBlock)]
 
 
 def load_images(root: str | None) -> tuple[Stored, Stored, DataContract, Augmentation]:
@@ -56,6 +139,9 @@ def load_images(root: str | None) -> tuple[Stored, Stored, DataContract, Augment
             return torch.stack([transform(image) for image in images])
 
     return train, test, contract, augment
+
+
+loaded = functools.cache(load_images)  # once in each process
 
 
 def subset(images: Stored, share: float, seed: int) -> Stored:

@@ -3,8 +3,6 @@
 import os
 import shutil
 import stat
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from repvgg.data import cache, memory
 from repvgg.data.folders import imagefolder
 from repvgg.data.sets import cifar10
-from tests.support.commands import ROOT, make
+from tests.support.commands import make
+from tests.support.processes import Process
 
 NAME = ".repvgg-cache-16x16x3.safetensors"
 
@@ -251,17 +250,9 @@ print("sum", int(data.train.images.sum()))
 
 @pytest.mark.slow
 def test_two_processes_at_once_decode_once(root):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO, str(root)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-        for _ in range(2)
-    ]
+    processes = [Process("-c", TWO, root, cwd=root) for _ in range(2)]
 
-    lines = [line for one in processes for line in one.communicate(timeout=240)[0].splitlines()]
+    lines = [line for one in processes for line in one.communicate()[0].splitlines()]
 
     assert lines.count("decoded") == 2  # train and val, once
     assert len({line for line in lines if line.startswith("sum")}) == 1

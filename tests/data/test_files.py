@@ -1,7 +1,5 @@
 import functools
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,6 +15,7 @@ from repvgg.data.scan import find
 from repvgg.data.sets import cifar10
 from repvgg.data.shards import Shards
 from tests.support.commands import ROOT, make
+from tests.support.processes import Process
 
 SIZE = (16, 16)
 SCRIPT = ROOT / "scripts" / "write_shards.py"
@@ -328,12 +327,8 @@ def test_shards_give_the_images_of_the_folder_in_an_order_that_can_be_resumed(
     out = tmp_path / "shards"
     (root / "train" / "cat" / "._0.jpg").write_bytes(b"")
     (root / "val").rename(root / "Valid") if validates else shutil.rmtree(root / "val")
-    done = subprocess.run(
-        [sys.executable, SCRIPT, f"root={root}", f"out={out}", "shard_size=5"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = (SCRIPT, f"root={root}", f"out={out}", "shard_size=5")
+    done = Process(*command, cwd=tmp_path).completed()
     assert done.returncode == 0, done.stderr
     assert "left out: 1 hidden file\n" in done.stdout
     assert f"val: {4 if validates else 2} images" in done.stdout

@@ -1,8 +1,6 @@
 """The data module in Lightning's hands: its switches, devices and what it says of itself."""
 
 import os
-import subprocess
-import sys
 
 import lightning as L
 import pytest
@@ -14,7 +12,8 @@ from repvgg.data.batches import Batches, Stored
 from repvgg.data.folders import imagefolder
 from repvgg.data.module import Place
 from repvgg.data.sets import digits
-from tests.support.commands import ROOT, make, quiet
+from tests.support.commands import make
+from tests.support.processes import Process
 from tests.support.trainers import quiet_trainer
 
 
@@ -126,13 +125,7 @@ print(f"counted {images}\\n", end="", flush=True)  # in one piece: both processe
 def test_more_devices_than_validation_images_neither_hang_nor_count_twice(tmp_path):
     (tmp_path / "devices.py").write_text(DEVICES)
 
-    done = subprocess.run(
-        [sys.executable, *quiet(), tmp_path / "devices.py"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    done = Process(tmp_path / "devices.py", cwd=tmp_path).completed()
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("counted 1.0") == 2

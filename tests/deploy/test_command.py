@@ -27,7 +27,7 @@ from repvgg.deploy import settings as settings_of_deploy
 from repvgg.deploy.folder import write_sums
 from repvgg.export.formats import FORMATS, Format
 from tests.support import foreign
-from tests.support.commands import ROOT, SHORT, run, run_process, tree
+from tests.support.commands import ROOT, SHORT, run, run_fresh, tree
 from tests.support.networks import settle
 
 
@@ -68,7 +68,7 @@ def test_deploying_writes_both_formats_and_a_report(place):
 def test_a_process_of_its_own_deploys_the_same(place, tmp_path):
     path = place.parent / "checkpoints" / "best.ckpt"
 
-    done = run_process("deploy.py", f"ckpt={path}", "out=out", "benchmark=false", cwd=tmp_path)
+    done = run_fresh("deploy.py", f"ckpt={path}", "out=out", "benchmark=false", cwd=tmp_path)
 
     assert (done.returncode, done.stderr) == (0, "")
     same = [(folder / "model.safetensors").read_bytes() for folder in (place, tmp_path / "out")]

@@ -6,8 +6,6 @@ import functools
 import io
 import math
 import pickle
-import subprocess
-import sys
 import textwrap
 import types
 
@@ -22,6 +20,7 @@ from repvgg import fuse_conv_bn
 from repvgg.fusion import FusionReport
 from repvgg.fusion.normalizations import is_normalization
 from tests.support.networks import relative_error, settle
+from tests.support.processes import Process
 
 
 def images(*shape: int) -> torch.Tensor:
@@ -688,7 +687,7 @@ def test_a_network_is_folded_inside_its_wrapper(wrapper):
 
 
 @pytest.mark.slow
-def test_a_network_is_folded_inside_ddp():
+def test_a_network_is_folded_inside_ddp(tmp_path):
     code = """
         import os, torch, repvgg
         from torch import nn
@@ -702,8 +701,8 @@ def test_a_network_is_folded_inside_ddp():
         x = torch.randn(2, 3, 8, 8)
         assert torch.allclose(model(x), found(x), atol=1e-5) and len(report.fused) == 1
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+    done = Process("-c", textwrap.dedent(code), cwd=tmp_path).completed()
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

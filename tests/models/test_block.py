@@ -1,7 +1,5 @@
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ from torch import nn
 from repvgg import QARepVGGBlock, RepVGGBlock
 from repvgg.models.block import compile_blocks
 from tests.support.networks import relative_error, settle
+from tests.support.processes import Process
 
 CASES = {
     "identity": {"in_channels": 8, "out_channels": 8},
@@ -219,7 +218,7 @@ def test_an_identity_branch_exists_only_where_shapes_stay():
 
 
 @pytest.mark.slow
-def test_training_in_channels_last_does_not_corrupt_memory():
+def test_training_in_channels_last_does_not_corrupt_memory(tmp_path):
     # torch's own 1x1 convolution of stride 2 does so here, in its weight gradient on CPU.
     program = """
 import torch
@@ -231,7 +230,7 @@ for seed in range(3):
     block(x).square().mean().backward()
     assert all(p.grad.isfinite().all() for p in block.parameters())
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = Process("-c", program, cwd=tmp_path).completed()
 
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -1,17 +1,14 @@
 """Studies on small jobs."""
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from scripts.studies import benchmark_rdrop, finetuning, fusion, int8, rdrop
-from tests.support.commands import ROOT
 from tests.support.figures import assert_drawn
+from tests.support.processes import Process
 
 STUDY = (
     "seeds=2",
@@ -135,14 +132,7 @@ def test_a_run_killed_at_random_equals_the_uninterrupted_one(tmp_path):
         "kills.RUN.append('data.batch_size=256')\n"
         "kills.main({**kills.DEFAULTS, 'kills': 1, 'epochs': 2, 'longest': 1.5})"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", short],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = Process("-c", short, cwd=tmp_path).completed()
 
     assert done.returncode == 0, done.stderr
     assert "1 times SIGKILL" in done.stdout

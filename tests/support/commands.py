@@ -22,11 +22,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from repvgg import cli, signals
+from tests.support.processes import ROOT, SECONDS, Process
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 SHORT = ("model=repvgg_tiny", "rdrop=true", "trainer.max_epochs=3", "data.batch_size=128")
-SECONDS = 300  # after which a program is stopped
 
 
 class TooLong(BaseException):
@@ -69,9 +68,13 @@ def _words(program: str) -> list[str]:
 
 def run_process(program: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run a program in a process of its own, where every warning is an error."""
-    start = [ROOT / program] if program.endswith(".py") else ["-m", "repvgg", program]
+    return Process(*_start(program), *arguments, cwd=cwd, strict=True).completed()
+
+
+def run_fresh(program: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The same in a process that is not forked: with its own imports and warnings of these."""
     return subprocess.run(
-        [sys.executable, "-W", "error", *quiet(), *start, *arguments],
+        [sys.executable, "-W", "error", *quiet(), *_start(program), *arguments],
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -80,11 +83,15 @@ def run_process(program: str, *arguments: str, cwd: Path) -> subprocess.Complete
     )
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
+def _start(program: str) -> list[str]:
+    return [str(ROOT / program)] if program.endswith(".py") else ["-m", "repvgg", program]
+
+
+def wait_for(path: Path, process: Process) -> None:
     """Wait until a running process has written a file."""
     deadline = time.monotonic() + SECONDS
     while not path.exists():
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.001)
 

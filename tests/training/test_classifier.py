@@ -248,7 +248,9 @@ def train_on_one_rank(rank: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_gradients_do_not_depend_on_the_number_of_ranks(tmp_path):
-    torch.multiprocessing.spawn(train_on_one_rank, (tmp_path,), nprocs=2)
+    torch.multiprocessing.start_processes(
+        train_on_one_rank, (tmp_path,), nprocs=2, start_method="forkserver"
+    )
 
     module = repeatable()
     module.training_step(batch(), 0).backward()

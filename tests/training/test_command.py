@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,16 +15,16 @@ from repvgg.contract import to_float
 from tests.support import foreign
 from tests.support.commands import (
     ROOT,
-    SECONDS,
     SHORT,
     make,
-    quiet,
     run,
+    run_fresh,
     run_process,
     tree,
     wait_for,
 )
 from tests.support.networks import settle
+from tests.support.processes import Process
 
 
 @pytest.fixture(scope="module")
@@ -133,16 +131,10 @@ def test_the_checkpoint_opens_without_lightning(folder):
 def test_ctrl_c_saves_and_resuming_ends_with_the_weights_of_an_undisturbed_run(
     trained, folder, tmp_path
 ):
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *SHORT, "hydra.run.dir=run"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Process(ROOT / "train.py", *SHORT, "hydra.run.dir=run", cwd=tmp_path)
     wait_for(tmp_path / "run" / "checkpoints" / "last.ckpt", process)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=SECONDS)
+    _, said = process.communicate()
     command = said.splitlines()[-1].partition(f"resume with: python {ROOT / 'train.py'} ")[2]
 
     resumed = run("train.py", command, cwd=tmp_path)
@@ -159,18 +151,12 @@ def test_a_run_that_was_killed_resumes_with_the_same_command_without_a_warning(
     trained, folder, tmp_path
 ):
     command = [*SHORT, "hydra.run.dir=job", "resume=auto"]
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", *quiet(), ROOT / "train.py", *command],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Process(ROOT / "train.py", *command, cwd=tmp_path, strict=True)
     wait_for(tmp_path / "job" / "checkpoints" / "last.ckpt", process)
     process.kill()
     _, said = process.communicate()
 
-    resumed = run_process("train.py", *command, cwd=tmp_path)
+    resumed = run_fresh("train.py", *command, cwd=tmp_path)
 
     assert said == ""
     assert (resumed.returncode, resumed.stderr) == (0, "")
@@ -188,26 +174,15 @@ def test_two_devices_stopped_and_resumed_train_as_one_that_accumulates(tmp_path)
     ]
     devices = [*settings, "data.batch_size=32", "trainer.devices=2", "hydra.run.dir=two"]
     accumulating = ["data.batch_size=32", "trainer.accumulate_grad_batches=2", "hydra.run.dir=one"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *devices],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Process(ROOT / "train.py", *devices, cwd=tmp_path)
     wait_for(tmp_path / "two" / "checkpoints" / "last.ckpt", process)
     process.terminate()
-    _, said = process.communicate(timeout=SECONDS)
+    _, said = process.communicate()
 
     # The launcher of a cluster resumes what the command started.
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    resumed = subprocess.run(
-        [*torchrun, ROOT / "train.py", *devices, "resume=auto"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2")
+    command = [*torchrun, ROOT / "train.py", *devices, "resume=auto"]
+    resumed = Process(*command, cwd=tmp_path).completed()
     alone = run("train.py", *settings, *accumulating, cwd=tmp_path)
 
     assert process.returncode == 128 + signal.SIGTERM, said

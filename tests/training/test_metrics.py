@@ -65,7 +65,9 @@ def on_two(tmp_path_factory) -> list[dict[int, dict[str, float]]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         (folder / "port").write_text(str(free.getsockname()[1]))
-    torch.multiprocessing.spawn(evaluate_on_one_of_two, (folder,), nprocs=2)
+    torch.multiprocessing.start_processes(
+        evaluate_on_one_of_two, (folder,), nprocs=2, start_method="forkserver"
+    )
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.support.commands import ROOT, run, run_process
+from tests.support.commands import ROOT, run, run_fresh
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def test_a_mistake_is_told_in_one_line_and_nothing_is_written(
     [("train.py", ["trainer.max_epoch=3"]), ("deploy.py", ["ckpt=nowhere.ckpt"])],
 )
 def test_a_mistake_ends_the_process_with_its_status(program, arguments, tmp_path):
-    done = run_process(program, *arguments, cwd=tmp_path)
+    done = run_fresh(program, *arguments, cwd=tmp_path)
 
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
@@ -186,7 +186,7 @@ def test_a_mistake_ends_the_process_with_its_status(program, arguments, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["train.py", "deploy.py"])
 def test_help_shows_the_keys_and_writes_nothing(program, tmp_path):
-    done = run_process(program, "--help", cwd=tmp_path)
+    done = run_fresh(program, "--help", cwd=tmp_path)
 
     assert done.returncode == 0
     assert f"python {ROOT / program} " in done.stdout

@@ -5,7 +5,6 @@ import pty
 import select
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -15,22 +14,16 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support.commands import ROOT, SECONDS, run, wait_for
+from tests.support.processes import Process
 
 LONG = ("model=repvgg_tiny", "trainer.max_epochs=1000", "hydra.run.dir=run")
 SHORT = ("model=repvgg_tiny", "trainer.max_epochs=2", "hydra.run.dir=run", "optim.warmup_epochs=0")
 LAST = Path("run", "checkpoints", "last.ckpt")
 
 
-def start(*arguments: str, cwd: Path) -> subprocess.Popen:
+def start(*arguments: str, cwd: Path) -> Process:
     """A run in a process group of its own, which has saved a checkpoint."""
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *arguments],
-        cwd=cwd,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = Process(ROOT / "train.py", *arguments, cwd=cwd)
     try:
         wait_for(cwd / LAST, process)
     except BaseException:
@@ -62,7 +55,7 @@ def stopped(tmp_path_factory) -> Stopped:
         before = (folder / LAST).stat().st_mtime_ns
         for _ in range(2):
             os.killpg(process.pid, signal.SIGTERM)
-        _, stderr = process.communicate(timeout=SECONDS)
+        _, stderr = process.communicate()
     finally:
         process.kill()
     return Stopped(folder, second, running, process.returncode, stderr, before)
@@ -88,22 +81,22 @@ def test_a_second_run_is_kept_out_of_the_folder_of_a_running_one(stopped):
 
 @pytest.mark.slow
 def test_a_run_whose_terminal_is_closed_saves(tmp_path):
-    process, terminal = pty.fork()
-    if process == 0:
-        os.chdir(tmp_path)
-        os.execv(sys.executable, [sys.executable, str(ROOT / "train.py"), *LONG])
+    terminal, end = pty.openpty()
+    process = Process(ROOT / "train.py", *LONG, cwd=tmp_path, terminal=os.ttyname(end))
     try:
         deadline = time.monotonic() + SECONDS
         while not (tmp_path / LAST).exists():
             if select.select([terminal], [], [], 0.01)[0]:
-                os.read(terminal, 1 << 16)  # fails when the process has ended
+                os.read(terminal, 1 << 16)
+            assert process.poll() is None
             assert time.monotonic() < deadline
         before = (tmp_path / LAST).stat().st_mtime_ns
     finally:
+        os.close(end)
         os.close(terminal)
-        _, status = os.waitpid(process, 0)
+        status = process.wait()
 
-    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert status == 128 + signal.SIGHUP
     assert (tmp_path / LAST).stat().st_mtime_ns >= before
 
 

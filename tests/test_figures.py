@@ -33,6 +33,12 @@ CHARTS = {
         ylabel="error",
         log=True,
     ),
+    "kernels": partial(
+        figures.kernels,
+        maps=torch.tensor([[[[0.0, -2.0]], [[1.0, 0.0]]], [[[0.0, 0.0]], [[0.0, 0.0]]]]),
+        rows=HOSTILE[:2],
+        columns=["3x3", "sum"],
+    ),
     "heat_map": partial(
         figures.heat_map,
         values=torch.tensor([[1.0, torch.nan]]),

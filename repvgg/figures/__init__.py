@@ -6,8 +6,10 @@ from repvgg.figures.charts import (
     dots,
     heat_map,
     images,
+    kernels,
     lines,
     reliability,
+    shorten,
     stacked_bars,
 )
 from repvgg.figures.style import (
@@ -34,10 +36,12 @@ __all__ = [
     "heat_map",
     "images",
     "inline_svg",
+    "kernels",
     "lines",
     "rasterize",
     "reliability",
     "save_png",
     "save_svgs",
+    "shorten",
     "stacked_bars",
 ]

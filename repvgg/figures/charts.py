@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -228,7 +229,10 @@ def confusion(theme: Theme, counts: Tensor, names: Sequence[str]) -> Figure:
 
         count = len(names)
         shares = counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
-        inches = min(LARGEST, 2.6 + 0.36 * count)
+        short = [shorten(name) for name in names] if count <= MOST_NAMES else [""]
+        size = max(5.0, min(10.0, 500 / count))  # points
+        labels = 0.4 + max(map(len, short)) * 0.007 * size
+        inches = min(LARGEST, 1.5 + 0.36 * count + labels)
         figure, axes = new_figure(inches + 1.2, inches)
         power = 1 / 2 if count <= MOST_NAMES else 1 / 4  # shows rare mistakes beside the diagonal
         colors = matplotlib.colormaps[COLORMAP]
@@ -244,8 +248,6 @@ def confusion(theme: Theme, counts: Tensor, names: Sequence[str]) -> Figure:
         axes.set_ylabel(f"class{order}")
         _frame(axes)
         if count <= MOST_NAMES:
-            short = [shorten(name) for name in names]
-            size = max(5.0, min(10.0, 500 / count))
             axes.set_xticks(range(count), short, rotation=90, fontsize=size)
             axes.set_yticks(range(count), short, fontsize=size)
         if count <= MOST_NUMBERS:
@@ -328,14 +330,18 @@ def images(
         count = len(pixels)
         columns = max(1, min(columns, count))
         rows = max(1, -(-count // columns))
-        tall = pixels.shape[2] / pixels.shape[3]
-        size = (1.25 * columns, rows * (1.2 * min(2.0, tall) + 0.55) + 0.3 * bool(title))
-        figure = Figure(figsize=size, dpi=100, layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False)
-        for axes in grid.flat:
-            axes.set_axis_off()
+        high = 1.15 * min(2.0, pixels.shape[2] / pixels.shape[3])  # inches of an image, as below
+        top = 0.4 if title else 0.05
+        below = 0.1 + 0.13 * max((text.count("\n") + 1 for text in captions), default=0)
+        wide = max(1.25 * columns, 0.095 * len(title) + 0.2)
+        tall = top + rows * (high + below)
+        # Placed by hand: a layout that makes room for captions has none for long ones.
+        figure = Figure(figsize=(wide, tall), dpi=100)
         for index in range(count):
-            axes = grid[index // columns, index % columns]
+            left = 1.25 * (index % columns) + 0.05
+            bottom = tall - top - (index // columns) * (high + below) - high
+            axes = figure.add_axes((left / wide, bottom / tall, 1.15 / wide, high / tall))
+            axes.set_axis_off()
             axes.imshow(_displayable(pixels[index]), cmap="gray", vmin=0, vmax=1)
             color = theme.wrong if index < len(wrong) and wrong[index] else theme.text
             text = "\n".join(shorten(line, 18) for line in captions[index].split("\n"))
@@ -351,14 +357,67 @@ def images(
                 color=color,
             )
         if title:
-            figure.suptitle(title, fontsize=11, weight="bold", x=0.01, ha="left", color=theme.text)
+            place = (0.05 / wide, 1 - 0.1 / tall)
+            figure.text(*place, title, va="top", fontsize=11, weight="bold", color=theme.text)
+    return figure
+
+
+def kernels(
+    theme: Theme, maps: Tensor, rows: Sequence[str], columns: Sequence[str], *, title: str = ""
+) -> Figure:
+    """Kernels as small maps in a table: red is positive, blue negative, relative to each row.
+
+    Colours follow the root of the weight, or a large center would hide the others.
+
+    Args:
+        maps: (R, C, H, W).
+        rows, columns: R and C names.
+    """
+    with styled(theme):
+        count, parts, height, width = maps.shape
+        largest = maps.abs().amax((1, 2, 3), keepdim=True)
+        shown = maps / largest.clamp_min(torch.finfo(maps.dtype).tiny)
+        shown = shown.sign() * shown.abs().sqrt()
+        gap = 1  # weights between two maps, which stay empty
+        table = torch.full((count, height + gap, parts, width + gap), torch.nan, dtype=maps.dtype)
+        table[:, :height, :, :width] = shown.permute(0, 2, 1, 3)
+        tall, wide = count * (height + gap), parts * (width + gap)
+        figure, axes = new_figure(3.4 + 0.14 * wide, 0.9 + 0.14 * tall)
+        image = axes.imshow(
+            table.reshape(tall, wide).numpy(),
+            cmap="RdBu_r",
+            vmin=-1,
+            vmax=1,
+            interpolation="nearest",
+        )
+        middle = (height - 1) / 2
+        axes.set_yticks(
+            [row * (height + gap) + middle for row in range(count)],
+            [shorten(r, 48) for r in rows],
+            fontsize=8,
+        )
+        middle = (width - 1) / 2
+        axes.set_xticks([part * (width + gap) + middle for part in range(parts)], columns)
+        axes.xaxis.tick_top()
+        _frame(axes)
+        bar = figure.colorbar(image, ax=axes, shrink=0.6, label="weight / largest of the row")
+        bar.outline.set_visible(False)
+        ticks = [-1.0, -0.3, -0.03, 0.0, 0.03, 0.3, 1.0]
+        roots = [abs(tick) ** 0.5 * (-1 if tick < 0 else 1) for tick in ticks]
+        bar.set_ticks(roots, labels=[f"{tick:g}" for tick in ticks])
+        axes.set_title(title, pad=10 if title else 0)
     return figure
 
 
 def shorten(name: str, letters: int = LONGEST_NAME) -> str:
-    """A name on one line, without control characters, cut if it is long."""
+    """A name on one line, without control characters, cut if it is long; wide letters are two."""
     name = escape(name)
-    return name if len(name) <= letters else f"{name[: letters - 1]}…"
+    widths = [2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in name]
+    if sum(widths) <= letters:
+        return name
+    while sum(widths) > letters - 1:
+        widths.pop()
+    return f"{name[: len(widths)]}…"
 
 
 def _displayable(image: Tensor) -> Any:

@@ -34,8 +34,8 @@ ROOT = Path(__file__).parents[1]
 DEFAULTS: cli.Config = {"ckpt": None, "out": str(ROOT / "docs" / "images")}
 LATENCY = ROOT / "docs" / "studies" / "deploy" / "repvgg_a0.json"
 SHOWN = {  # rows of the recorded measurement
-    "trained form, torch": "torch, multi-branch",
-    "deployed, torch": "torch, folded",
+    "multi-branch, torch": "torch, multi-branch",
+    "folded, torch": "torch, folded",
     "onnxruntime": "onnxruntime, folded",
     "onnxruntime, int8": "onnxruntime, folded, int8",
 }

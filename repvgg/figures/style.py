@@ -125,7 +125,7 @@ def styled(theme: Theme) -> Iterator[None]:
         "ytick.labelcolor": theme.text,
         "legend.frameon": False,
         "svg.hashsalt": "repvgg",  # the same figure is the same file
-        "svg.fonttype": "path",  # whatever fonts the reader has
+        "svg.fonttype": "none",  # text stays text
     }
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # letters that the font lacks
@@ -149,7 +149,8 @@ def to_svg(draw: Draw, theme: Theme) -> str:
     with styled(theme):
         text = io.StringIO()
         draw(theme).savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return text.getvalue()
+    # Verdana has the widths of DejaVu Sans.
+    return text.getvalue().replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
 
 
 def save_svgs(draw: Draw, stem: Path) -> tuple[Path, Path]:

@@ -324,7 +324,7 @@ def load_aoti(path: Path) -> Artifact:
     )
 
 
-def open_artifact(path: Path, *, network: Factory | None = None) -> Artifact:
+def open_artifact(path: str | Path, *, network: Factory | None = None) -> Artifact:
     """Open an exported file; the end of its name is that of its format.
 
     Args:
@@ -335,6 +335,7 @@ def open_artifact(path: Path, *, network: Factory | None = None) -> Artifact:
         ValueError: there is no such file, its format is unknown, it is damaged, or it has no
             description.
     """
+    path = Path(path)
     if not path.is_file():
         raise ValueError(f"'{path}' is no file; pass an exported file, such as model.onnx")
     for known in sorted(FORMATS.values(), key=lambda known: -len(known.filename)):

@@ -83,7 +83,7 @@ def test_a_file_can_take_uint8_images_and_return_probabilities(name, tmp_path):
     images = torch.randint(0, 256, (5, 3, 40, 27)) / 255
 
     FORMATS[name].save(deployed, path, description)
-    artifact = open_artifact(path)
+    artifact = open_artifact(str(path))  # a text is fine too
 
     scores = artifact(images)
     assert description.encode(images).shape == (5, 40, 27, 3)

@@ -12,7 +12,7 @@ from tests.support.commands import CONFIGS, ROOT, compose, make, run
 PAGE = (ROOT / "docs" / "data.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
 CODE = next(text for language, text in BLOCKS if language == "python")
-COMMAND = next(text for language, text in BLOCKS if language == "bash")
+COMMAND = next(text for language, text in BLOCKS if language == "bash" and "mydata" in text)
 
 
 def test_the_example_has_ten_lines():

@@ -5,7 +5,6 @@ import sys
 import types
 from collections.abc import Collection, Sequence
 
-from repvgg.fusion.attributes import Wrapper
 from repvgg.fusion.errors import OWN
 
 MAX_FUNCTIONS = 2000  # whose names are looked at
@@ -23,7 +22,7 @@ def globals_of(classes: Collection[type]) -> list[dict[str, object]]:
         function = _function_in(todo.pop())
         if not isinstance(function, types.FunctionType):
             continue
-        if isinstance(function, Wrapper):
+        if hasattr(function, "__wrapped__"):  # a decorator returned it
             todo.append(function.__wrapped__)
         names = function.__globals__
         if id(function) in seen or not _is_of_user(names):

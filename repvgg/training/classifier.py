@@ -264,8 +264,8 @@ class Classifier(L.LightningModule):
             for buffer in self.net.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("val", batch)
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        return self._evaluate("val", batch)
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
@@ -362,15 +362,17 @@ class Classifier(L.LightningModule):
         rates = [group["lr"] for group in self.trainer.optimizers[0].param_groups]
         self.log("train/learning_rate", max(rates))  # of the last layer
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
+    def _evaluate(self, stage: str, batch: Batch) -> Tensor | None:
+        """The logits (N, K), which callbacks read."""
         images, targets = batch
         if len(targets) == 0:  # the batch of a device that has no images
-            return
+            return None
         logits = (self.evaluated or self.net)(images)
         measured = self.measured(stage)
         metrics.update(measured, logits, targets)
         if "criterion" in measured:
             measured["criterion"].update(self.criterion(logits, targets), len(targets))
+        return logits
 
     def _log_evaluation(self, stage: str) -> None:
         # Once an epoch and on every device: computing a metric waits for the other devices.

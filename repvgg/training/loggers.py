@@ -15,6 +15,7 @@ from repvgg.cli import Config
 from repvgg.targets import signature_of
 from repvgg.training import runs
 from repvgg.training.parts import Part
+from repvgg.training.tensorboard import TensorBoard
 
 METRICS = Path("metrics.csv")  # in the folder of a run
 PACKAGES = {  # that a logger of Lightning needs
@@ -117,18 +118,18 @@ def build_loggers(parts: Mapping[str, Part], folder: Path) -> list[Logger]:
 
 
 def log_hyperparameters(loggers: Sequence[Logger], settings: Config) -> None:
-    """Log the settings when a run starts; TensorBoard gets them with the results."""
+    """Log the settings when a run starts; `pictures` writes those that TensorBoard shows."""
     for logger in loggers:
         if not isinstance(logger, TensorBoardLogger):
             logger.log_hyperparams(dict(settings))
 
 
-def finish(loggers: Sequence[Logger], settings: Config, metrics: Mapping[str, float]) -> None:
-    """Close the loggers of a run that ended; TensorBoard shows settings beside test metrics."""
+def finish(loggers: Sequence[Logger]) -> None:
+    """Close the loggers of a run that ended."""
     for logger in loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(dict(settings), dict(metrics))
         logger.finalize("success")
+        if isinstance(logger, TensorBoard):
+            logger.close()
 
 
 def finish_wandb() -> None:

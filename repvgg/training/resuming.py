@@ -42,6 +42,7 @@ RESUMABLE = (
     "channels_last",
     "activation_checkpointing",
     "keep_memory",
+    "logger.tensorboard.pictures",
 )
 # Keys of version 0.1 that later versions lack, each with the value that changed nothing.
 REMOVED = {"rdrop_views": 1, "data.repeats": 1, "data.erase": 0.0}
@@ -56,7 +57,7 @@ _OWN_CODE = re.compile(
     r"|torchvision\.transforms\.v2\.[A-Z]\w*"
     r"|lightning\.pytorch\.(callbacks|loggers|profilers)\.[A-Z]\w*"
     r"|torch\.optim\.[A-Z]\w*|torch\.optim\.lr_scheduler\.[A-Z]\w*(LR|Restarts|LROnPlateau)"
-    r"|torch\.nn\.[A-Z]\w*Loss"
+    r"|torch\.nn\.[A-Z]\w*Loss|repvgg\.training\.tensorboard\.TensorBoard"
 )
 
 

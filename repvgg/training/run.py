@@ -30,9 +30,11 @@ from repvgg.training import (
     resuming,
     runs,
     setup,
+    tensorboard,
 )
 from repvgg.training.divergence import Diverged
 from repvgg.training.malloc import keep_memory
+from repvgg.training.pictures import Pictures
 from repvgg.training.schedule import count_steps
 from repvgg.training.settings import Settings, scale_learning_rate
 
@@ -124,7 +126,8 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> flo
         checkpoint.describe, config=model, data=data.contract, images=images, labels=labels
     )
     clock = outcome.Clock()
-    parts = parts._replace(callbacks=[*parts.callbacks, clock])
+    pictures = Pictures()  # after the clock, which does not count what is drawn at the end
+    parts = parts._replace(callbacks=[*parts.callbacks, clock, pictures])
     trainer = setup.build_trainer(settings, parts, steps, describe, folder)
     if settings.keep_memory and trainer.strategy.root_device.type == "cpu":
         keep_memory()
@@ -137,6 +140,9 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> flo
         print(*map(escape, notes), sep="\n", end="\n" if notes else "")
         if saves:
             runs.record(config, folder)
+            pictures.start = tensorboard.describe_start(
+                settings, config, facts, module, data.contract, steps, folder
+            )
     shown = {**config, "rdrop": module.rdrop, "model": model}
     if saves:
         loggers.log_hyperparameters(trainer.loggers, shown)
@@ -159,7 +165,7 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> flo
             print("fast_dev_run: trained, validated and tested; nothing was saved")
         return None
     metrics = tested[0] if tested else {}
-    loggers.finish(trainer.loggers, shown, metrics)
+    loggers.finish(trainer.loggers)
     results = outcome.collect_results(trainer, metrics, clock, steps.images, best)
     if trainer.is_global_zero:
         runs.write_whole(folder / runs.RESULTS, json.dumps(results, indent=2))

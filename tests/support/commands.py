@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import runpy
 import signal
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+from unittest import mock
 
 import hydra
 import numpy as np
@@ -32,17 +34,24 @@ class TooLong(BaseException):
     """A program in this process did not end; no `except Exception` of its own holds this back."""
 
 
-def run(program: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run(
+    program: str, *arguments: str, cwd: Path, pictures: bool = False
+) -> subprocess.CompletedProcess[str]:
     """Run train.py, deploy.py or a script, or a command of `python -m repvgg`, in this process.
 
     That saves the 7 seconds of its imports. Whatever it does to the process is undone. Signals,
     several devices, the end of the interpreter and Lightning's log, which Hydra turns off where it
     was imported first, need `run_process`.
+
+    Args:
+        pictures: draw those for TensorBoard, which takes a second.
     """
     path, *words = _words(program)
     command = [path, *words, *arguments]
     status: object = 0
-    with _undone(), _captured() as (out, err):
+    trains = program in ("train.py", "train")
+    drawing = _drawing(pictures) if trains else contextlib.nullcontext()
+    with _undone(), drawing, _captured() as (out, err):
         os.chdir(cwd)
         os.environ.pop(cli.FULL_ERROR, None)
         sys.argv, sys.orig_argv = [*command], [sys.executable, *command]
@@ -99,6 +108,14 @@ def wait_for(path: Path, process: Process) -> None:
 def quiet() -> list[str]:
     """The one warning of the stack itself, which train.py silences too, but later."""
     return ["-W", "ignore:`isinstance(treespec, LeafSpec)`:FutureWarning"]
+
+
+@contextlib.contextmanager
+def _drawing(always: bool) -> Iterator[None]:
+    from repvgg.training import pictures
+
+    with mock.patch.object(pictures, "SHORTEST", 0 if always else math.inf):
+        yield
 
 
 @contextlib.contextmanager

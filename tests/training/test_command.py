@@ -108,7 +108,7 @@ def test_tensorboard_shows_hyperparameters_with_the_final_metric(events, trained
     settings = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
 
     assert settings["rdrop"].number_value == 1.0
-    assert settings["model/name"].string_value == "repvgg_tiny"
+    assert settings["model"].string_value == "repvgg_tiny"
     accuracy = events.Scalars("test/accuracy")[-1].value
     assert f"test accuracy {accuracy:.4f}" in trained.stdout
 

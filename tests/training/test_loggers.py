@@ -297,6 +297,6 @@ def test_other_code_of_torch_has_to_be_passed_again(target):
 
 
 def test_lightnings_loggers_are_where_the_configs_say():
-    for chosen in ("tensorboard", "wandb", "mlflow"):
+    for chosen in ("wandb", "mlflow"):
         target = compose("train", f"logger={chosen}")["logger"][chosen]["_target_"]
         assert hasattr(lightning.pytorch.loggers, target.rpartition(".")[2])

@@ -12,7 +12,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from repvgg.fusion import dataflow, foldable
 from repvgg.fusion.copying import copied
-from repvgg.fusion.normalizations import Normalization, is_never_updated, read_normalization
+from repvgg.fusion.normalizations import (
+    Normalization,
+    is_never_updated,
+    read_normalization,
+    read_once,
+)
 from repvgg.fusion.surgery import put
 from repvgg.models.block import KERNEL_SIZE, RepVGGBlock
 from repvgg.models.branches import conv_geometry, set_geometry
@@ -213,10 +218,11 @@ def over_parameterize(model: nn.Module, *, branch_drop: float = 0.0) -> nn.Modul
 def _flows(model: nn.Module) -> list[dataflow.Dataflow]:
     """The dataflow in eval and in training mode."""
     modes = {module: module.training for module in model.modules()}
-    flows = [
-        dataflow.trace(model.eval(), _is_node),
-        dataflow.trace(model.train(), _is_node),
-    ]
+    with read_once():
+        flows = [
+            dataflow.trace(model.eval(), _is_node),
+            dataflow.trace(model.train(), _is_node),
+        ]
     for module, training in modes.items():
         module.training = training
     return flows

@@ -1,7 +1,7 @@
 """The certificate of a deployment: written beside the files, and verified again at any time.
 
-It is the report (`report.json`, `report.md`), the probe batch with the logits of the float64
-reference (`probe.safetensors`), and the checksums of all files (`SHA256SUMS`).
+It is the report (`report.json`, `report.md`, `report.html`), the probe batch with the logits of the
+float64 reference (`probe.safetensors`), and the checksums of all files (`SHA256SUMS`).
 """
 
 from pathlib import Path
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from repvgg import verify
 from repvgg.contract import to_float
-from repvgg.deploy.folder import PAGE, PROBE, REPORT, check_sums, write_sums
+from repvgg.deploy.folder import HTML, PAGE, PROBE, REPORT, check_sums, write_sums
 from repvgg.deploy.report import Report
+from repvgg.deploy.samples import Samples
+from repvgg.deploy.webpage import Figure, draw
 from repvgg.export.formats import open_artifact
 from repvgg.models.libraries import Factory
 from repvgg.verify import Predictor, Verdict
@@ -35,14 +37,31 @@ class Recorded(NamedTuple):
     int8: Tensor
 
 
-def write(folder: Path, report: Report, recorded: Recorded) -> None:
-    """Add the report, the probe batch and the checksums to a folder of artifacts."""
+def write(
+    folder: Path, report: Report, recorded: Recorded, samples: Samples | None = None
+) -> list[str]:
+    """Add the report, the probe batch and the checksums to a folder of artifacts.
+
+    Args:
+        samples: images to show in the report.
+
+    Returns:
+        a line for each part of the report that could not be made.
+    """
     from safetensors.torch import save
 
+    lacking = []
+    figures: list[Figure] = []
+    try:
+        figures = draw(report, samples)
+    except ImportError as error:
+        lacking.append(f"{HTML} has no figures: {error}")
     (folder / PROBE).write_bytes(save(recorded._asdict()))
     (folder / REPORT).write_text(report.to_json())
-    (folder / PAGE).write_text(report.to_markdown())
+    (folder / PAGE).write_text(report.to_markdown(), encoding="utf-8")
+    (folder / HTML).write_text(report.to_html(samples, figures), encoding="utf-8")
     write_sums(folder)
+    return lacking
 
 
 def check(folder: Path, *, network: Factory | None = None) -> dict[str, Verdict]:
@@ -72,7 +91,12 @@ def check(folder: Path, *, network: Factory | None = None) -> dict[str, Verdict]
     except TypeError as error:
         raise ValueError(f"{folder}: {PROBE} is damaged: {error}") from error
     verified = {name: file.verified for name, file in report.files.items() if file.verified}
-    listed = report.files.keys() == present - {REPORT, PAGE, PROBE}
+    listed = report.files.keys() == present - {
+        REPORT,
+        PAGE,
+        HTML,
+        PROBE,
+    }  # version 0.1 wrote no HTML
     if not verified or not listed or not len(recorded.images):
         raise ValueError(f"{folder}: its report does not list the files of the folder")
     return {

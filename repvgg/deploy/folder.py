@@ -15,6 +15,7 @@ from pathlib import Path
 SUMS = "SHA256SUMS"
 REPORT = "report.json"
 PAGE = "report.md"
+HTML = "report.html"
 PROBE = "probe.safetensors"
 
 

@@ -1,19 +1,26 @@
-"""The report of a deployment: errors, accuracy, files, sizes, latency; as JSON and as Markdown.
+"""The report of a deployment: errors, accuracy, files, sizes, latency; as data and as JSON.
 
-The names of the fields are the keys of report.json, which other programs read.
+The names of the fields are the keys of report.json, which other programs read. `summary` puts a
+report into words, `markdown` and `webpage` write it for people.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from repvgg import verify
 from repvgg.contract import DataContract
+from repvgg.deploy import markdown, summary, webpage
 from repvgg.deploy.decode import decode
 from repvgg.export.int8 import Trial
 from repvgg.verify import Verdict
+
+if TYPE_CHECKING:
+    from repvgg.deploy.samples import Samples
+    from repvgg.deploy.webpage import Figure
 
 
 @dataclass(frozen=True)
@@ -76,25 +83,6 @@ class Latency:
     noisy: bool
     milliseconds: Mapping[str, Timing]
 
-    def to_markdown(self) -> list[str]:
-        text = (
-            f"Latency of one image, {self.threads} threads, load {self.load:.1f}. Calls are "
-            "interleaved. The row that appears twice is an A/A control. onnxruntime's threads do "
-            "not spin between calls here, which can halve its speed."
-        )
-        if self.noisy:
-            text += " The control differs too much, so ratios are left out."
-        rows = (
-            (
-                name,
-                f"{timing.median:.2f}",
-                f"{timing.lower:.2f} to {timing.upper:.2f}",
-                "" if self.noisy else f"{timing.ratio:.2f}",
-            )
-            for name, timing in self.milliseconds.items()
-        )
-        return [text, "", *_table(("", "median ms", "quartiles", "times as fast"), rows)]
-
 
 @dataclass(frozen=True)
 class Int8:
@@ -120,36 +108,24 @@ class Int8:
     sensitivity: Mapping[str, float]
     verdicts: Mapping[str, Verdict]
 
-    def to_markdown(self) -> list[str]:
-        verdicts = (
-            (name, f"{verdict.error:.2%}", f"{verdict.tolerance:.2%}", f"{verdict.agreement:.2%}")
-            for name, verdict in self.verdicts.items()
-        )
-        trials = (
-            (
-                trial.ranges,
-                "yes" if trial.equalized else "no",
-                len(trial.kept),
-                f"{trial.agreement:.2%}",
-                f"{trial.error:.2%}",
-            )
-            for trial in self.trials
-        )
-        worst = sorted(self.sensitivity.items(), key=lambda item: -item[1])[:5]
-        equalized = ", channels equalized" if self.chosen.equalized else ""
-        header = (f"int8, {self.judged_on}", "accuracy lost", "allowed", "same top-1")
-        return [
-            *_table(header, verdicts),
-            "",
-            f"int8: ranges were measured on {self.measured_on} images and chosen on "
-            f"{self.chosen_on} others ({self.source}). Chosen: {self.chosen.ranges}{equalized}. "
-            f"Layers in float32: {', '.join(self.chosen.kept) or 'none'}. Most sensitive layers, "
-            "with the error if that layer alone is int8: "
-            + ", ".join(f"{name} {error:.1%}" for name, error in worst)
-            + ".",
-            "",
-            *_table(("ranges", "equalized", "layers in float32", "same top-1", "error"), trials),
-        ]
+
+@dataclass(frozen=True)
+class Training:
+    """The run that trained a checkpoint, as its folder describes it.
+
+    Attributes:
+        folder: of the run.
+        data: name of the data set.
+        overrides: what was passed to the training command.
+        epoch: of the checkpoint; counted from 0.
+        metrics: such as test/accuracy; empty if they are those of another checkpoint.
+    """
+
+    folder: str
+    data: str | None = None
+    overrides: Sequence[str] = ()
+    epoch: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,18 +142,22 @@ class Report:
         input, output: as in `repvgg.contract.Description`.
         images: number of images in the probe batch.
         probe: the restored network against the recorded logits.
-        verdicts: every form and every file against the trained network in float64.
+        verdicts: every form and every file against the multi-branch network in float64.
         float32_bound: the error allowed in float32.
         blocks: by precision and block, the error.
         batchnorms_left: by BatchNorm that was not folded, why.
         accuracy_on_probe: by predictor; empty if the probe batch has no labels.
         accuracy_on_validation: by predictor, if a data set was passed.
-        agreement_on_validation: by predictor, share of images with the trained network's top-1.
+        agreement_on_validation: by predictor, share of images with the top-1 of the multi-branch
+            network.
         files: by name, all files but those of the certificate.
         size: before and after folding.
         environment: versions of packages, and the machine.
         command: the command line.
         latency: if it was measured.
+        validation_images: number of images of the validation set that were used.
+        created: UTC, in ISO 8601.
+        training: the run that trained the checkpoint, if the checkpoint lies in its folder.
     """
 
     verdict: str = "passed"
@@ -202,6 +182,9 @@ class Report:
     environment: Mapping[str, str]
     command: str
     latency: Latency | None = None
+    validation_images: int | None = None
+    created: str | None = None
+    training: Training | None = None
 
     def to_json(self) -> str:
         """The text of report.json; a field that is None is left out."""
@@ -219,95 +202,20 @@ class Report:
 
     def to_markdown(self) -> str:
         """The text of report.md."""
-        probe = "validation images" if self.accuracy_on_probe else "images of noise"
-        verdicts = {"restored network and recorded logits": self.probe, **self.verdicts}
-        versions = ", ".join(f"{name} {value}" for name, value in self.environment.items())
-        sections = [
-            [f"# {self.model['name']}: {self.verdict}"],
-            [f"Opened as {self.origin}."] if self.origin else [],
-            [
-                f"Reference: the trained network in float64, on {self.images} {probe}. "
-                "Errors are relative to the largest value of the reference."
-            ],
-            _verdicts(verdicts),
-            self._bound(),
-            self._batchnorms(),
-            self._accuracies(),
-            self.int8.to_markdown() if self.int8 else [],
-            _table(
-                ("", "parameters", "multiply-accumulates"),
-                ((name, f"{s.parameters:,}", f"{s.macs:,}") for name, s in self.size.items()),
-            ),
-            _files(self.files),
-            self.latency.to_markdown() if self.latency else [],
-            [versions],
-            [f"`{self.command}`"],
-        ]
-        return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
+        return markdown.page(self)
 
-    def _bound(self) -> list[str]:
-        usual = verify.TOLERANCE[torch.float32]
-        if self.float32_bound <= usual:
-            return []
-        return [
-            f"The trained network is ill-conditioned: float32 is allowed {self.float32_bound:.1e} "
-            f"instead of {usual:.0e}. That is {verify.OWN_ERRORS} times its own float32 error, and "
-            f"at most {verify.LARGEST_BOUND:.0e}."
-        ]
+    def to_html(self, samples: "Samples | None" = None, figures: "Sequence[Figure]" = ()) -> str:
+        """The text of report.html: one file without scripts and without links to other places.
 
-    def _batchnorms(self) -> list[str]:
-        if not self.batchnorms_left:
-            return []
-        reasons = "; ".join(sorted(set(self.batchnorms_left.values())))
-        return [f"{len(self.batchnorms_left)} BatchNorms are left: {reasons}."]
+        Args:
+            samples: images with predictions, to be shown.
+            figures: what `repvgg.deploy.webpage.draw` returned.
+        """
+        return webpage.page(self, samples, figures)
 
-    def _accuracies(self) -> list[str]:
-        columns = {
-            "accuracy on the probe batch": self.accuracy_on_probe,
-            "accuracy on the validation set": self.accuracy_on_validation,
-            "same top-1 there as the trained network": self.agreement_on_validation,
-        }
-        present = {header: shares for header, shares in columns.items() if shares}
-        if not present:
-            return ["Accuracy is not known: the checkpoint holds no labelled images."]
-        names = dict.fromkeys(name for shares in present.values() for name in shares)
-        rows = (
-            (name, *(f"{s[name]:.2%}" if name in s else "" for s in present.values()))
-            for name in names
-        )
-        return _table(("", *present), rows)
-
-
-def _verdicts(verdicts: Mapping[str, Verdict]) -> list[str]:
-    rows = (
-        (
-            name,
-            f"{verdict.error:.1e}",
-            f"{verdict.tolerance:.0e}",
-            "" if verdict.agreement is None else f"{verdict.agreement:.1%}",
-        )
-        for name, verdict in verdicts.items()
-    )
-    return _table(("compared", "largest error", "allowed", "same top-1"), rows)
-
-
-def _files(files: Mapping[str, DeployedFile]) -> list[str]:
-    rows = (
-        (
-            name,
-            f"{file.bytes:,}",
-            file.layers.get("convolutions", ""),
-            file.layers.get("batchnorms", ""),
-            f"{file.sha256[:16]}...",
-        )
-        for name, file in files.items()
-    )
-    return _table(("file", "bytes", "convolutions", "BatchNorms", "SHA-256"), rows)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    lines = [f"| {' | '.join(map(str, row))} |" for row in (header, *rows)]
-    return [lines[0], "|---" * len(header) + "|", *lines[1:]]
+    def summary(self) -> str:
+        """The verdict and a row for each file, as plain text for a terminal."""
+        return summary.text(self)
 
 
 def _fields(value: object) -> dict[str, object]:

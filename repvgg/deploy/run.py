@@ -2,13 +2,14 @@
 
 import os
 import shlex
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 from repvgg import checkpoint, cli, terminal
 from repvgg.contract import Description, to_float
-from repvgg.deploy import certificate, verification
+from repvgg.deploy import certificate, samples, verification
 from repvgg.deploy.certificate import Recorded
 from repvgg.deploy.files import INT8, describe_files, export, export_int8, in_bf16
 from repvgg.deploy.folder import SUMS, new_folder
@@ -16,6 +17,7 @@ from repvgg.deploy.measure import environment, latency, sizes
 from repvgg.deploy.report import Report
 from repvgg.deploy.sets import load_sets
 from repvgg.deploy.settings import DeploySettings
+from repvgg.deploy.training import find_training
 from repvgg.deploy.verification import DEPLOYED, FOLDED32, FOLDED64, OWN, TRAINED, Forms, require
 from repvgg.export.artifact import Artifact
 from repvgg.models.forms import deployed_form
@@ -35,7 +37,7 @@ def run(settings: DeploySettings) -> None:
     """Deploy a checkpoint; the folder gets its name only if every check passes."""
     with new_folder(settings.out, overwrite=settings.overwrite) as folder:
         report = deploy(settings, folder)
-    print(report.to_markdown())
+    print(report.summary())
     print(f"written to {shlex.quote(os.path.relpath(settings.out))}")
 
 
@@ -150,13 +152,18 @@ def deploy(settings: DeploySettings, folder: Path) -> Report:
         environment=environment(),
         command=cli.command_line(),
         latency=timed,
+        validation_images=None if sets.validation is None else len(sets.validation.labels),
+        created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+        training=find_training(settings.ckpt),
     )
     with terminal.step("certificate") as step:
         reference = forms.reference(images.double()).detach()
         outputs = int8.artifact(images) if int8 else torch.empty(0)
         recorded = Recorded(restored.probe.images, restored.probe.labels, reference, outputs)
-        certificate.write(folder, report, recorded)
+        shown = samples.collect(accuracies.scores, restored, sets, description.output)
+        notes = certificate.write(folder, report, recorded, shown)
         step.result = f"{SUMS} of {len([*folder.iterdir()]) - 1} files"
+    print(*notes, sep="\n", end="\n" if notes else "")
     return report
 
 

@@ -56,9 +56,14 @@ class Forms:
 
 @dataclass(frozen=True)
 class Accuracies:
-    """Accuracy by predictor, and the share of images with the top-1 of the trained network."""
+    """Accuracy by predictor, and the share of images with the top-1 of the trained network.
+
+    Attributes:
+        scores: (N, K), of the folded network on the validation set, else on the probe batch.
+    """
 
     on_probe: dict[str, float]
+    scores: Tensor
     on_validation: dict[str, float] | None = None
     agreement_on_validation: dict[str, float] | None = None
 
@@ -168,14 +173,16 @@ def measure_accuracies(
 ) -> Accuracies:
     """Accuracy on the probe batch if it has labels, and on the validation set if there is one."""
     on_probe: dict[str, float] = {}
+    scores: dict[str, Tensor] = {}
     if is_labelled(restored.probe):
         scores = _score(predictors, to_float(restored.probe.images))
         on_probe = _accuracies({"recorded": restored.probe.logits, **scores}, restored.probe.labels)
     if sets.validation is None:
-        return Accuracies(on_probe)
+        return Accuracies(on_probe, scores.get(DEPLOYED, torch.empty(0)))
     scores = _score(predictors, sets.validation.images)
     agreement = {name: verify.agreement(scores[TRAINED], given) for name, given in scores.items()}
-    return Accuracies(on_probe, _accuracies(scores, sets.validation.labels), agreement)
+    shares = _accuracies(scores, sets.validation.labels)
+    return Accuracies(on_probe, scores[DEPLOYED], shares, agreement)
 
 
 def _accuracies(scores: Mapping[str, Tensor], labels: Tensor) -> dict[str, float]:

@@ -61,7 +61,7 @@ def bars(
             axes.text(ends[row] + reach * 0.012, row, number.format(length), va="center_baseline")
         axes.set_yticks(rows, [shorten(name, 48) for name in names])
         axes.set_xlim(min(0.0, *lengths) if lengths else 0.0, reach * 1.12)
-        axes.invert_yaxis()
+        axes.set_ylim(len(names) - 0.4, -0.6)
         axes.spines["left"].set_color(theme.muted)
         axes.spines["bottom"].set_visible(False)
         axes.tick_params(length=0)
@@ -138,14 +138,18 @@ def dots(
     ylabel: str,
     title: str = "",
     log: bool = False,
+    limits: Mapping[str, float] | None = None,
     width: float = 7.0,
     height: float = 3.4,
 ) -> Figure:
     """A dot for each name, such as the error of every block, in one or more series.
 
+    Above 120 names the axis shows none.
+
     Args:
         series: by name, a value for each position; positions come in the order of the first.
         log: the y axis is logarithmic; values of 0 are left out.
+        limits: of a series, by its name, drawn as a dashed line in its colour.
         width, height: inches.
     """
     with styled(theme):
@@ -156,10 +160,18 @@ def dots(
             shown = {name: value for name, value in values.items() if value > 0 or not log}
             x = [place[name] for name in shown]
             axes.plot(x, [*shown.values()], "o", color=color, markersize=5, label=label)
+            if limits and label in limits:
+                axes.axhline(limits[label], color=color, linewidth=1, linestyle="--")
         size = 8 if len(names) <= 40 else 5
         labels = [shorten(name) for name in names]
-        axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=size)
-        _finish(axes, "", ylabel, title, log=log, legend=len(series) > 1)
+        if len(names) <= MOST_NAMES:
+            axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=size)
+        else:
+            axes.set_xticks([])
+        _finish(axes, "", ylabel, title, log=log)
+        if len(series) > 1:
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series), borderpad=0)
+            axes.set_title(title, pad=24 if title else 0)
     return figure
 
 
@@ -225,7 +237,7 @@ def confusion(theme: Theme, counts: Tensor, names: Sequence[str]) -> Figure:
         names: of the K classes.
     """
     with styled(theme):
-        import matplotlib
+        from matplotlib.colors import ListedColormap, to_rgb
 
         count = len(names)
         shares = counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
@@ -235,9 +247,14 @@ def confusion(theme: Theme, counts: Tensor, names: Sequence[str]) -> Figure:
         inches = min(LARGEST, 1.5 + 0.36 * count + labels)
         figure, axes = new_figure(inches + 1.2, inches)
         power = 1 / 2 if count <= MOST_NAMES else 1 / 4  # shows rare mistakes beside the diagonal
-        colors = matplotlib.colormaps[COLORMAP]
+        red, green, blue = to_rgb(theme.main)
+        steps = [(red, green, blue, step / 255) for step in range(256)]  # clear on any page
         image = axes.imshow(
-            shares.pow(power).numpy(), cmap=colors, vmin=0, vmax=1, interpolation="nearest"
+            shares.pow(power).numpy(),
+            cmap=ListedColormap(steps),
+            vmin=0,
+            vmax=1,
+            interpolation="nearest",
         )
         bar = figure.colorbar(image, ax=axes, shrink=0.8, label="share of the class")
         bar.outline.set_visible(False)
@@ -252,7 +269,7 @@ def confusion(theme: Theme, counts: Tensor, names: Sequence[str]) -> Figure:
             axes.set_yticks(range(count), short, fontsize=size)
         if count <= MOST_NUMBERS:
             for row, column in counts.nonzero().tolist():
-                color = _on(colors(float(shares[row, column] ** power)))
+                color = theme.page if shares[row, column] ** power > 0.5 else theme.text
                 text = f"{int(counts[row, column]):,}"
                 axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
     return figure

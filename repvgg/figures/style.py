@@ -178,7 +178,7 @@ def inline_svg(draw: Draw, title: str) -> str:
         ImportError: matplotlib is missing.
     """
     text = to_svg(draw, LIGHT)
-    text = text[text.index("<svg") :]
+    text = re.sub("<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     for field in fields(Theme):
         text = text.replace(getattr(LIGHT, field.name), f"var(--{field.name})")
     salt = f"{zlib.crc32(text.encode()):x}"  # two figures on a page must not share ids

@@ -76,6 +76,7 @@ def test_the_sums_are_those_of_sha256sum(folder):
         "model.onnx",
         "model.safetensors",
         "probe.safetensors",
+        "report.html",
         "report.json",
         "report.md",
         "SHA256SUMS",

@@ -25,6 +25,7 @@ from repvgg.data.sets import digits
 from repvgg.deploy import predict
 from repvgg.deploy import settings as settings_of_deploy
 from repvgg.deploy.folder import write_sums
+from repvgg.deploy.report import Report
 from repvgg.export.formats import FORMATS, Format
 from tests.support import foreign
 from tests.support.commands import ROOT, SHORT, run, run_fresh, tree
@@ -59,6 +60,7 @@ def test_deploying_writes_both_formats_and_a_report(place):
         "model.onnx",
         "model.safetensors",
         "probe.safetensors",
+        "report.html",
         "report.json",
         "report.md",
     ]
@@ -90,8 +92,13 @@ def test_the_report_certifies_every_step(place):
     assert report["latency"]["milliseconds"]["deployed, torch"]["median"] > 0
 
 
-def test_the_report_for_people_is_what_is_printed(deployed, place):
-    assert (place / "report.md").read_text().strip() in deployed.stdout
+def test_the_summary_of_the_report_is_printed(deployed, place):
+    report = Report.from_json((place / "report.json").read_text())
+
+    assert report.summary() in deployed.stdout
+    assert report.training.folder == "run"
+    assert report.training.data == "digits"
+    assert report.created.endswith("Z")
 
 
 def test_the_deployed_graph_has_one_convolution_a_block(place):
@@ -582,7 +589,10 @@ def test_a_third_party_checkpoint_is_deployed(tmp_path, monkeypatch):
     assert report["accuracy_on_probe"] == {}
     assert report["verdicts"]["model.onnx"]["error"] < 1e-5
     page = (tmp_path / "weights-deploy" / "report.md").read_text()
-    assert "Accuracy is not known" in page
+    assert "accuracy on" not in page
+    page = (tmp_path / "weights-deploy" / "report.html").read_text()
+    assert "Not known: the checkpoint holds no labelled images" in page
     assert "8 images of noise" in page
+    assert "<img" not in page
     with pytest.raises(ValueError, match="holds no images to measure ranges on; pass for example"):
         deploy.deploy(settings(ckpt="weights.pth", int8=True, overwrite=True), tmp_path)

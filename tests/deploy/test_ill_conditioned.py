@@ -68,5 +68,5 @@ def test_the_bound_grows_with_the_own_error(own, bound):
 
 
 def test_the_report_says_which_bound_holds():
-    assert "ill-conditioned" not in report(float32_bound=1e-5).to_markdown()
-    assert "allowed 4.0e-04 instead of 1e-05" in report(float32_bound=4e-4).to_markdown()
+    assert "ill-conditioned" not in report(float32_bound=1e-5).to_html()
+    assert "allowed 4.0e-04 instead of 1e-05" in report(float32_bound=4e-4).to_html()

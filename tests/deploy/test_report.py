@@ -28,9 +28,13 @@ def test_a_report_of_version_0_1_is_read_completely():
 def test_the_keys_are_those_of_version_0_1_in_their_order():
     keys, old = json.loads(whole_report().to_json()), json.loads(VERSION_0_1.read_text())
 
-    optional = {"int8", "accuracy_on_validation", "agreement_on_validation"}
+    optional = {"int8", "accuracy_on_validation", "agreement_on_validation", "training"}
     assert [key for key in keys if key in old] == list(old)
-    assert keys.keys() - old.keys() == optional | {"float32_bound"}
+    assert keys.keys() - old.keys() == optional | {
+        "float32_bound",
+        "validation_images",
+        "created",
+    }
 
 
 def test_keys_of_a_later_version_are_ignored():
@@ -86,42 +90,55 @@ def test_a_number_without_fraction_is_read_as_a_float():
     assert isinstance(Report.from_json(json.dumps(content)).probe.error, float)
 
 
-def test_markdown_holds_every_table_of_the_report():
+def test_markdown_holds_the_verdict_the_files_and_the_model_card():
     page = whole_report().to_markdown()
 
     for row in (
         "# repvgg_tiny: passed",
-        "| folded, float32 | 2.0e-07 | 1e-05 | 100.0% |",
-        "float32 is allowed 4.0e-04 instead of 1e-05. That is 4 times its own float32 error",
-        "1 BatchNorms are left: it is read twice.",
-        "| deployed, torch |  | 75.00% | 100.00% |",
-        "| model-int8.onnx, onnxruntime | 0.00% | 25.00% | 75.00% |",
-        "Layers in float32: stem.",
-        "| minmax | yes | 1 | 75.00% | 1.00% |",
-        "| deployed | 1,000 | 2,000 |",
-        "| model.bin | 8 |  |  | 0000000000000000... |",
-        "| model.xml | 9 | 7 | 0 | 1111111111111111... |",
-        "| deployed, torch | 1.50 | 1.00 to 2.00 | 1.00 |",
+        "the largest error of model.xml against the multi-branch network in float64 is 2.0e-07",
+        "| model.xml | OpenVINO | 8.0 MB | 2.0e-07 | 1e-05 | 100.00 % | 75.00 % | 0.50 | 3.0 |",
+        "| model-int8.onnx | onnxruntime, int8 | 0.1 kB | 0.00 % lost | 25.00 % | 75.00 % |",
+        "[report.html](report.html) has figures",
+        "| classes | 3: a, b, c |",
+        "| data | digits |",
+        "| accuracy in training | test 98.00 % |",
         "`python deploy.py ckpt=best.ckpt`",
     ):
         assert row in page
 
 
-def test_markdown_leaves_out_what_was_not_measured():
-    page = report(accuracy_on_probe={}, origin="repvgg_tiny in timm's layout").to_markdown()
-
-    assert "Opened as repvgg_tiny in timm's layout." in page
-    assert "on 4 images of noise" in page
-    assert "Accuracy is not known" in page
-    assert "int8" not in page
-    assert "Latency" not in page
-    assert "ill-conditioned" not in page
+def test_the_sentence_of_verdict_leaves_out_what_was_not_measured():
+    assert report(accuracy_on_probe={}).summary().splitlines()[0] == (
+        "repvgg_tiny was folded without changing its results: the largest error of model.onnx "
+        "against the multi-branch network in float64 is 2.0e-07 of the largest output "
+        "(1e-05 allowed)."
+    )
 
 
-def test_ratios_are_left_out_when_the_control_differs():
+def test_the_sentence_of_verdict_names_every_result():
+    assert whole_report().summary().splitlines()[0] == (
+        "repvgg_tiny was folded without changing its results: the largest error of model.xml "
+        "against the multi-branch network in float64 is 2.0e-07 of the largest output "
+        "(1e-05 allowed), int8 loses 0.00 % accuracy (25.00 % allowed), it runs 1.5 times as fast "
+        "in PyTorch and 3.0 times as model.xml in OpenVINO, and its accuracy on the test set is "
+        "98.00 %."
+    )
+
+
+def test_the_summary_has_a_row_for_each_file_and_no_empty_column():
+    assert report(accuracy_on_probe={}).summary().splitlines()[2:] == [
+        "file        engine         size    error  same top-1",
+        "model.onnx  onnxruntime  8.0 MB  2.0e-07    100.00 %",
+    ]
+
+
+def test_no_speed_is_named_when_the_control_differs():
     noisy = replace(whole_report().latency, noisy=True)
 
-    assert noisy.to_markdown()[-1] == "| deployed, torch | 1.50 | 1.00 to 2.00 |  |"
+    text = replace(whole_report(), latency=noisy).summary()
+
+    assert "times as fast" not in text
+    assert "0.50" in text
 
 
 def test_a_verdict_says_in_json_whether_it_passed():

@@ -14,6 +14,7 @@ from repvgg.contract import METADATA_KEY, DataContract, Description
 from repvgg.export.artifact import build_program
 from repvgg.export.formats import FORMATS, open_artifact
 from tests.support.networks import relative_error, settle
+from tests.support.reports import run_snippet
 
 CONTRACT = DataContract(["a", "b", "c"], 3, [32, 32], [0.4, 0.5, 0.6], [0.2, 0.3, 0.2], "bilinear")
 PORTABLE = [name for name in FORMATS if name != "aoti"]  # compiling takes ten seconds
@@ -63,6 +64,8 @@ def test_a_file_reloaded_from_disk_computes_what_was_trained(name, config, tmp_p
         images = torch.rand(shape)
         assert relative_error(reference(images.double()), predictor(images)) < 1e-5
     assert predictor.description == description
+    black = predictor(torch.zeros(1, 3, 32, 32))
+    torch.testing.assert_close(run_snippet(path, description), black)
 
 
 @pytest.fixture(scope="module", params=PORTABLE)
@@ -89,6 +92,8 @@ def test_a_file_can_take_uint8_images_and_return_probabilities(name, tmp_path):
     assert description.encode(images).shape == (5, 40, 27, 3)
     assert relative_error(reference(images.double()), scores) < 1e-5
     torch.testing.assert_close(scores.sum(1), torch.ones(5))
+    black = artifact(torch.zeros(1, 3, 32, 32))
+    torch.testing.assert_close(run_snippet(path, description), black)
 
 
 @pytest.mark.slow
@@ -104,6 +109,8 @@ def test_compiled_code_computes_what_was_trained(tmp_path):
         images = torch.randint(0, 256, shape) / 255
         assert relative_error(reference(images.double()), artifact(images)) < 1e-5
     assert artifact.description == description
+    black = artifact(torch.zeros(1, 3, 32, 32))
+    torch.testing.assert_close(run_snippet(path, description), black)
 
 
 def test_compiling_needs_a_compiler(tmp_path, monkeypatch):

@@ -325,7 +325,7 @@ def table(record: dict[str, Any], drawn: Mapping[str, Path] | None = None) -> st
             f"A/A control: {measured['control']:.3f}x."
             + (" Too noisy: no ratios are printed." if measured["noisy"] else ""),
             "",
-            *([report.picture(drawn[batch], CAPTION), ""] if drawn and batch in drawn else []),
+            *([report.picture(drawn[batch].name, CAPTION), ""] if drawn and batch in drawn else []),
             "| | ms | quartiles | speed-up | images/s | of the peak | error |",
             "|---|---|---|---|---|---|---|",
         ]

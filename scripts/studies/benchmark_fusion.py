@@ -114,7 +114,7 @@ def table(rows: list[runs.Row], settings: dict[str, Any]) -> str:
         f"threads. The speed-up is the median over rounds, against "
         "the same mode before fusing.",
         "",
-        report.picture(Path("benchmark"), CAPTION),
+        report.picture("benchmark", CAPTION),
         "",
         "| network | form | ms, median (quartiles) | speed-up (quartiles) | largest error |",
         "|---|---|---|---|---|",

@@ -170,7 +170,7 @@ def table(rows: list[dict[str, str]], settings: dict[str, Any], data: str) -> st
         f"chosen on as many others; {report.machine()}, {report.versions('onnxruntime')}. Mean and "
         "standard deviation over seeds; the change is paired by seed.",
         "",
-        report.picture(Path(data), CAPTION),
+        report.picture(data, CAPTION),
         "",
         "| rounding | " + " | ".join(f"{m}: accuracy, % | change | same top-1, %" for m in models),
         "|---" * (1 + 3 * len(models)) + "|",

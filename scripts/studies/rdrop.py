@@ -359,7 +359,7 @@ def table(rows: list[dict[str, str]], settings: dict[str, Any], record: dict[str
     ]
     for metric, unit in DRAWN.items():
         caption = f"{unit.capitalize()}, against plain training: mean and 95 % interval"
-        lines += ["", report.picture(Path(metric), caption)]
+        lines += ["", report.picture(metric, caption)]
     for labels, budget in itertools.product(sorted(settings["labels"]), settings["budgets"]):
         costs = record["costs"][f"{labels:g}"]
         relative = ", ".join(f"{name} {costs[name] / costs['plain']:.2f}" for name in costs)

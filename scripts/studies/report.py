@@ -129,12 +129,17 @@ def intervals(
     return figure
 
 
-def picture(stem: Path, alt: str) -> str:
-    """A figure of `save_svgs` beside a page, for light and dark readers."""
+def picture(stem: Path | str, alt: str) -> str:
+    """The Markdown that shows a figure of `save_svgs` to light and dark readers.
+
+    Args:
+        stem: of the files, relative to the page.
+        alt: says what the figure shows, for readers who do not see it.
+    """
     return (
         "<picture>\n"
-        f'  <source media="(prefers-color-scheme: dark)" srcset="{stem.name}-dark.svg">\n'
-        f'  <img alt="{alt}" src="{stem.name}-light.svg">\n'
+        f'  <source media="(prefers-color-scheme: dark)" srcset="{stem}-dark.svg">\n'
+        f'  <img alt="{alt}" src="{stem}-light.svg">\n'
         "</picture>"
     )
 

@@ -5,7 +5,6 @@ pictures at the end. It reads the network and changes nothing.
 """
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import cast
@@ -22,7 +21,7 @@ from repvgg.figures import Draw
 from repvgg.fusion.errors import in_a_line
 from repvgg.models.forms import switch_to_deploy
 from repvgg.signals import Interrupted
-from repvgg.training import anatomy, predictions, tensorboard
+from repvgg.training import anatomy, predictions, report, tensorboard
 from repvgg.training.callbacks import is_foldable, network_to_keep
 from repvgg.training.classifier import Classifier
 from repvgg.training.predictions import Predictions
@@ -192,7 +191,7 @@ class Pictures(Callback):
             raise
         except Exception as error:
             self._broken.add(what)
-            print(f"TensorBoard shows no {what}: {in_a_line(error)}", file=sys.stderr)
+            report.warn_of_pictures(what, in_a_line(error))
 
     def _add_scalars(self, network: nn.Module) -> None:
         for name, value in measure(network, self._probe).items():

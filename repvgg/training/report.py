@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 
 import repvgg
 from repvgg import cli
+from repvgg.checks import escape
 from repvgg.data.batches import WorkersDied
 from repvgg.data.module import ImageData
 from repvgg.models.size import Size
@@ -25,6 +26,10 @@ from repvgg.training.divergence import Diverged
 from repvgg.training.resuming import recorded_choices
 from repvgg.training.schedule import Steps
 from repvgg.training.settings import LearningRate, Settings, TrainerArguments, is_emulated
+
+
+def warn_of_pictures(what: str, reason: str) -> None:
+    print(escape(f"TensorBoard shows no {what}: {reason}"), file=sys.stderr)
 
 
 def warn_of_emulation(arguments: TrainerArguments) -> None:

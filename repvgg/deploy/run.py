@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from repvgg import checkpoint, cli, terminal
 from repvgg.contract import Description, to_float
-from repvgg.deploy import certificate, samples, verification
+from repvgg.deploy import certificate, events, samples, verification
 from repvgg.deploy.certificate import Recorded
 from repvgg.deploy.files import INT8, describe_files, export, export_int8, in_bf16
 from repvgg.deploy.folder import SUMS, new_folder
@@ -39,6 +40,8 @@ def run(settings: DeploySettings) -> None:
         report = deploy(settings, folder)
     print(report.summary())
     print(f"written to {shlex.quote(os.path.relpath(settings.out))}")
+    if missing := events.add_to_run(report, settings.ckpt):
+        print(missing, file=sys.stderr)
 
 
 def verify_again(folder: Path, network: str | None = None) -> None:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import fcntl
 import html
+import itertools
 import os
 import pty
+import re
 import shlex
 import shutil
 import socket
@@ -45,7 +47,7 @@ FIRST_MINUTE = (
     "repvgg predict model=runs/first/deploy/model.onnx images=docs/images/digits",
 )
 COLUMNS, LINES = 100, 120  # of the terminal
-CELL = 8.0, 18.0  # pixels: width of a letter and height of a line
+CELL = 7.9, 17.0  # pixels: width of a letter and height of a line
 FONT = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 CHROMIUM = (
     "--headless",
@@ -116,15 +118,13 @@ def first_minute(folder: Path) -> list[tuple[str, Any]]:
     Returns:
         of each, the command and the screen after it.
     """
-    (folder / "docs").symlink_to(ROOT / "docs")
+    for name in ("docs", "train.py", "deploy.py"):
+        (folder / name).symlink_to(ROOT / name)
     screens = []
     for command in FIRST_MINUTE:
-        program, script, *arguments = shlex.split(command)
-        if program == "repvgg":
-            words = [sys.executable, "-m", "repvgg", script, *arguments]
-        else:
-            words = [sys.executable, str(ROOT / script), *arguments]
-        screens.append((command, run_in_terminal(words, folder)))
+        program, *arguments = shlex.split(command)
+        start = [sys.executable] if program == "python" else [sys.executable, "-m", "repvgg"]
+        screens.append((command, run_in_terminal([*start, *arguments], folder)))
     return screens
 
 
@@ -203,7 +203,7 @@ def draw_terminal(screens: Sequence[tuple[str, Any]], theme: Theme) -> str:
 
 
 def _runs(line: Any, theme: Theme) -> list[tuple[int, str, str, bool]]:
-    """Letters of one style that stand side by side, as one text."""
+    """Letters of one style that stand side by side, as one text; two spaces part texts."""
     names = {
         "default": theme.text,
         "black": theme.muted,
@@ -215,21 +215,21 @@ def _runs(line: Any, theme: Theme) -> list[tuple[int, str, str, bool]]:
         "cyan": theme.main,
         "white": theme.text,
     }
-    runs: list[tuple[int, str, str, bool]] = []
-    for column in range(COLUMNS):
-        cell = line[column]
-        name = cell.fg.removeprefix("bright")
-        color = names.get(name) or f"#{name}"
-        if runs and runs[-1][2:] == (color, cell.bold):
-            start, text, *_ = runs[-1]
-            runs[-1] = (start, text + cell.data, color, cell.bold)
-        else:
-            runs.append((column, cell.data, color, cell.bold))
-    return [
-        (start + len(text) - len(text.lstrip()), text.strip(), color, bold)
-        for start, text, color, bold in runs
-        if text.strip()
+    styles = [
+        (line[column].fg.removeprefix("bright"), line[column].bold) for column in range(COLUMNS)
     ]
+    letters = "".join(line[column].data for column in range(COLUMNS))
+    runs = []
+    for found in re.finditer(r"\S+(?: \S+)*", letters):
+        start = found.start()
+        for style, group in itertools.groupby(styles[slice(*found.span())]):
+            end = start + len([*group])
+            name, bold = style
+            if text := letters[start:end].strip():
+                place = start + letters[start:end].index(text)
+                runs.append((place, text, names.get(name) or f"#{name}", bold))
+            start = end
+    return runs
 
 
 @contextmanager

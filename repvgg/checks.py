@@ -11,6 +11,10 @@ from types import ModuleType
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+MOST_LISTED = 10  # words that an error lists without leaving one out
+FEW = 6  # words that it lists of more
+
+
 class ArgumentError(ValueError):
     """Arguments have values that are not allowed. On the command line `cli.explain` shows keys.
 
@@ -39,11 +43,31 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     return f"did you mean {close[0]}? " if close else ""
 
 
-def unknown_name(what: str, given: str, allowed: Sequence[str]) -> ArgumentError:
-    """The error of a word that is in no list, for the caller to raise."""
+def listed(given: str, allowed: Iterable[str]) -> str:
+    """The allowed words for an error: all of a few, else the closest and how many more there are.
+
+    Places are filled with the first words.
+    """
+    words = list(allowed)
+    if len(words) <= MOST_LISTED:
+        return ", ".join(words)
+    near = difflib.get_close_matches(given, words, n=FEW)
+    shown = list(dict.fromkeys([*near, *words]))[:FEW]
+    return f"{', '.join(shown)} and {len(words) - FEW} more"
+
+
+def unknown_name(
+    argument: str, given: str, allowed: Sequence[str], *, what: str = "name"
+) -> ArgumentError:
+    """The error of a word that is in no list, for the caller to raise.
+
+    Args:
+        what: the words of the list are, such as "model".
+    """
     hint = did_you_mean(given.lower(), allowed)
-    shown = ", ".join(allowed)
-    return ArgumentError(f"unknown {what} '{given}': {hint}allowed are {shown}", what)
+    shown = listed(given.lower(), allowed)
+    text = f"{argument}={given}: there is no such {what}; {hint}allowed are {shown}"
+    return ArgumentError(text, argument)
 
 
 def unknown_key(
@@ -59,7 +83,7 @@ def unknown_key(
     full = {name: section + name for name in allowed}
     close = difflib.get_close_matches(key, [*full, *elsewhere], n=1)
     hint = f"did you mean {full.get(close[0], close[0])}? " if close else ""
-    shown = ", ".join(full.values())
+    shown = listed(section + key, full.values())
     return ValueError(f"{section}{key}: there is no such key; {hint}allowed are {shown}")
 
 

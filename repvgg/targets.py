@@ -42,6 +42,23 @@ def is_from_user_code(error: BaseException) -> bool:
     return False
 
 
+def keep_users_frames(error: BaseException) -> None:
+    """Drop the frames above the user's first one from the traceback of an error and its causes.
+
+    Errors without a frame of the user's stay as they are.
+    """
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        trace = current.__traceback__
+        while trace is not None and not _is_users(trace.tb_frame.f_code.co_filename):
+            trace = trace.tb_next
+        if trace is not None:
+            current.__traceback__ = trace
+        current = current.__cause__ or current.__context__
+
+
 def _is_users(filename: str) -> bool:
     path = Path(filename)
     if not path.is_absolute():  # <string>, <frozen importlib._bootstrap>

@@ -156,6 +156,22 @@ def test_a_mistake_of_ours_keeps_its_traceback(command):
         command(raising(KeyError("a bug")))
 
 
+def test_a_traceback_begins_in_the_users_own_code(command, capsys, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def outer():\n    inner()\ndef inner():\n    raise KeyError(1)\n"
+    )
+    mine: dict = {}
+    source = (tmp_path / "mine.py").read_text()
+    exec(compile(source, str(tmp_path / "mine.py"), "exec"), mine)
+
+    with pytest.raises(SystemExit) as stopped:
+        command(lambda config, folder: mine["outer"]())
+
+    assert stopped.value.code == 1
+    frames = [line for line in capsys.readouterr().err.splitlines() if "File" in line]
+    assert [line.rpartition(" ")[2] for line in frames] == ["outer", "inner"]
+
+
 def test_the_traceback_of_a_mistake_can_be_asked_for(command, monkeypatch):
     monkeypatch.setenv(cli.FULL_ERROR, "1")
 

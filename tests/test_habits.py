@@ -11,6 +11,7 @@ from hydra.errors import (
 )
 
 from repvgg import __main__, cli
+from repvgg.checks import listed
 from repvgg.cli import habits
 from repvgg.training.settings import Settings
 
@@ -142,6 +143,35 @@ def test_an_unknown_key_is_compared_with_those_beside_it(given, message):
     assert line is not None
     assert line.startswith(f"{given}: {message}")
     assert "model.drop_path" not in line or given.startswith("model.")
+
+
+@pytest.mark.slow  # composes the configuration
+@pytest.mark.parametrize("command", ["deploy", "evaluate"])
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ("imgsz", "imgsz: there is no such key; pass data.image_size=64"),
+        ("data.image_size", "data.image_size: pass data=NAME too, one of cifar10, cifar100, csv"),
+    ],
+)
+def test_a_key_of_the_data_is_named_where_no_data_is_chosen(command, given, line):
+    error = ConfigCompositionException(
+        f"Could not override '{given}'.\nTo append to your config use +{given}=64"
+    )
+
+    explained = cli.explain(error, cli.CONFIGS / f"{command}.yaml", {})
+
+    assert explained is not None
+    assert explained.startswith(line)
+
+
+def test_a_long_list_is_cut_to_the_closest_and_a_count():
+    words = [f"key{number}" for number in range(9)]
+
+    assert listed("x", words) == ", ".join(words)
+    assert listed("dropuot", [*words, "dropout", "drop_path"]) == (
+        "dropout, drop_path, key0, key1, key2, key3 and 5 more"
+    )
 
 
 @pytest.mark.parametrize(("given", "meant"), [("val", "evaluate"), ("export", "deploy")])

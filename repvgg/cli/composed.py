@@ -18,6 +18,7 @@ from repvgg.checks import escape
 from repvgg.cli.mistakes import FULL_ERROR, Config, explain, fail
 from repvgg.cli.names import command, subcommand
 from repvgg.signals import end_on_signals
+from repvgg.targets import is_from_user_code, keep_users_frames
 
 PATH_KEYS = ("ckpt", "out", "init", "resume", "verify", "data.root", "hydra.run.dir")
 SWEEP = {"-m", "--multirun"}
@@ -117,6 +118,8 @@ def run(
                 message = explain(error, config, settings)
                 print(escape(f"{overrides}: {message or repr(error)}"), file=sys.stderr)
                 if message is None or show_traceback:
+                    if not show_traceback:
+                        keep_users_frames(error)
                     traceback.print_exception(error)
                 if record is not None:
                     record.status, record.message = "failed", message or repr(error)
@@ -148,6 +151,10 @@ def run(
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed at the end
             sys.exit(BROKEN_PIPE)
         message = explain(error, config, settings)
+        if message is None and not show_traceback and is_from_user_code(error):
+            keep_users_frames(error)
+            traceback.print_exception(error)
+            sys.exit(1)
         if message is None or show_traceback:
             raise
         if failed:

@@ -9,7 +9,7 @@ from pathlib import Path
 # Several stand for the same key of several commands: the first that the command has.
 # A text with "=" is passed as it is; the others get the value that was passed.
 KEYS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("epochs", "max_epochs", "num_epochs"), ("trainer.max_epochs",)),
+    **dict.fromkeys(("epochs", "epoch", "max_epochs", "num_epochs"), ("trainer.max_epochs",)),
     **dict.fromkeys(("lr", "lr0", "learning_rate", "optimizer.lr"), ("optim.lr",)),
     **dict.fromkeys(("batch", "batch_size", "bs"), ("batch_size", "data.batch_size")),
     **dict.fromkeys(("imgsz", "img_size", "image_size", "input_size"), ("data.image_size",)),
@@ -51,6 +51,22 @@ KEYS: dict[str, tuple[str, ...]] = {
     "model.optimizer.weight_decay": ("optim.weight_decay",),
     "model.scheduler._target_": ("scheduler._target_",),
     "model.net._target_": ("model=custom model._target_",),
+}
+
+# What others pass as optimizer=NAME and scheduler=NAME.
+PARTS = {
+    "optimizer": {
+        "sgd": "pass optim.name=sgd",
+        "adamw": "pass optim.name=adamw",
+        "adam": "pass optimizer._target_=torch.optim.Adam, or optim.name=adamw",
+        "rmsprop": "pass optimizer._target_=torch.optim.RMSprop",
+    },
+    "scheduler": {
+        "cosine": "leave it out: the default is warm-up and cosine decay",
+        "step": "pass scheduler._target_=torch.optim.lr_scheduler.StepLR",
+        "onecycle": "pass scheduler._target_=torch.optim.lr_scheduler.OneCycleLR",
+        "plateau": "pass scheduler._target_=torch.optim.lr_scheduler.ReduceLROnPlateau",
+    },
 }
 
 COMMANDS = {
@@ -95,6 +111,11 @@ def choice(group: str, given: str) -> str | None:
     if group == "data":
         return f"pass data=torchvision data.name={given} data.root=FOLDER"
     return None
+
+
+def part(key: str, given: object) -> str | None:
+    """What to pass for a short name of an optimizer or a schedule; None if it is no such name."""
+    return PARTS.get(key, {}).get(str(given).lower())
 
 
 def command(given: str) -> str | None:

@@ -9,11 +9,11 @@ import difflib
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn, cast
 
-from repvgg.checks import ArgumentError, did_you_mean, escape
+from repvgg.checks import ArgumentError, did_you_mean, escape, listed
 from repvgg.cli import habits
 from repvgg.cli.names import command, program
 from repvgg.targets import is_from_user_code
@@ -54,7 +54,7 @@ def explain(error: Exception, config: Path, settings: Mapping[str, object]) -> s
             hint = f"{instead}; "
         return (
             f"{group}={given}: there is no such choice; {hint}"
-            f"allowed are {', '.join(error.options)}"
+            f"allowed are {listed(given.lower(), error.options)}"
         )
     if isinstance(error, OverrideParseException):
         given = str(error.override)
@@ -110,12 +110,16 @@ def _unknown_key(given: str, value: str, config: Path) -> str:
     if "/" in given:
         return f"{given}: the chosen configs have no such group; --help lists the groups"
     keys = known_keys(config)
-    if instead := habits.key(given, value, keys):
+    groups = unchosen_groups(config, keys)
+    if instead := habits.key(given, value, [*keys, *groups]):
         return f"{given}: there is no such key; {instead}"
     if given in keys:
         return f"{given}: these choices do not set it; +{given}=... adds it"
     section, _, name = given.rpartition(".")
     group, _, choice = section.partition(".")
+    if group in groups:
+        choices = sorted(path.stem for path in (config.parent / group).glob("*.yaml"))
+        return f"{given}: pass {group}=NAME too, one of {listed(choice, choices)}"
     if choice and (config.parent / group / f"{choice}.yaml").is_file():
         return f"{given}: pass {group}={choice} too, which sets it"
     siblings = [key for key in keys if key.rpartition(".")[0] == section]
@@ -125,7 +129,8 @@ def _unknown_key(given: str, value: str, config: Path) -> str:
         hint = did_you_mean(given, keys)
     beside = siblings or [key for key in keys if "." not in key]
     adds = f"; +{given}={value} adds a key" if section else ""
-    return f"{given}: there is no such key; {hint}allowed beside it are {', '.join(beside)}{adds}"
+    shown = listed(given, beside)
+    return f"{given}: there is no such key; {hint}allowed beside it are {shown}{adds}"
 
 
 def _passed_choice(missing: str, arguments: Iterable[str]) -> tuple[str, str]:
@@ -157,9 +162,16 @@ def name_keys(error: BaseException, config: Mapping[str, object]) -> str:
             for section, held in config.items()
             if isinstance(held, dict) and name in held
         ]
+        if len(keys) > 1:  # model.name and optim.name: the one that has the value
+            keys = [key for key in keys if f"{name}={_value(config, key)}:" in text]
         if len(keys) == 1 and name not in config:
             text = re.sub(rf"(?<![\w./]){re.escape(name)}(?==|:| is missing)", keys[0], text)
     return text
+
+
+def _value(config: Mapping[str, object], key: str) -> object:
+    section, _, name = key.partition(".")
+    return cast(Config, config[section])[name]
 
 
 @contextlib.contextmanager
@@ -192,6 +204,16 @@ def known_keys(config: Path) -> list[str]:
 
     collect(cast(Config, OmegaConf.to_container(composed, resolve=False)), "")
     return keys
+
+
+def unchosen_groups(config: Path, keys: Container[str]) -> list[str]:
+    """The groups of a root configuration whose choice is null, and which are in no key."""
+    from omegaconf import OmegaConf
+
+    defaults = cast(list[object], OmegaConf.select(OmegaConf.load(config), "defaults") or [])
+    chosen = [cast(Config, entry) for entry in defaults if not isinstance(entry, str)]
+    groups = [str(name) for entry in chosen for name in entry]
+    return [name for name in groups if name.isidentifier() and name not in keys]
 
 
 def one_line(error: BaseException) -> str:

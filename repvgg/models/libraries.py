@@ -214,7 +214,7 @@ def check_torchvision(name: object) -> None:
 
     names = models.list_models(models)
     if name not in names:
-        raise unknown_name("name", str(name), names)
+        raise unknown_name("name", str(name), names, what="model")
 
 
 def make_torchvision(name: str, weights: object, given: Mapping[str, Plain]) -> nn.Module:
@@ -235,8 +235,8 @@ def make_timm(name: object, given: Mapping[str, Plain]) -> nn.Module:
     if str(name).partition(".")[0] not in names:
         close = did_you_mean(str(name).lower(), names)
         raise ArgumentError(
-            f"unknown name '{name}': {close}timm has {len(names):,} networks, timm.list_models() "
-            "lists them",
+            f"name={name}: there is no such model; {close}timm has {len(names):,} networks, "
+            "timm.list_models() lists them",
             "name",
         )
     try:

@@ -12,7 +12,14 @@ from typing import Literal, overload
 
 from torch import nn
 
-from repvgg.checks import ArgumentError, check_boolean, unknown_name, wrong_value
+from repvgg.checks import (
+    ArgumentError,
+    check_boolean,
+    did_you_mean,
+    listed,
+    unknown_name,
+    wrong_value,
+)
 from repvgg.contract import ModelConfig, Plain
 from repvgg.models import libraries
 from repvgg.models.features import RepVGGFeatures
@@ -97,14 +104,16 @@ def create_model(
         ValueError: the name or an override is unknown, or a value is outside its range.
     """
     if name not in _VARIANTS:
-        raise unknown_name("model", str(name), list_models())
+        raise unknown_name("name", str(name), list_models(), what="model")
     depths, multipliers, extra = _VARIANTS[name]
     widths = _widths(multipliers)
     allowed = list(inspect.signature(RepVGG).parameters)
     for key in overrides:
         if key not in allowed:
             hints = [*allowed, "features_only", "out_indices"]
-            raise unknown_name("override", key, hints)
+            hint = did_you_mean(key, hints)
+            shown = listed(key, hints)
+            raise ArgumentError(f"{key}: there is no such argument; {hint}allowed are {shown}", key)
     build: Callable[..., RepVGG] = RepVGG  # which checks its arguments
     arguments = {"depths": depths, "widths": widths, **extra, **overrides}
     if not check_boolean("features_only", features_only):

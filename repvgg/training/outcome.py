@@ -8,6 +8,7 @@ from typing import cast
 
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
@@ -126,12 +127,15 @@ def report_results(
         value = f"{metrics['test/accuracy']:.4f}{shown}, loss {metrics['test/loss']:.4f}{why}"
         facts.append(("test accuracy" if data.has_test else "accuracy", value))
     network = "" if target is None else f" network={target}"
-    commands = [
-        ("folder", shlex.quote(runs.relative(folder))),
-        ("files in it", f"{best.relative_to(folder)}, {runs.RESULTS}, {METRICS}"),
-        ("deploy it", f"{cli.command('deploy')} ckpt={path}{network}"),
-    ]
-    if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+    commands = [("deploy it", f"{cli.command('deploy')} ckpt={path}{network}")]
+    alone = HydraConfig.get().mode != RunMode.MULTIRUN  # the table of a sweep names the folders
+    if alone:
+        commands = [
+            ("folder", shlex.quote(runs.relative(folder))),
+            ("files in it", f"{best.relative_to(folder)}, {runs.RESULTS}, {METRICS}"),
+            *commands,
+        ]
+    if alone and any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
         own = folder.is_relative_to(cli.start_folder() / runs.RUNS)
         logs = str(runs.RUNS) if own else runs.relative(folder)
         commands.append(("watch it", f"tensorboard --logdir {shlex.quote(logs)}"))

@@ -10,7 +10,7 @@ from typing import cast
 
 from repvgg import targets
 from repvgg.checks import wrong_value
-from repvgg.cli import Config
+from repvgg.cli import Config, habits
 
 TARGET = "_target_"
 PARTIAL = "_partial_"  # Hydra's; optimizer, scheduler and loss are partial anyway
@@ -67,6 +67,8 @@ def read_part(key: str, given: object, *, from_run: Config | None = None) -> Par
         ValueError: an argument has no effect.
     """
     if not isinstance(given, dict):
+        if short := habits.part(key, given):
+            raise ValueError(f"{key}={given}: {short}")
         name = given if isinstance(given, str) and "." in given else "package.Class"
         raise ValueError(f"{key}={given}: pass {key}.{TARGET}={name}")
     target = given.get(TARGET)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from repvgg import cli
+from repvgg.checks import listed
 from repvgg.cli import Config
 from repvgg.training.parts import move_from_trainer
 from repvgg.training.settings import section
@@ -206,7 +207,7 @@ def _changes(passed: list["Override"], recorded: Config, folder: Path) -> dict[s
         if not same:
             raise ValueError(
                 f"{line}: the run was started with {key}={before}, and a resumed run keeps what it "
-                f"was started with; allowed beside resume are {', '.join(RESUMABLE)}"
+                f"was started with; allowed beside resume are {listed(key, RESUMABLE)}"
             )
     return changes
 

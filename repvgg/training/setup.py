@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from torch import Tensor, nn
 
 from repvgg import checkpoint, cli, terminal
-from repvgg.checks import did_you_mean
+from repvgg.checks import did_you_mean, listed
 from repvgg.cli import Config
 from repvgg.contract import DataContract, ModelConfig, Normalize, Plain, to_float
 from repvgg.data.module import ImageData
@@ -132,7 +132,7 @@ def open_images(settings: Settings) -> ImageData:
         known = (known | given.keys()) - {key, "_target_"}
         raise ValueError(
             f"data.{key}: {target} takes no such argument; {did_you_mean(key, known)}"
-            f"allowed are {', '.join(sorted(known))}"
+            f"allowed are {listed(key, sorted(known))}"
         ) from error
 
 

@@ -4,7 +4,7 @@ import inspect
 import os
 from typing import TYPE_CHECKING
 
-from repvgg.checks import check_integer, did_you_mean, wrong_value
+from repvgg.checks import check_integer, did_you_mean, listed, wrong_value
 from repvgg.cli import Config
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def check_keys(trainer: Config, *, stops_early: bool) -> None:
         if key not in (*known, "_target_"):
             raise ValueError(
                 f"trainer.{key}: lightning.Trainer has no such argument; "
-                f"{did_you_mean(key, known)}allowed are {', '.join(known)}"
+                f"{did_you_mean(key, known)}allowed are {listed(key, known)}"
             )
         if key == "plugins" and not (isinstance(value, dict | list) or value is None):
             example = "{_target_: package.Class}"

@@ -145,7 +145,10 @@ def test_wrong_indices_are_one_error(given):
         ({"out_indices": (1,)}, r"out_indices=\(1,\): .*needs features_only=true"),
         ({"features_only": True, "dropout": 0.1}, "dropout=0.1: is of the head"),
         ({"features_only": True, "auxiliary_heads": True}, "auxiliary_heads=True: is of the head"),
-        ({"feature_only": True}, "unknown override 'feature_only': did you mean features_only"),
+        (
+            {"feature_only": True},
+            "feature_only: there is no such argument; did you mean feat",
+        ),
     ],
 )
 def test_options_without_effect_are_errors(options, message):

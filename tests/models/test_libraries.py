@@ -153,7 +153,7 @@ def test_the_weights_are_no_argument_of_the_network(config, weights):
             SHUFFLE | {"name": "vgg16", "weights": "IMAGENET1K_FEATURES"},
             "must be one of IMAGENET1K_V1, DEFAULT",
         ),
-        (SHUFFLE | {"name": "shufflenet"}, "unknown name 'shufflenet': did you mean"),
+        (SHUFFLE | {"name": "shufflenet"}, "name=shufflenet: there is no such model; did you mean"),
         (MOBILE | {"pretrained": "yes"}, "must be true or false"),
     ],
 )
@@ -173,7 +173,7 @@ def test_timms_networks_take_their_own_arguments():
     ("config", "words"),
     [
         ({"name": "mobilnetv3_small_050"}, "did you mean mobilenetv3_small_050"),
-        ({"name": "hf-hub:somebody/network"}, "unknown name 'hf-hub"),
+        ({"name": "hf-hub:somebody/network"}, "name=hf-hub"),
         ({"foo": 1}, "foo=1, in_chans=3: timm's mobilenetv3_small_050 does not take this"),
         ({"act_layer": "nope"}, r"does not take this \(KeyError\('nope'\)\)"),
         ({"strides": [1, 1, 1, 1, 1]}, "must be None: timm's networks have none"),

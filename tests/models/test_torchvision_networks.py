@@ -108,9 +108,13 @@ def test_every_second_block_of_a_grouped_variant_is_grouped():
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("repvgg_a9", {}, "unknown model 'repvgg_a9': did you mean repvgg_a"),
+        ("repvgg_a9", {}, "name=repvgg_a9: there is no such model; did you mean repvgg_a"),
         ("resnet", {}, "allowed are repvgg_tiny, repvgg_a0"),
-        ("repvgg_a0", {"classes": 3}, "unknown override 'classes': did you mean num_classes"),
+        (
+            "repvgg_a0",
+            {"classes": 3},
+            "classes: there is no such argument; did you mean num_",
+        ),
         (
             "repvgg_a0",
             {"num_classes": -1},
@@ -170,7 +174,7 @@ def test_none_keeps_the_default_of_the_builder():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "resnet19"}, "unknown name 'resnet19': did you mean resnet18"),
+        ({"name": "resnet19"}, "name=resnet19: there is no such model; did you mean resnet18"),
         ({"name": "resnet18", "strides": [1] * 5}, "strides=.*must be None"),
         ({"name": "resnet18", "drop_path": 0.1}, "drop_path=0.1: must be None"),
         ({"name": "resnet18", "dropout": 0.1}, "dropout=0.1: .*resnet18 does not take this"),

@@ -34,7 +34,7 @@ def test_a_detector_learns_and_every_form_gives_its_outputs(run):
         (["size=32"], "size=32: must be an integer of at least 64"),
         (["batch=1"], "batch=1: must be an integer of at least 2"),
         (["lr=fast"], "lr='fast': must be a number"),
-        (["model=repvgg_a9"], "unknown model 'repvgg_a9'"),
+        (["model=repvgg_a9"], "=repvgg_a9: there is no such model"),
     ],
 )
 def test_settings_that_cannot_work_are_one_line(run, capfd, arguments, message):

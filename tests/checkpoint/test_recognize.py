@@ -80,8 +80,16 @@ def test_the_logits_are_those_of_the_reference_before_and_after_folding(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["training", "deployed"])
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        (name, form)
+        for name in list_models()
+        for form in ("training", "deployed")
+        # Folded, QARepVGG has the shapes of RepVGG, and its names are those of qarepvgg_a0.
+        if form == "training" or name == "qarepvgg_a0" or not name.startswith("qa")
+    ],
+)
 def test_every_variant_is_recognized_by_its_shapes(name, form):
     with torch.device("meta"):
         network = create_model(name, num_classes=21, in_channels=4)

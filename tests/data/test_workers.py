@@ -131,7 +131,7 @@ def pids(source) -> list[int]:
     [
         "fork",
         pytest.param("forkserver", marks=pytest.mark.slow),
-        pytest.param("spawn", marks=pytest.mark.slow),
+        # "spawn" sends the same; a program below reads with workers that were spawned.
     ],
     indirect=True,
 )

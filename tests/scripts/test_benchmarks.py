@@ -1,6 +1,7 @@
 """Benchmarks on small networks."""
 
 import copy
+import functools
 import multiprocessing
 import re
 
@@ -145,7 +146,9 @@ def test_steps_are_timed_from_a_batch_to_the_next_request():
 
 
 @pytest.mark.slow
-def test_loading_is_timed_alone_and_in_training(tmp_path, capsys):
+def test_loading_is_timed_alone_and_in_training(tmp_path, capsys, monkeypatch):
+    six_steps = functools.partial(benchmark_training.train_on, steps=6)
+    monkeypatch.setattr(benchmark_training, "train_on", six_steps)
     for part, count in (("train", 40), ("val", 2)):
         make(tmp_path / part, count=count)
     settings = benchmark_training.DEFAULTS | {"model": "repvgg_tiny", "photos": str(tmp_path)}

@@ -42,7 +42,7 @@ def page(report: "Report", given: Samples | None, drawn: Sequence[Figure]) -> st
         "report.html",
         report=report,
         name=summary.network(report),
-        verdict=summary.verdict(report),
+        verdict=summary.verdict(report).replace(" %", "\u00a0%"),
         files=[(row, snippet(row.file, report)) for row in summary.rows(report)],
         legend=_legend(report),
         timed=report.latency is not None,
@@ -168,8 +168,9 @@ def _blocks(report: "Report") -> Figure | None:
         "float64": verify.TOLERANCE[torch.float64],
         "float32": report.float32_bound,
     }
+    label = "relative error" if len(series) > 1 else f"relative error, {next(iter(series))}"
     dots = functools.partial(
-        figures.dots, series=series, ylabel="relative error", log=True, limits=limits, width=WIDTH
+        figures.dots, series=series, ylabel=label, log=True, limits=limits, width=WIDTH
     )
     caption = (
         "Each folded block gets the same input as the multi-branch block, so errors do not add up "
@@ -202,7 +203,7 @@ def _int8(report: "Report") -> Figure | None:
     caption = (
         f"{first}Root mean square of the change, relative to that of the outputs, on "
         f"{report.int8.chosen_on} images. "
-        + (f"Grey: {kept} layers that stay in float32." if kept else "Every layer became int8.")
+        + (f"Grey: stays in float32 ({kept})." if kept else "Every layer became int8.")
     )
     return inline("What int8 costs, by layer", bars, caption)
 

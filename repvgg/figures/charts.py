@@ -254,7 +254,7 @@ def confusion(theme: Theme, counts: Tensor, names: Sequence[str]) -> Figure:
             cmap=ListedColormap(steps),
             vmin=0,
             vmax=1,
-            interpolation="nearest",
+            interpolation="nearest" if count <= MOST_NAMES else "none",  # SVG would lose rows
         )
         bar = figure.colorbar(image, ax=axes, shrink=0.8, label="share of the class")
         bar.outline.set_visible(False)

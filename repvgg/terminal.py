@@ -6,7 +6,9 @@ never read as markup. Paths and commands stand outside of boxes, in one line eac
 
 import contextlib
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO
@@ -55,6 +57,14 @@ def print_facts(title: str, facts: Facts, commands: Facts = ()) -> None:
         facts = []
     for name, value in (*facts, *commands):
         print(f"{name:<{NAME_WIDTH}}{escape(value)}", flush=True)
+
+
+def wrapped(text: str) -> str:
+    """A text broken between words for a terminal; as it is for a pipe or a file."""
+    if not is_interactive():
+        return text
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 @contextlib.contextmanager

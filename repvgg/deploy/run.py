@@ -3,23 +3,35 @@
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from repvgg import checkpoint, cli, terminal
+from repvgg.checkpoint import Checkpoint
 from repvgg.contract import Description, to_float
 from repvgg.deploy import certificate, events, samples, verification
 from repvgg.deploy.certificate import Recorded
 from repvgg.deploy.files import INT8, describe_files, export, export_int8, in_bf16
 from repvgg.deploy.folder import SUMS, new_folder
 from repvgg.deploy.measure import environment, latency, sizes
-from repvgg.deploy.report import Report
-from repvgg.deploy.sets import load_sets
+from repvgg.deploy.report import Latency, Report
+from repvgg.deploy.sets import Sets, load_sets
 from repvgg.deploy.settings import DeploySettings
 from repvgg.deploy.training import find_training
-from repvgg.deploy.verification import DEPLOYED, FOLDED32, FOLDED64, OWN, TRAINED, Forms, require
+from repvgg.deploy.verification import (
+    DEPLOYED,
+    FOLDED32,
+    FOLDED64,
+    OWN,
+    TRAINED,
+    Accuracies,
+    Forms,
+    require,
+)
 from repvgg.export.artifact import Artifact
 from repvgg.models.forms import deployed_form
 from repvgg.models.libraries import Factory
@@ -38,8 +50,10 @@ def run(settings: DeploySettings) -> None:
     """Deploy a checkpoint; the folder gets its name only if every check passes."""
     with new_folder(settings.out, overwrite=settings.overwrite) as folder:
         report = deploy(settings, folder)
-    print(report.summary())
-    print(f"written to {shlex.quote(os.path.relpath(settings.out))}")
+    print()
+    verdict, *rows = report.summary().split("\n")
+    print(terminal.wrapped(verdict), *rows, sep="\n")
+    print(f"\nwritten to {shlex.quote(os.path.relpath(settings.out))}")
     if missing := events.add_to_run(report, settings.ckpt):
         print(missing, file=sys.stderr)
 
@@ -92,47 +106,23 @@ def deploy(settings: DeploySettings, folder: Path) -> Report:
     for kind in settings.formats:
         with terminal.step(kind) as step:
             written = export(network, description, [kind], folder, factory=factory)
-            (name,) = written
-            found = verification.evaluate(forms.reference, written, images, tolerance=bound)
-            require(name, found[name])
-            files, verdicts = files | written, verdicts | found
-            step.result = f"{name}, {_shown(found[name])}"
+            verdicts |= _verify(written, forms, images, bound, step)
+            files |= written
     bf16 = in_bf16(forms.folded, folder) if settings.bf16 else {}
     for name, predictor in bf16.items():
         with terminal.step("bf16") as step:
-            found = verification.evaluate(
-                forms.reference, {name: predictor}, images, tolerance=BF16_BOUND
-            )
-            require(name, found[name])
-            verdicts |= found
-            step.result = f"{name}, {_shown(found[name])}"
-
+            verdicts |= _verify({name: predictor}, forms, images, BF16_BOUND, step)
     int8 = None
     if settings.int8:
         with terminal.step("int8") as step:
             int8 = export_int8(network, forms, description, restored, sets, settings, folder)
             lost = max(verdict.error for verdict in int8.report.verdicts.values())
             step.result = f"{INT8}, accuracy lost {lost:.2%}, on {int8.report.judged_on}"
-    engines = int8.engines if int8 else {}
+
     torch_forms = {TRAINED: forms.trained, DEPLOYED: forms.folded}
+    engines = int8.engines if int8 else {}
     predictors: dict[str, Predictor] = {**torch_forms, **files, **bf16, **engines}
-    with terminal.step("accuracy") as step:
-        accuracies = verification.measure_accuracies(predictors, restored, sets)
-        measured = accuracies.on_validation or accuracies.on_probe
-        part = "validation set" if accuracies.on_validation else "probe batch"
-        step.result = (
-            f"{measured[TRAINED]:.2%} before, {measured[DEPLOYED]:.2%} after, on the {part}"
-            if measured
-            else "not known: no labelled images"
-        )
-    timed = None
-    if settings.benchmark:
-        with terminal.step("latency", still=True) as step:
-            timed = latency(predictors, images[:1])
-            step.result = (
-                f"{timed.milliseconds[TRAINED].median:.2f} ms before, "
-                f"{timed.milliseconds[DEPLOYED].median:.2f} ms after, one image in torch"
-            )
+    accuracies = _measure_accuracies(predictors, restored, sets)
     report = Report(
         checkpoint=str(settings.ckpt),
         int8=int8.report if int8 else None,
@@ -154,7 +144,7 @@ def deploy(settings: DeploySettings, folder: Path) -> Report:
         size=sizes(forms, images),
         environment=environment(),
         command=cli.command_line(),
-        latency=timed,
+        latency=_measure_latency(predictors, images[:1]) if settings.benchmark else None,
         validation_images=None if sets.validation is None else len(sets.validation.labels),
         created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         training=find_training(settings.ckpt),
@@ -168,6 +158,45 @@ def deploy(settings: DeploySettings, folder: Path) -> Report:
         step.result = f"{SUMS} of {len([*folder.iterdir()]) - 1} files"
     print(*notes, sep="\n", end="\n" if notes else "")
     return report
+
+
+def _verify(
+    predictors: Mapping[str, Predictor],
+    forms: Forms,
+    images: Tensor,
+    tolerance: float,
+    step: terminal.Step,
+) -> dict[str, Verdict]:
+    """Compare predictors with the multi-branch network in float64; require every one."""
+    found = verification.evaluate(forms.reference, predictors, images, tolerance=tolerance)
+    for name, verdict in found.items():
+        require(name, verdict)
+    step.result = "; ".join(f"{name}, {_shown(verdict)}" for name, verdict in found.items())
+    return found
+
+
+def _measure_accuracies(
+    predictors: Mapping[str, Predictor], restored: Checkpoint, sets: Sets
+) -> Accuracies:
+    with terminal.step("accuracy") as step:
+        accuracies = verification.measure_accuracies(predictors, restored, sets)
+        measured = accuracies.on_validation or accuracies.on_probe
+        part = "validation set" if accuracies.on_validation else "probe batch"
+        step.result = (
+            f"{measured[TRAINED]:.2%} before, {measured[DEPLOYED]:.2%} after, on the {part}"
+            if measured
+            else "not known: no labelled images"
+        )
+    return accuracies
+
+
+def _measure_latency(predictors: Mapping[str, Predictor], image: Tensor) -> Latency:
+    with terminal.step("latency", still=True) as step:
+        timed = latency(predictors, image)
+        before, after = (timed.milliseconds[form].median for form in (TRAINED, DEPLOYED))
+        noisy = "; the machine is too busy for a comparison" if timed.noisy else ""
+        step.result = f"{before:.2f} ms before, {after:.2f} ms after, one image in torch{noisy}"
+    return timed
 
 
 def _shown(verdict: Verdict) -> str:

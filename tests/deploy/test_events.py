@@ -34,7 +34,11 @@ def test_the_run_shows_the_certificate_and_its_figures(checkpoint, tmp_path):
     events = read(tmp_path)
     (text,) = events.Tensors("deploy/certificate/text_summary")
     assert text.tensor_proto.string_val[0].decode() == whole_report().to_markdown()
-    assert events.Tags()["images"] == ["deploy/latency", "deploy/error_by_block"]
+    assert events.Tags()["images"] == [
+        "deploy/latency",
+        "deploy/error_by_block",
+        "deploy/int8_by_layer",
+    ]
     for tag in events.Tags()["images"]:
         picture = Image.open(io.BytesIO(events.Images(tag)[0].encoded_image_string))
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)

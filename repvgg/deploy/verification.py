@@ -1,4 +1,4 @@
-"""Verdicts: every form and every file against the trained network in float64."""
+"""Verdicts: every form and every file against the multi-branch network in float64."""
 
 import copy
 from collections.abc import Collection, Mapping
@@ -26,8 +26,8 @@ class Forms:
     """A network before and after folding, as predictors with the output of the files.
 
     Attributes:
-        reference: the trained network in float64.
-        trained: the trained network.
+        reference: the multi-branch network in float64.
+        trained: the multi-branch network.
         folded: the folded network.
         folded64: the folded network in float64. Both were folded in float64.
     """
@@ -56,7 +56,7 @@ class Forms:
 
 @dataclass(frozen=True)
 class Accuracies:
-    """Accuracy by predictor, and the share of images with the top-1 of the trained network.
+    """Accuracy by predictor, and the share of images with the top-1 of the multi-branch one.
 
     Attributes:
         scores: (N, K), of the folded network on the validation set, else on the probe batch.

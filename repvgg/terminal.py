@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 NAME_WIDTH = 14  # of the first column
-REDRAW_EVERY = 0.25  # seconds; drawing takes about a millisecond
+REDRAW_EVERY = 0.5  # seconds; drawing takes 1.6 ms
 
 Facts = Sequence[tuple[str, str]]  # names and values, one a line
 

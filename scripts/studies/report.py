@@ -155,7 +155,7 @@ def command(name: str, settings: Mapping[str, object], defaults: Mapping[str, ob
     changed = [
         f" {key}={str(value).replace(' ', '')}"
         for key, value in shown.items()
-        if key not in ("out", "work", "workers")
+        if key not in ("out", "page", "work", "workers")
     ]
     return f"python -m scripts.studies.{name}{''.join(changed)}"
 

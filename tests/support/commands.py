@@ -75,9 +75,12 @@ def _words(program: str) -> list[str]:
     return [str(ROOT / "repvgg" / "__main__.py"), program]
 
 
-def run_process(program: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_process(
+    program: str, *arguments: str, cwd: Path, forks_rank: bool = False
+) -> subprocess.CompletedProcess[str]:
     """Run a program in a process of its own, where every warning is an error."""
-    return Process(*_start(program), *arguments, cwd=cwd, strict=True).completed()
+    command = (*_start(program), *arguments)
+    return Process(*command, cwd=cwd, strict=True, forks_rank=forks_rank).completed()
 
 
 def run_fresh(program: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -6,6 +6,7 @@ breaks does not show, and nothing is destroyed at the end: those take `commands.
 """
 
 import atexit
+import functools
 import importlib
 import logging.config
 import multiprocessing
@@ -19,6 +20,7 @@ import traceback
 import types
 import warnings
 from multiprocessing import process
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,13 +36,19 @@ class Process:
     """A program that runs, as `subprocess.Popen` shows one."""
 
     def __init__(
-        self, *command: str | Path, cwd: Path, strict: bool = False, terminal: str | None = None
+        self,
+        *command: str | Path,
+        cwd: Path,
+        strict: bool = False,
+        terminal: str | None = None,
+        forks_rank: bool = False,
     ) -> None:
         """Start `python COMMAND` in a session of its own.
 
         Args:
             strict: every warning is an error.
             terminal: the place of its streams, and what ends it when it is closed.
+            forks_rank: the process that Lightning starts for a second device is forked too.
         """
         self.args = [*map(str, command)]
         self._files = [] if terminal else [_file(), _file()]
@@ -48,7 +56,14 @@ class Process:
         streams = [terminal] * 3 if terminal else [os.devnull, *map(str, self._files)]
         self._process = CONTEXT.Process(
             target=_run,
-            args=(self.args, str(cwd), {**os.environ, "PYTHONPATH": str(ROOT)}, streams, strict),
+            args=(
+                self.args,
+                str(cwd),
+                {**os.environ, "PYTHONPATH": str(ROOT)},
+                streams,
+                strict,
+                forks_rank,
+            ),
             daemon=True,  # ends with the tests
         )
         self._process.start()
@@ -100,7 +115,12 @@ def _file() -> Path:
 
 
 def _run(
-    command: list[str], folder: str, environment: dict[str, str], streams: list[str], strict: bool
+    command: list[str],
+    folder: str,
+    environment: dict[str, str],
+    streams: list[str],
+    strict: bool,
+    forks_rank: bool,
 ) -> NoReturn:
     """Be `python COMMAND` from here on."""
     importlib.import_module("tests.support.preloaded")  # the server ignores an ImportError
@@ -114,9 +134,11 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    if forks_rank:
+        command = _fork_rank(command)
     np.random.seed()
     multiprocessing.set_start_method(None, force=True)
-    process.ORIGINAL_DIR = folder
+    process.ORIGINAL_DIR = os.getcwd()
     process.current_process().daemon = False
     _keep_loggers()
     if strict:
@@ -126,6 +148,56 @@ def _run(
     status = _program(command)
     atexit._run_exitfuncs()
     sys.exit(status)
+
+
+def _fork_rank(command: list[str]) -> list[str]:
+    """Fork a process which waits until Lightning starts one; what this one is to run."""
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    if pid := os.fork():
+        reader.close()
+        launcher = importlib.import_module(
+            "lightning.pytorch.strategies.launchers.subprocess_script"
+        )
+        start = functools.partial(_Rank, pid, writer)
+        launcher.subprocess = types.SimpleNamespace(Popen=start)
+        return command
+    writer.close()
+    try:
+        (_, *command), environment, folder = reader.recv()
+    except EOFError:
+        os._exit(0)  # on one device
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder or ".")
+    return command
+
+
+class _Rank:
+    """What Lightning needs of `subprocess.Popen`."""
+
+    returncode: int | None = None
+
+    def __init__(
+        self,
+        pid: int,
+        pipe: Connection,
+        command: list[str],
+        *,
+        env: dict[str, str],
+        cwd: str | None,
+    ) -> None:
+        self.pid = pid
+        pipe.send((command, env, cwd))
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
 
 def _program(command: list[str]) -> int:

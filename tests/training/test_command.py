@@ -174,7 +174,7 @@ def test_two_devices_stopped_and_resumed_train_as_one_that_accumulates(tmp_path)
     ]
     devices = [*settings, "data.batch_size=32", "trainer.devices=2", "hydra.run.dir=two"]
     accumulating = ["data.batch_size=32", "trainer.accumulate_grad_batches=2", "hydra.run.dir=one"]
-    process = Process(ROOT / "train.py", *devices, cwd=tmp_path)
+    process = Process(ROOT / "train.py", *devices, cwd=tmp_path, forks_rank=True)
     wait_for(tmp_path / "two" / "checkpoints" / "last.ckpt", process)
     process.terminate()
     _, said = process.communicate()
@@ -373,7 +373,8 @@ def test_a_resumed_run_takes_another_rate_and_as_many_images_in_a_step_on_two_de
     refused = run("train.py", *typed, "trainer.devices=2", cwd=tmp_path)
     devices = ["trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=64"]
     steps = "trainer.log_every_n_steps=1"
-    resumed = run_process("train.py", *typed, *devices, steps, cwd=tmp_path)
+    command = (*typed, *devices, steps)
+    resumed = run_process("train.py", *command, cwd=tmp_path, forks_rank=True)
 
     assert "a step had 128 images and an epoch 10 steps" in refused.stderr
     assert resumed.returncode == 0, resumed.stderr

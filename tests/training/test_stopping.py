@@ -23,7 +23,7 @@ LAST = Path("run", "checkpoints", "last.ckpt")
 
 def start(*arguments: str, cwd: Path) -> Process:
     """A run in a process group of its own, which has saved a checkpoint."""
-    process = Process(ROOT / "train.py", *arguments, cwd=cwd)
+    process = Process(ROOT / "train.py", *arguments, cwd=cwd, forks_rank=True)
     try:
         wait_for(cwd / LAST, process)
     except BaseException:

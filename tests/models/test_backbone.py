@@ -17,8 +17,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import repvgg
 from repvgg.checks import ArgumentError
 from repvgg.models import RepVGGFeatures
-from tests.support.commands import ROOT
 from tests.support.networks import relative_error, settle
+from tests.support.pages import page, run_examples
 
 BLOCKS = {"stem": "first", "stages.1": "second", "stages.2.0": "third"}
 EXPORTER = (  # what torch's TorchScript exporter and torchvision raise while they are traced
@@ -341,12 +341,9 @@ def test_the_examples_of_the_docs_train_fold_and_export(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     torch.save(settle(repvgg.create_model("repvgg_tiny")).state_dict(), "best.ckpt")
-    text = (ROOT / "docs" / "backbone.md").read_text()
-    names: dict = {}
-
     losses = []
-    for block in re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
-        exec(block, names)
+
+    for names in run_examples(page("docs/backbone.md")):
         losses.append(names.get("loss", torch.tensor(0.0)).item())
 
     weights, by_name, segmentation, detection = losses

@@ -46,6 +46,12 @@ FIRST_MINUTE = (
     "python deploy.py ckpt=runs/first/checkpoints/best.ckpt data=digits int8=true",
     "repvgg predict model=runs/first/deploy/model.onnx images=docs/images/digits",
 )
+SIZES = {
+    "scalars": (1400, 1000),
+    "images": (1400, 1600),
+    "hparams": (1700, 600),
+    "text": (1400, 1000),
+}
 COLUMNS, LINES = 100, 120  # of the terminal
 CELL = 7.9, 17.0  # pixels: width of a letter and height of a line
 FONT = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
@@ -76,6 +82,8 @@ def main(settings: cli.Config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     wanted = str(settings["only"]).split(",")
     with tempfile.TemporaryDirectory() as folder:
+        for name in ("docs", "train.py", "deploy.py"):  # commands are shown as in a clone
+            (Path(folder) / name).symlink_to(ROOT / name)
         run = Path(str(settings["run"])) if settings["run"] else make_run(Path(folder))
         if "terminal" in wanted:
             commands = first_minute(Path(folder))
@@ -85,7 +93,7 @@ def main(settings: cli.Config) -> None:
         if "tensorboard" in wanted:
             with tensorboard(run) as address:
                 for name, tab in TABS.items():
-                    photograph(f"{address}/#{tab}", out / f"tensorboard-{name}.png", (1400, 1000))
+                    photograph(f"{address}/#{tab}", out / f"tensorboard-{name}.png", SIZES[name])
         if "report" in wanted:
             page = (run / "deploy" / "report.html").resolve().as_uri()
             for scheme in ("light", "dark"):
@@ -101,15 +109,13 @@ def main(settings: cli.Config) -> None:
 
 def make_run(folder: Path) -> Path:
     """Train and deploy a network whose run is shown."""
-    run = folder / "runs" / "a0"
-    train = [sys.executable, str(ROOT / "train.py"), "model=repvgg_a0", "rdrop=true"]
-    subprocess.run([*train, f"hydra.run.dir={run}"], cwd=folder, check=True)
-    checkpoint = run / "checkpoints" / "best.ckpt"
     options = ["data=digits", "formats=[safetensors,onnx,pt2,openvino]", "int8=true"]
-    subprocess.run(
-        [sys.executable, ROOT / "deploy.py", f"ckpt={checkpoint}", *options], cwd=folder, check=True
-    )
-    return run
+    for command in (
+        ["train.py", "model=repvgg_a0", "rdrop=true", "hydra.run.dir=runs/a0"],
+        ["deploy.py", "ckpt=runs/a0/checkpoints/best.ckpt", *options],
+    ):
+        subprocess.run([sys.executable, *command], cwd=folder, check=True)
+    return folder / "runs" / "a0"
 
 
 def first_minute(folder: Path) -> list[tuple[str, Any]]:
@@ -118,8 +124,6 @@ def first_minute(folder: Path) -> list[tuple[str, Any]]:
     Returns:
         of each, the command and the screen after it.
     """
-    for name in ("docs", "train.py", "deploy.py"):
-        (folder / name).symlink_to(ROOT / name)
     screens = []
     for command in FIRST_MINUTE:
         program, *arguments = shlex.split(command)
@@ -242,9 +246,12 @@ def tensorboard(run: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run), "--port", str(port)]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", run.parent.name]
     process = subprocess.Popen(
-        [*command, "--load_fast", "false"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*command, "--port", str(port), "--load_fast", "false"],
+        cwd=run.parent.parent,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     address = f"http://localhost:{port}"
     try:

@@ -104,6 +104,16 @@ def test_images_of_any_size_and_channels_are_drawn(channels, size):
     assert (drawn != 255).any(2).float().mean() > 0.05
 
 
+def test_values_that_are_all_zero_are_drawn_on_a_linear_axis():
+    zeros = {"a": 0.0, "b": 0.0}
+
+    for draw in (
+        partial(figures.dots, series={"float64": zeros}, ylabel="error", log=True),
+        partial(figures.lines, series={"a": ([0], [0])}, xlabel="x", ylabel="y", log=True),
+    ):
+        assert draw(LIGHT).axes[0].get_yscale() == "linear"
+
+
 def test_an_inline_figure_follows_the_colours_of_its_page():
     svg = figures.inline_svg(CHARTS["bars"], 'latency "<1>"')
 

@@ -120,13 +120,14 @@ def lines(
 
     Args:
         series: by name, x and y.
-        log: the y axis is logarithmic.
+        log: the y axis is logarithmic; not if no value is above 0.
         width, height: inches.
     """
     with styled(theme):
         figure, axes = new_figure(width, height)
         for (name, (x, y)), color in zip(series.items(), theme.series, strict=False):
             axes.plot(x, y, color=color, label=name, marker="o", markersize=3.5, linewidth=1.6)
+        log = log and any(value > 0 for _, y in series.values() for value in y)
         _finish(axes, xlabel, ylabel, title, log=log, legend=len(series) > 1)
     return figure
 
@@ -148,13 +149,14 @@ def dots(
 
     Args:
         series: by name, a value for each position; positions come in the order of the first.
-        log: the y axis is logarithmic; values of 0 are left out.
+        log: the y axis is logarithmic, and values of 0 are left out; not if all are 0.
         limits: of a series, by its name, drawn as a dashed line in its colour.
         width, height: inches.
     """
     with styled(theme):
         figure, axes = new_figure(width, height)
         names = [*dict.fromkeys(name for values in series.values() for name in values)]
+        log = log and any(value > 0 for values in series.values() for value in values.values())
         place = {name: index for index, name in enumerate(names)}
         for (label, values), color in zip(series.items(), theme.series, strict=False):
             shown = {name: value for name, value in values.items() if value > 0 or not log}

@@ -92,12 +92,13 @@ def main(settings: dict[str, Any]) -> None:
     for title, network, contract in networks:
         for row in examine(network, contract, train, test, settings["images"]):
             runs.append(results, {"network": title, **row})
+    count = min(settings["images"], len(train.labels))
     record = {
         "title": name.replace("-", ", "),
         "command": report.command("branch_ablation", settings, DEFAULTS),
         "networks": len(networks),
         "recipe": None if settings["ckpt"] else {key: settings[key] for key in training.RECIPE},
-        "bn_images": min(settings["images"], len(train.labels)),
+        "bn_images": count if count < BATCH else count - count % BATCH,  # whole batches
         "test_images": len(test.labels),
         "machine": report.machine(),
     }

@@ -199,7 +199,7 @@ def test_the_commands_of_a_page_run(chain, place, weights, monkeypatch):
 def test_a_command_that_cannot_run_here_composes(command):
     program = Path(command.program).stem
     options = [one for one in command.arguments if one.startswith("-")]
-    overrides = [one for one in command.arguments if one not in options]
+    overrides = [cli.quote_path(one) for one in command.arguments if one not in options]
     if program not in CONFIGURED:
         assert {one.partition("=")[0] for one in overrides} <= defaults(program), str(command)
         return

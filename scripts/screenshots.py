@@ -48,7 +48,7 @@ FIRST_MINUTE = (
 )
 SIZES = {
     "scalars": (1400, 1000),
-    "images": (1400, 1600),
+    "images": (1400, 2000),
     "hparams": (1700, 600),
     "text": (1400, 1000),
 }
@@ -91,8 +91,9 @@ def main(settings: cli.Config) -> None:
                 path = out / f"terminal-{name}.svg"
                 path.write_text(draw_terminal(commands, theme))
         if "tensorboard" in wanted:
-            with tensorboard(run) as address:
-                for name, tab in TABS.items():
+            for name, tab in TABS.items():
+                # Pictures of one run; a table of all.
+                with tensorboard(run.parent if name == "hparams" else run) as address:
                     photograph(f"{address}/#{tab}", out / f"tensorboard-{name}.png", SIZES[name])
         if "report" in wanted:
             page = (run / "deploy" / "report.html").resolve().as_uri()
@@ -237,7 +238,7 @@ def _runs(line: Any, theme: Theme) -> list[tuple[int, str, str, bool]]:
 
 
 @contextmanager
-def tensorboard(run: Path) -> Iterator[str]:
+def tensorboard(folder: Path) -> Iterator[str]:
     """TensorBoard on a free port of this machine, ended afterwards.
 
     Raises:
@@ -246,10 +247,10 @@ def tensorboard(run: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", run.parent.name]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder.name]
     process = subprocess.Popen(
         [*command, "--port", str(port), "--load_fast", "false"],
-        cwd=run.parent.parent,
+        cwd=folder.parent,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -13,8 +13,8 @@ from repvgg import verify
 from repvgg.contract import to_float
 from repvgg.deploy.folder import HTML, PAGE, PROBE, REPORT, check_sums, write_sums
 from repvgg.deploy.report import Report
-from repvgg.deploy.samples import Samples
-from repvgg.deploy.webpage import Figure, draw
+from repvgg.deploy.report.samples import Samples
+from repvgg.deploy.report.webpage import Figure, draw
 from repvgg.export.formats import open_artifact
 from repvgg.models.libraries import Factory
 from repvgg.verify import Predictor, Verdict

@@ -13,15 +13,15 @@ from torch import Tensor
 from repvgg import checkpoint, cli, terminal
 from repvgg.checkpoint import Checkpoint
 from repvgg.contract import Description, to_float
-from repvgg.deploy import certificate, events, samples, verification
+from repvgg.deploy import certificate, verification
 from repvgg.deploy.certificate import Recorded
 from repvgg.deploy.files import INT8, describe_files, export, export_int8, in_bf16
 from repvgg.deploy.folder import SUMS, new_folder
 from repvgg.deploy.measure import environment, latency, sizes
-from repvgg.deploy.report import Latency, Report
+from repvgg.deploy.report import Latency, Report, events, samples
+from repvgg.deploy.report.training import find_training
 from repvgg.deploy.sets import Sets, load_sets
 from repvgg.deploy.settings import DeploySettings
-from repvgg.deploy.training import find_training
 from repvgg.deploy.verification import (
     DEPLOYED,
     FOLDED32,

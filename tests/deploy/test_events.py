@@ -10,7 +10,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from repvgg.deploy.events import add_to_run
+from repvgg.deploy.report.events import add_to_run
 from tests.support.reports import whole_report
 
 

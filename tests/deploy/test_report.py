@@ -120,7 +120,7 @@ def test_the_sentence_of_verdict_names_every_result():
         "repvgg_tiny was folded without changing its results: the largest error of model.xml "
         "against the multi-branch network in float64 is 2.0e-07 of the largest output "
         "(1e-05 allowed), int8 loses 0.00 % accuracy (25.00 % allowed), it runs 1.5 times as fast "
-        "in PyTorch and 3.0 times as model.xml in OpenVINO, and its accuracy on the test set is "
+        "in PyTorch and 3.0 times in OpenVINO (model.xml), and its accuracy on the test set is "
         "98.00 %."
     )
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from repvgg.contract import DataContract
-from repvgg.deploy import card, certificate, samples, webpage
+from repvgg.deploy import certificate
 from repvgg.deploy.certificate import Recorded
-from repvgg.deploy.report import Report
-from repvgg.deploy.training import find_training
+from repvgg.deploy.report import Report, card, samples, webpage
+from repvgg.deploy.report.training import find_training
 from tests.deploy.test_report import VERSION_0_1
 from tests.support.reports import report, whole_report
 from tests.support.reports import samples as shown

@@ -15,8 +15,8 @@ from repvgg.deploy.report import (
     Timing,
     Training,
 )
-from repvgg.deploy.samples import Samples
-from repvgg.deploy.snippets import snippet
+from repvgg.deploy.report.samples import Samples
+from repvgg.deploy.report.snippets import snippet
 from repvgg.export.int8 import Trial
 from repvgg.verify import Verdict
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from repvgg.deploy.report import Training
+from repvgg.deploy.report.content import Training
 
 CHOICES = Path(".hydra", "hydra.yaml")
 RESULTS = "results.json"

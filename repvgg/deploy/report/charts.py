@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from repvgg import figures, verify
-from repvgg.deploy import samples, summary
-from repvgg.deploy.samples import Samples
+from repvgg.deploy.report import samples, summary
+from repvgg.deploy.report.samples import Samples
 
 if TYPE_CHECKING:
-    from repvgg.deploy.report import Report
+    from repvgg.deploy.report.content import Report
 
 WIDTH = 9.6  # inches
 MOST_LAYERS = 24  # of the figure of int8

@@ -10,7 +10,7 @@ from repvgg.figures import shorten
 from repvgg.verify import Verdict
 
 if TYPE_CHECKING:
-    from repvgg.deploy.report import DeployedFile, Latency, Report
+    from repvgg.deploy.report.content import DeployedFile, Latency, Report
 
 ENGINES = {  # by the end of a file's name; the first that fits
     ".safetensors": "PyTorch",
@@ -209,7 +209,7 @@ def _faster(report: "Report", speeds: Mapping[str, float]) -> str:
     if not files:
         return said
     best = max(files, key=lambda name: files[name])
-    return f"{said} and {files[best]:.1f} times as {escape(best)} in {engine(best)}"
+    return f"{said} and {files[best]:.1f} times in {engine(best)} ({escape(best)})"
 
 
 def _bytes(name: str, files: Mapping[str, "DeployedFile"]) -> int:

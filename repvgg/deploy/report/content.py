@@ -13,14 +13,14 @@ import torch
 
 from repvgg import verify
 from repvgg.contract import DataContract
-from repvgg.deploy import markdown, summary, webpage
-from repvgg.deploy.decode import decode
+from repvgg.deploy.report import markdown, summary, webpage
+from repvgg.deploy.report.decode import decode
 from repvgg.export.int8 import Trial
 from repvgg.verify import Verdict
 
 if TYPE_CHECKING:
-    from repvgg.deploy.samples import Samples
-    from repvgg.deploy.webpage import Figure
+    from repvgg.deploy.report.samples import Samples
+    from repvgg.deploy.report.webpage import Figure
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Report:
 
         Args:
             samples: images with predictions, to be shown.
-            figures: what `repvgg.deploy.webpage.draw` returned.
+            figures: what `repvgg.deploy.report.webpage.draw` returned.
         """
         return webpage.page(self, samples, figures)
 

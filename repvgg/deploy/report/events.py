@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from repvgg import figures
-from repvgg.deploy import charts
-from repvgg.deploy.report import Report
+from repvgg.deploy.report import charts
+from repvgg.deploy.report.content import Report
 
 EVENTS = "events.out.tfevents*"
 

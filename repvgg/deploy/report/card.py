@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from repvgg.deploy import summary
+from repvgg.deploy.report import summary
 from repvgg.figures import shorten
 
 if TYPE_CHECKING:
-    from repvgg.deploy.report import Report
+    from repvgg.deploy.report.content import Report
 
 MOST_CLASSES = 10  # that are named
 LETTERS = 24

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from repvgg import figures
 from repvgg.checks import escape, require
-from repvgg.deploy import appendix, charts, samples, summary
-from repvgg.deploy.card import card
-from repvgg.deploy.samples import Samples, Shown
-from repvgg.deploy.snippets import snippet
+from repvgg.deploy.report import appendix, charts, samples, summary
+from repvgg.deploy.report.card import card
+from repvgg.deploy.report.samples import Samples, Shown
+from repvgg.deploy.report.snippets import snippet
 from repvgg.deploy.verification import TRAINED
 
 if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
 
-    from repvgg.deploy.report import Report
+    from repvgg.deploy.report.content import Report
 
 TEMPLATES = Path(__file__).parent / "templates"
 SMALL = 100  # pixels of a side, below which an image is shown with sharp pixels

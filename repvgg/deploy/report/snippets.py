@@ -3,10 +3,10 @@
 import re
 from typing import TYPE_CHECKING
 
-from repvgg.deploy.summary import engine
+from repvgg.deploy.report.summary import engine
 
 if TYPE_CHECKING:
-    from repvgg.deploy.report import Report
+    from repvgg.deploy.report.content import Report
 
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from repvgg import verify
-from repvgg.deploy.summary import in_words, percent, threads
+from repvgg.deploy.report.summary import in_words, percent, threads
 
 if TYPE_CHECKING:
-    from repvgg.deploy.report import Report
+    from repvgg.deploy.report.content import Report
 
 MOST_NAMED = 8  # of the layers with the same reason
 

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from repvgg.checks import escape
-from repvgg.deploy import summary
-from repvgg.deploy.card import card
 from repvgg.deploy.folder import HTML, REPORT
+from repvgg.deploy.report import summary
+from repvgg.deploy.report.card import card
 
 if TYPE_CHECKING:
-    from repvgg.deploy.report import Report
+    from repvgg.deploy.report.content import Report
 
 COLUMNS = {
     "file": "file",

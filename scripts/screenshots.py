@@ -40,18 +40,18 @@ DEFAULTS: cli.Config = {
     "out": str(ROOT / "docs" / "images"),
     "only": "terminal,tensorboard,report,readme",
 }
-TABS = {"scalars": "custom_scalars", "images": "images", "hparams": "hparams", "text": "text"}
+TABS = {  # of TensorBoard: address, and width and height in pixels
+    "scalars": ("custom_scalars", (1400, 1000)),
+    "images": ("images&tagFilter=val|batch", (1750, 900)),
+    "branches": ("images&tagFilter=branches", (1750, 760)),
+    "hparams": ("hparams", (1700, 600)),
+    "text": ("text", (1400, 1000)),
+}
 FIRST_MINUTE = (
     "python train.py model=repvgg_tiny rdrop=true hydra.run.dir=runs/first",
     "python deploy.py ckpt=runs/first/checkpoints/best.ckpt data=digits int8=true",
     "repvgg predict model=runs/first/deploy/model.onnx images=docs/images/digits",
 )
-SIZES = {
-    "scalars": (1400, 1000),
-    "images": (1400, 2000),
-    "hparams": (1700, 600),
-    "text": (1400, 1000),
-}
 COLUMNS, LINES = 100, 120  # of the terminal
 CELL = 7.9, 17.0  # pixels: width of a letter and height of a line
 FONT = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
@@ -91,10 +91,10 @@ def main(settings: cli.Config) -> None:
                 path = out / f"terminal-{name}.svg"
                 path.write_text(draw_terminal(commands, theme))
         if "tensorboard" in wanted:
-            for name, tab in TABS.items():
+            for name, (tab, size) in TABS.items():
                 # Pictures of one run; a table of all.
                 with tensorboard(run.parent if name == "hparams" else run) as address:
-                    photograph(f"{address}/#{tab}", out / f"tensorboard-{name}.png", SIZES[name])
+                    photograph(f"{address}/#{tab}", out / f"tensorboard-{name}.png", size)
         if "report" in wanted:
             page = (run / "deploy" / "report.html").resolve().as_uri()
             for scheme in ("light", "dark"):

@@ -194,7 +194,7 @@ def _measure_latency(predictors: Mapping[str, Predictor], image: Tensor) -> Late
     with terminal.step("latency", still=True) as step:
         timed = latency(predictors, image)
         before, after = (timed.milliseconds[form].median for form in (TRAINED, DEPLOYED))
-        noisy = "; the machine is too busy for a comparison" if timed.noisy else ""
+        noisy = "; too noisy to compare" if timed.noisy else ""
         step.result = f"{before:.2f} ms before, {after:.2f} ms after, one image in torch{noisy}"
     return timed
 

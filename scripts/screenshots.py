@@ -104,7 +104,7 @@ def main(settings: cli.Config) -> None:
                 file = Path(folder) / f"readme-{scheme}.html"
                 file.write_text(readme_as_html(scheme))
                 photograph(
-                    file.as_uri(), out / f"readme-{scheme}.png", (900, 2400), dark=scheme == "dark"
+                    file.as_uri(), out / f"readme-{scheme}.png", (900, 4300), dark=scheme == "dark"
                 )
 
 

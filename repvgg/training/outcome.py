@@ -69,7 +69,13 @@ def check_metric(name: str, module: Classifier) -> None:
 
 
 def collect_results(
-    trainer: L.Trainer, tested: Mapping[str, float], clock: Clock, images: int, best: Path
+    trainer: L.Trainer,
+    tested: Mapping[str, float],
+    clock: Clock,
+    images: int,
+    best: Path,
+    *,
+    tested_on: str,
 ) -> dict[str, object]:
     """What a run came to.
 
@@ -77,10 +83,12 @@ def collect_results(
         tested: metrics of the test.
         images: in a step.
         best: the checkpoint that was tested.
+        tested_on: "test", or "validation" if there are no test images.
     """
     found = read_best(best) if best.exists() else None
     return {
         "metrics": {**(found.metrics if found else {}), **tested},
+        "tested_on": tested_on,
         "best_epoch": found.epoch if found and found.metrics else None,
         "last_epoch": trainer.current_epoch - 1,
         "seconds": round(clock.seconds, 2),

@@ -166,7 +166,14 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> flo
         return None
     metrics = tested[0] if tested else {}
     loggers.finish(trainer.loggers)
-    results = outcome.collect_results(trainer, metrics, clock, steps.images, best)
+    results = outcome.collect_results(
+        trainer,
+        metrics,
+        clock,
+        steps.images,
+        best,
+        tested_on="test" if data.has_test else "validation",
+    )
     if trainer.is_global_zero:
         runs.write_whole(folder / runs.RESULTS, json.dumps(results, indent=2))
         print(*ended, sep="\n", end="\n" if ended else "")

@@ -1,5 +1,6 @@
 """report.html: self-contained, readable, and harmless whatever the names hold."""
 
+import json
 import re
 import sys
 from dataclasses import replace
@@ -241,6 +242,22 @@ def test_a_run_is_found_by_the_files_of_its_folder(folder):
 
 def test_another_checkpoint_does_not_get_the_metrics_of_the_best(folder):
     assert find_training(folder / "checkpoints" / "last.ckpt").metrics == {}
+
+
+@pytest.mark.parametrize("images", ["test", "validation"])
+def test_only_test_images_give_a_test_accuracy(images, tmp_path):
+    path = tmp_path / "checkpoints" / "best.ckpt"
+    for part in (path.parent, tmp_path / ".hydra"):
+        part.mkdir()
+    torch.save({"epoch": 3}, path)
+    metrics = {"val/accuracy": 0.7, "test/accuracy": 0.7}
+    results = {"metrics": metrics, "tested_on": images, "best_epoch": 3, "last_epoch": 5}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+
+    found = find_training(path)
+
+    assert ("test/accuracy" in found.metrics) == (images == "test")
+    assert found.metrics["val/accuracy"] == 0.7
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"metrics": 3, "overrides": 3}', "{"])

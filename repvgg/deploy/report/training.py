@@ -16,8 +16,8 @@ RESULTS = "results.json"
 def find_training(checkpoint: Path) -> Training | None:
     """Read the folder of a run; None if the checkpoint does not lie in one.
 
-    The metrics are those of best.ckpt, so another checkpoint gets none. A file that is missing or
-    damaged tells nothing.
+    The metrics are those of best.ckpt, so another checkpoint gets none. A test on the validation
+    images, which chose the checkpoint, is left out. A missing or damaged file tells nothing.
     """
     folder = checkpoint.parent.parent
     if checkpoint.parent.name != "checkpoints" or not (folder / ".hydra").is_dir():
@@ -29,6 +29,7 @@ def find_training(checkpoint: Path) -> Training | None:
     recorded = results.get("best_epoch")  # None if no validation ran: the last epoch is the best
     tested = epoch == (results.get("last_epoch") if recorded is None else recorded) is not None
     tested = tested and checkpoint.name == "best.ckpt"
+    has_test = results.get("tested_on") == "test"
     return Training(
         folder=str(folder),
         data=_data(folder / CHOICES),
@@ -37,7 +38,7 @@ def find_training(checkpoint: Path) -> Training | None:
         metrics={
             str(name): float(value)
             for name, value in (metrics.items() if isinstance(metrics, dict) and tested else ())
-            if isinstance(value, int | float)
+            if isinstance(value, int | float) and (has_test or not str(name).startswith("test/"))
         },
     )
 

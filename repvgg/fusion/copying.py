@@ -6,7 +6,7 @@ of a `DistributedDataParallel`.
 """
 
 import copy
-from collections import deque
+from collections import OrderedDict, deque
 from typing import TypeGuard
 
 import torch
@@ -28,6 +28,7 @@ from repvgg.fusion.attributes import attributes_of
 WeightHook = BasePruningMethod | WeightNorm | SpectralNorm
 _OF_SPECTRAL_NORM = (SpectralNormStateDictHook, SpectralNormLoadStateDictPreHook)
 _CONTAINERS = (list, tuple, set, frozenset, deque)
+_PLAIN = (bool, int, float, str, type(None))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -96,7 +97,11 @@ def copied(model: nn.Module, memo: dict[int, object] | None = None) -> nn.Module
                     f"{name or type(model).__name__}, a {type(module).__name__}, has weights that "
                     "are not initialized: run the network once on images first"
                 )
-            for value in tree_leaves(list(vars(module).values())):
+            held = [value for value in vars(module).values() if type(value) not in _PLAIN]
+            for value in held:
+                if type(value) is OrderedDict and not value:  # of hooks; slow to copy by deepcopy
+                    memo.setdefault(id(value), OrderedDict())
+            for value in tree_leaves([value for value in held if id(value) not in memo]):
                 if isinstance(value, Tensor):
                     _detach(value, memo)
         try:

@@ -1,10 +1,8 @@
 """The forward of a module, run once along each path that its decisions and flags allow."""
 
 import contextlib
-import copy
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TypeVar
 
 import torch
 from torch import fx, nn
@@ -17,7 +15,7 @@ from repvgg.fusion.kinds import either, other_output
 from repvgg.fusion.proxies import is_value
 
 MAX_PATHS = 16  # through one forward
-Item = TypeVar("Item")
+_CONTAINERS = (list, dict, set)  # subclasses are shared
 
 
 class PathTracer(DecidingTracer):
@@ -207,12 +205,13 @@ class State:
             vars(part).update(with_own_containers(held))
 
 
-def with_own_containers(held: dict[str, Item]) -> dict[str, Item]:
+def with_own_containers(held: dict[str, object]) -> dict[str, object]:
     """Attributes of a module, with copies of its lists, dictionaries and sets."""
-    return {
-        key: copy.copy(value) if type(value) in (list, dict, set) else value
-        for key, value in held.items()
-    }
+    own = held.copy()
+    for key, value in held.items():
+        if type(value) in _CONTAINERS and isinstance(value, list | dict | set):
+            own[key] = value.copy()
+    return own
 
 
 def group_alike(results: list[object]) -> list[list[object]]:

@@ -125,7 +125,7 @@ print(f"counted {images}\\n", end="", flush=True)  # in one piece: both processe
 def test_more_devices_than_validation_images_neither_hang_nor_count_twice(tmp_path):
     (tmp_path / "devices.py").write_text(DEVICES)
 
-    done = Process(tmp_path / "devices.py", cwd=tmp_path, forks_rank=True).completed()
+    done = Process(tmp_path / "devices.py", cwd=tmp_path, forks=1).completed()
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("counted 1.0") == 2

@@ -76,11 +76,11 @@ def _words(program: str) -> list[str]:
 
 
 def run_process(
-    program: str, *arguments: str, cwd: Path, forks_rank: bool = False
+    program: str, *arguments: str, cwd: Path, forks: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """Run a program in a process of its own, where every warning is an error."""
     command = (*_start(program), *arguments)
-    return Process(*command, cwd=cwd, strict=True, forks_rank=forks_rank).completed()
+    return Process(*command, cwd=cwd, strict=True, forks=forks).completed()
 
 
 def run_fresh(program: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

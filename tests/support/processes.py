@@ -6,6 +6,7 @@ breaks does not show, and nothing is destroyed at the end: those take `commands.
 """
 
 import atexit
+import contextlib
 import functools
 import importlib
 import logging.config
@@ -15,16 +16,20 @@ import runpy
 import signal
 import subprocess
 import sys
-import tempfile
+import time
 import traceback
 import types
 import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn
+from unittest import mock
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 300  # after which a program is stopped
@@ -41,19 +46,18 @@ class Process:
         cwd: Path,
         strict: bool = False,
         terminal: str | None = None,
-        forks_rank: bool = False,
+        forks: int = 0,
     ) -> None:
         """Start `python COMMAND` in a session of its own.
 
         Args:
             strict: every warning is an error.
             terminal: the place of its streams, and what ends it when it is closed.
-            forks_rank: the process that Lightning starts for a second device is forked too.
+            forks: the number of processes of Lightning or torchrun that are forked too.
         """
         self.args = [*map(str, command)]
-        self._files = [] if terminal else [_file(), _file()]
-        self._said: list[str] = []
-        streams = [terminal] * 3 if terminal else [os.devnull, *map(str, self._files)]
+        self._files = [] if terminal else [_file(self), _file(self)]
+        streams = [terminal] * 3 if terminal else [os.devnull, *map(_path, self._files)]
         self._process = CONTEXT.Process(
             target=_run,
             args=(
@@ -62,7 +66,7 @@ class Process:
                 {**os.environ, "PYTHONPATH": str(ROOT)},
                 streams,
                 strict,
-                forks_rank,
+                forks,
             ),
             daemon=True,  # ends with the tests
         )
@@ -87,11 +91,7 @@ class Process:
     def communicate(self) -> tuple[str, str]:
         """Wait for the end; return what was written to the two streams."""
         self.wait()
-        for file in self._files:
-            self._said.append(file.read_text(encoding="utf-8"))
-            file.unlink()
-        self._files = []
-        out, err = self._said
+        out, err = (Path(_path(file)).read_text(encoding="utf-8") for file in self._files)
         return out, err
 
     def send_signal(self, number: int) -> None:
@@ -108,10 +108,16 @@ class Process:
         return subprocess.CompletedProcess(self.args, self.wait(), *self.communicate())
 
 
-def _file() -> Path:
-    number, path = tempfile.mkstemp(prefix="repvgg-tests-")
-    os.close(number)
-    return Path(path)
+def _file(owner: object) -> int:
+    """A file without a name, which nothing else can remove, as long as its owner lives."""
+    file = os.memfd_create("stream")
+    weakref.finalize(owner, os.close, file)
+    return file
+
+
+def _path(file: int, process_id: int | None = None) -> str:
+    """Where a process of ours opens what another one has open."""
+    return f"/proc/{process_id or os.getpid()}/fd/{file}"
 
 
 def _run(
@@ -120,7 +126,7 @@ def _run(
     environment: dict[str, str],
     streams: list[str],
     strict: bool,
-    forks_rank: bool,
+    forks: int,
 ) -> NoReturn:
     """Be `python COMMAND` from here on."""
     importlib.import_module("tests.support.preloaded")  # the server ignores an ImportError
@@ -134,8 +140,8 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    if forks_rank:
-        command = _fork_rank(command)
+    if forks:
+        command = _fork_ranks(command, forks)
     np.random.seed()
     multiprocessing.set_start_method(None, force=True)
     process.ORIGINAL_DIR = os.getcwd()
@@ -150,44 +156,54 @@ def _run(
     sys.exit(status)
 
 
-def _fork_rank(command: list[str]) -> list[str]:
-    """Fork a process which waits until Lightning starts one; what this one is to run."""
-    reader, writer = multiprocessing.Pipe(duplex=False)
-    if pid := os.fork():
-        reader.close()
-        launcher = importlib.import_module(
-            "lightning.pytorch.strategies.launchers.subprocess_script"
-        )
-        start = functools.partial(_Rank, pid, writer)
-        launcher.subprocess = types.SimpleNamespace(Popen=start)
-        return command
-    writer.close()
-    try:
-        (_, *command), environment, folder = reader.recv()
-    except EOFError:
-        os._exit(0)  # on one device
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(folder or ".")
+def _fork_ranks(command: list[str], count: int) -> list[str]:
+    """Fork processes that wait until they are started; what this one is to run."""
+    waiting: list[tuple[int, Connection]] = []
+    for _ in range(count):
+        reader, writer = multiprocessing.Pipe(duplex=False)
+        if pid := os.fork():
+            reader.close()
+            waiting.append((pid, writer))
+            continue
+        writer.close()
+        try:
+            (_, *command), environment, folder, has_session = reader.recv()
+        except EOFError:
+            os._exit(0)  # nothing started it
+        if has_session:
+            os.setsid()
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder or ".")
+        return [word for word in command if word != "-u"]
+    start = functools.partial(_Rank, waiting)
+    launcher = importlib.import_module("lightning.pytorch.strategies.launchers.subprocess_script")
+    launcher.subprocess = types.SimpleNamespace(Popen=start)
+    if command[:2] == ["-m", "torch.distributed.run"]:
+        handler = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
+        importlib.import_module(handler).Popen = start
     return command
 
 
 class _Rank:
-    """What Lightning needs of `subprocess.Popen`."""
+    """What Lightning and torchrun need of `subprocess.Popen`."""
 
     returncode: int | None = None
 
     def __init__(
         self,
-        pid: int,
-        pipe: Connection,
-        command: list[str],
+        waiting: list[tuple[int, Connection]],
+        args: Sequence[str],
         *,
         env: dict[str, str],
-        cwd: str | None,
+        cwd: str | None = None,
+        stdout: None = None,
+        stderr: None = None,
+        start_new_session: bool = False,
     ) -> None:
-        self.pid = pid
-        pipe.send((command, env, cwd))
+        self.args = args
+        self.pid, pipe = waiting.pop()
+        pipe.send((args, env, cwd, start_new_session))
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -195,9 +211,49 @@ class _Rank:
             self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode
 
+    def wait(self, timeout: float = SECONDS) -> int:
+        deadline = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.01)
+        return status
+
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
+
+
+@contextlib.contextmanager
+def spawning_from_server() -> Iterator[None]:
+    """Let the server fork what torch spawns in this process.
+
+    All that it gets is pickled, as for a new process, whose imports it saves.
+    """
+    start = torch.multiprocessing.start_processes
+
+    def forked(
+        function: Callable[..., None], *, start_method: str, **options: object
+    ) -> torch.multiprocessing.ProcessContext | None:
+        assert start_method == "spawn"
+        spawned = functools.partial(_spawned, os.getpid(), dict(os.environ), function)
+        return start(spawned, start_method="forkserver", **options)
+
+    with mock.patch.object(torch.multiprocessing, "start_processes", forked):
+        yield
+
+
+def _spawned(
+    parent: int, environment: dict[str, str], function: Callable[..., None], *args: object
+) -> None:
+    """Call a function with the streams and the environment of another process."""
+    for number in (1, 2):
+        opened = os.open(_path(number, parent), os.O_WRONLY | os.O_APPEND)
+        os.dup2(opened, number)
+        os.close(opened)
+    os.environ.clear()
+    os.environ.update(environment)
+    function(*args)
 
 
 def _program(command: list[str]) -> int:

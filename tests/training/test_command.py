@@ -174,7 +174,7 @@ def test_two_devices_stopped_and_resumed_train_as_one_that_accumulates(tmp_path)
     ]
     devices = [*settings, "data.batch_size=32", "trainer.devices=2", "hydra.run.dir=two"]
     accumulating = ["data.batch_size=32", "trainer.accumulate_grad_batches=2", "hydra.run.dir=one"]
-    process = Process(ROOT / "train.py", *devices, cwd=tmp_path, forks_rank=True)
+    process = Process(ROOT / "train.py", *devices, cwd=tmp_path, forks=1)
     wait_for(tmp_path / "two" / "checkpoints" / "last.ckpt", process)
     process.terminate()
     _, said = process.communicate()
@@ -182,7 +182,7 @@ def test_two_devices_stopped_and_resumed_train_as_one_that_accumulates(tmp_path)
     # The launcher of a cluster resumes what the command started.
     torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2")
     command = [*torchrun, ROOT / "train.py", *devices, "resume=auto"]
-    resumed = Process(*command, cwd=tmp_path).completed()
+    resumed = Process(*command, cwd=tmp_path, forks=2).completed()
     alone = run("train.py", *settings, *accumulating, cwd=tmp_path)
 
     assert process.returncode == 128 + signal.SIGTERM, said
@@ -374,7 +374,7 @@ def test_a_resumed_run_takes_another_rate_and_as_many_images_in_a_step_on_two_de
     devices = ["trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=64"]
     steps = "trainer.log_every_n_steps=1"
     command = (*typed, *devices, steps)
-    resumed = run_process("train.py", *command, cwd=tmp_path, forks_rank=True)
+    resumed = run_process("train.py", *command, cwd=tmp_path, forks=1)
 
     assert "a step had 128 images and an epoch 10 steps" in refused.stderr
     assert resumed.returncode == 0, resumed.stderr

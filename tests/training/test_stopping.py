@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support.commands import ROOT, SECONDS, run, wait_for
-from tests.support.processes import Process
+from tests.support.processes import Process, spawning_from_server
 
 LONG = ("model=repvgg_tiny", "trainer.max_epochs=1000", "hydra.run.dir=run")
 SHORT = ("model=repvgg_tiny", "trainer.max_epochs=2", "hydra.run.dir=run", "optim.warmup_epochs=0")
@@ -23,7 +23,7 @@ LAST = Path("run", "checkpoints", "last.ckpt")
 
 def start(*arguments: str, cwd: Path) -> Process:
     """A run in a process group of its own, which has saved a checkpoint."""
-    process = Process(ROOT / "train.py", *arguments, cwd=cwd, forks_rank=True)
+    process = Process(ROOT / "train.py", *arguments, cwd=cwd, forks=1)
     try:
         wait_for(cwd / LAST, process)
     except BaseException:
@@ -178,7 +178,8 @@ def test_spawned_processes_train(tmp_path):
     spawned = ("trainer.strategy=ddp_spawn", "trainer.devices=2", "trainer.accelerator=cpu")
     short = ("trainer.max_epochs=1", "data.batch_size=256", "logger.tensorboard.pictures=false")
 
-    done = run("train.py", *SHORT, *short, "ema=0.9", *spawned, cwd=tmp_path)
+    with spawning_from_server():
+        done = run("train.py", *SHORT, *short, "ema=0.9", *spawned, cwd=tmp_path)
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test accuracy 0.") == 1

@@ -1,3 +1,5 @@
+import re
+
 import hydra
 import pytest
 import torch
@@ -19,6 +21,17 @@ PRESETS = sorted(path.stem for path in (CONFIGS / "data" / "augment").glob("*.ya
 
 def test_every_variant_has_its_file_and_every_file_its_variant():
     assert sorted(repvgg.list_models()) == MODELS
+
+
+def test_a_search_alone_sets_hydras_mode():
+    """Which `tests.support.commands.run` relies on."""
+    setting = [
+        path
+        for path in CONFIGS.rglob("*.yaml")
+        if re.search(r"\bmode: (RUN|MULTIRUN)", path.read_text())
+    ]
+
+    assert {path.parent.name for path in setting} <= {"hparams_search"}
 
 
 @pytest.mark.slow

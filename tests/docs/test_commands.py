@@ -37,6 +37,7 @@ COMPOSED = {
     r"logger=\S*(wandb|mlflow)": "needs a package that the tests do not install",
     r"data\.root=(/data/imagenet|IMAGENET)": "ImageNet is larger than this disk",
     r"int8=true": "half a minute: tests/deploy/test_command.py deploys in int8",
+    r"model\.over_parameterize=": "ten seconds: tests/deploy/test_command.py trains and deploys it",
     r"scripts/write_shards\.py": "starts processes: tests/data/test_files.py writes shards",
 }
 SMALL = ("resnet18", "mobilenet_v2")  # networks that stay; others become those of WEIGHTS

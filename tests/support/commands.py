@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from unittest import mock
 
 import hydra
 import numpy as np
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from PIL import Image
@@ -51,7 +53,7 @@ def run(
     status: object = 0
     trains = program in ("train.py", "train")
     drawing = _drawing(pictures) if trains else contextlib.nullcontext()
-    with _undone(), drawing, _captured() as (out, err):
+    with _undone(), drawing, _composing_once(arguments), _captured() as (out, err):
         os.chdir(cwd)
         os.environ.pop(cli.FULL_ERROR, None)
         sys.argv, sys.orig_argv = [*command], [sys.executable, *command]
@@ -118,6 +120,16 @@ def _drawing(always: bool) -> Iterator[None]:
     from repvgg.training import pictures
 
     with mock.patch.object(pictures, "SHORTEST", 0 if always else math.inf):
+        yield
+
+
+@contextlib.contextmanager
+def _composing_once(arguments: tuple[str, ...]) -> Iterator[None]:
+    """Let Hydra not compose twice: for its mode alone, which of our configs a search sets."""
+    if any(re.search("hydra.mode|hparams_search|--config", one) for one in arguments):
+        yield
+        return
+    with mock.patch.object(Hydra, "get_mode", return_value=None):
         yield
 
 

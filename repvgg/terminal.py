@@ -59,12 +59,17 @@ def print_facts(title: str, facts: Facts, commands: Facts = ()) -> None:
         print(f"{name:<{NAME_WIDTH}}{escape(value)}", flush=True)
 
 
+def width() -> int | None:
+    """The columns of the terminal; None for a pipe or a file."""
+    return shutil.get_terminal_size().columns if is_interactive() else None
+
+
 def wrapped(text: str) -> str:
-    """A text broken between words for a terminal; as it is for a pipe or a file."""
-    if not is_interactive():
+    """A line broken between words for a terminal; as it is for a pipe or a file."""
+    columns = width()
+    if columns is None or len(text) <= columns:
         return text
-    width = shutil.get_terminal_size().columns
-    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, columns, break_long_words=False, break_on_hyphens=False)
 
 
 @contextlib.contextmanager

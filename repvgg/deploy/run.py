@@ -51,8 +51,8 @@ def run(settings: DeploySettings) -> None:
     with new_folder(settings.out, overwrite=settings.overwrite) as folder:
         report = deploy(settings, folder)
     print()
-    verdict, *rows = report.summary().split("\n")
-    print(terminal.wrapped(verdict), *rows, sep="\n")
+    for line in report.summary(terminal.width()).split("\n"):
+        print(terminal.wrapped(line))
     print(f"\nwritten to {shlex.quote(os.path.relpath(settings.out))}")
     if missing := events.add_to_run(report, settings.ckpt):
         print(missing, file=sys.stderr)
@@ -117,7 +117,7 @@ def deploy(settings: DeploySettings, folder: Path) -> Report:
         with terminal.step("int8") as step:
             int8 = export_int8(network, forms, description, restored, sets, settings, folder)
             lost = max(verdict.error for verdict in int8.report.verdicts.values())
-            step.result = f"{INT8}, accuracy lost {lost:.2%}, on {int8.report.judged_on}"
+            step.result = f"{INT8}, accuracy lost {100 * lost:.2f} %, on {int8.report.judged_on}"
 
     torch_forms = {TRAINED: forms.trained, DEPLOYED: forms.folded}
     engines = int8.engines if int8 else {}
@@ -183,7 +183,8 @@ def _measure_accuracies(
         measured = accuracies.on_validation or accuracies.on_probe
         part = "validation set" if accuracies.on_validation else "probe batch"
         step.result = (
-            f"{measured[TRAINED]:.2%} before, {measured[DEPLOYED]:.2%} after, on the {part}"
+            f"{100 * measured[TRAINED]:.2f} % before, {100 * measured[DEPLOYED]:.2f} % after, "
+            f"on the {part}"
             if measured
             else "not known: no labelled images"
         )

@@ -126,7 +126,7 @@ def report_results(
     if epoch is not None:
         last, accuracy = results["last_epoch"], metrics["val/accuracy"]
         facts.append(
-            ("best epoch", f"{epoch}, validation accuracy {accuracy:.4f}; the last epoch is {last}")
+            ("best epoch", f"{epoch} (of 0 to {last}), validation accuracy {accuracy:.4f}")
         )
     if "test/accuracy" in metrics:
         why = "" if data.has_test else " on validation images, which chose the checkpoint"
@@ -138,9 +138,11 @@ def report_results(
     commands = [("deploy it", f"{cli.command('deploy')} ckpt={path}{network}")]
     alone = HydraConfig.get().mode != RunMode.MULTIRUN  # the table of a sweep names the folders
     if alone:
+        checkpoints = (best, folder / runs.LAST)
+        kept = [one.relative_to(folder) for one in checkpoints if one.exists()]
         commands = [
             ("folder", shlex.quote(runs.relative(folder))),
-            ("files in it", f"{best.relative_to(folder)}, {runs.RESULTS}, {METRICS}"),
+            ("files in it", ", ".join(map(str, (*kept, runs.RESULTS, METRICS)))),
             *commands,
         ]
     if alone and any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):

@@ -188,7 +188,7 @@ class RunBar(_Pace):
         last = (trainer.max_epochs or 1) - 1
         took = f"in {_clock(time.perf_counter() - self.start)}"
         self._draw(
-            f"Epoch {min(trainer.current_epoch, last)}/{last}",
+            f"Epoch {min(trainer.current_epoch, last) + 1} of {last + 1}",
             step,
             f"{step / max(1, self.num_steps):4.0%} {took if ended else self.left()}",
             parts,

@@ -151,7 +151,10 @@ BAD = {
     "a later format": (change(format=99), "format 99.*update"),
     "no description": (change(data={}), "damaged description"),
     "another description": (change(model={**CONFIG, "num_classes": 4}), "does not fit"),
-    "an unknown variant": (change(model={**CONFIG, "name": "repvgg_z9"}), "name=repvgg_z9: there is no such model"),
+    "an unknown variant": (
+        change(model={**CONFIG, "name": "repvgg_z9"}),
+        "name=repvgg_z9: there is no such model",
+    ),
     "a missing block": (without_a_block, "does not fit.*stages.1.0"),
 }
 

@@ -95,7 +95,7 @@ def test_markdown_holds_the_verdict_the_files_and_the_model_card():
 
     for row in (
         "# repvgg_tiny: passed",
-        "the largest error of model.xml against the multi-branch network in float64 is 2.0e-07",
+        "The largest error of model.xml against the multi-branch network in float64 is 2.0e-07",
         "| model.xml | OpenVINO | 8.0 MB | 2.0e-07 | 1e-05 | 100.00 % | 75.00 % | 0.50 | 3.0 |",
         "| model-int8.onnx | onnxruntime, int8 | 0.1 kB | 0.00 % lost | 25.00 % | 75.00 % |",
         "[report.html](report.html) has figures",
@@ -109,7 +109,7 @@ def test_markdown_holds_the_verdict_the_files_and_the_model_card():
 
 def test_the_sentence_of_verdict_leaves_out_what_was_not_measured():
     assert report(accuracy_on_probe={}).summary().splitlines()[0] == (
-        "repvgg_tiny was folded without changing its results: the largest error of model.onnx "
+        "repvgg_tiny was folded without changing its results. The largest error of model.onnx "
         "against the multi-branch network in float64 is 2.0e-07 of the largest output "
         "(1e-05 allowed)."
     )
@@ -117,11 +117,11 @@ def test_the_sentence_of_verdict_leaves_out_what_was_not_measured():
 
 def test_the_sentence_of_verdict_names_every_result():
     assert whole_report().summary().splitlines()[0] == (
-        "repvgg_tiny was folded without changing its results: the largest error of model.xml "
+        "repvgg_tiny was folded without changing its results. The largest error of model.xml "
         "against the multi-branch network in float64 is 2.0e-07 of the largest output "
-        "(1e-05 allowed), int8 loses 0.00 % accuracy (25.00 % allowed), it runs 1.5 times as fast "
-        "in PyTorch and 3.0 times in OpenVINO (model.xml), and its accuracy on the test set is "
-        "98.00 %."
+        "(1e-05 allowed). int8 loses 0.00 % accuracy (25.00 % allowed). The folded network runs "
+        "1.5 times as fast in PyTorch and 3.0 times in OpenVINO (model.xml). Accuracy on the test "
+        "set: 98.00 %."
     )
 
 
@@ -129,6 +129,12 @@ def test_the_summary_has_a_row_for_each_file_and_no_empty_column():
     assert report(accuracy_on_probe={}).summary().splitlines()[2:] == [
         "file        engine         size    error  same top-1",
         "model.onnx  onnxruntime  8.0 MB  2.0e-07    100.00 %",
+    ]
+
+
+def test_a_table_wider_than_the_terminal_becomes_a_line_for_each_file():
+    assert report(accuracy_on_probe={}).summary(40).splitlines()[2:] == [
+        "model.onnx: engine onnxruntime, size 8.0 MB, error 2.0e-07, same top-1 100.00 %",
     ]
 
 

@@ -39,13 +39,11 @@ def test_training_ends_with_accuracy_checkpoint_and_the_next_commands(trained, f
 
     took, best, *rest = trained.stdout.splitlines()[-7:]
     assert re.fullmatch(r"trained for   [\d.]+ s, [\d,]+ images per second", took)
-    assert re.fullmatch(
-        r"best epoch    [012], validation accuracy 0\.\d{4}; the last epoch is 2", best
-    )
+    assert re.fullmatch(r"best epoch    [012] \(of 0 to 2\), validation accuracy 0\.\d{4}", best)
     assert rest == [
         re.search(r"test accuracy 0\.\d{4}, top-5 [01]\.\d{4}, loss \d\.\d{4}", trained.stdout)[0],
         f"folder        {path.parents[1]}",
-        "files in it   checkpoints/best.ckpt, results.json, metrics.csv",
+        "files in it   checkpoints/best.ckpt, checkpoints/last.ckpt, results.json, metrics.csv",
         f"deploy it     python {ROOT / 'deploy.py'} ckpt={path}",
         "watch it      tensorboard --logdir runs",
     ]

@@ -78,8 +78,8 @@ def test_a_bar_shows_epoch_time_losses_accuracy_best_and_speed(monkeypatch, tmp_
         text, raw = seen.plain(), seen.text()
 
     number = r"\d\.\d{4}"
-    assert re.search(r"Epoch 0/1 .* 30% 0:\d\d:\d\d left", text)
-    assert re.search(r"Epoch 1/1 .*100% in 0:\d\d:\d\d", text)
+    assert re.search(r"Epoch 1 of 2 .* 30% 0:\d\d:\d\d left", text)
+    assert re.search(r"Epoch 2 of 2 .*100% in 0:\d\d:\d\d", text)
     last = " ".join(text.partition("100% in")[2].split())
     assert re.search(
         rf"loss {number} val loss {number} accuracy {number} best {number} [\d,]+ images/s", last

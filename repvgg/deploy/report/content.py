@@ -213,9 +213,9 @@ class Report:
         """
         return webpage.page(self, samples, figures)
 
-    def summary(self) -> str:
-        """The verdict and a row for each file, as plain text for a terminal."""
-        return summary.text(self)
+    def summary(self, width: int | None = None) -> str:
+        """The verdict and a row for each file, as plain text; see `summary.text`."""
+        return summary.text(self, width)
 
 
 def _fields(value: object) -> dict[str, object]:

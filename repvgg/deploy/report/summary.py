@@ -1,6 +1,6 @@
-"""A report in words: a sentence of verdict, and a row for each file."""
+"""A report in words: a verdict, and a row for each file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -51,27 +51,27 @@ def network(report: "Report") -> str:
 
 
 def verdict(report: "Report") -> str:
-    """One sentence: what was compared, the largest error, the speedup, the accuracy."""
+    """Short sentences: what was compared, the largest error, the speedup, the accuracy."""
     compared = _of_files(report)
     exact = {name: found for name, found in compared.items() if name in report.verdicts}
-    parts = []
+    parts = [f"{network(report)} was folded without changing its results."]
     if exact:
         worst = max(exact.values(), key=lambda found: found.error)
         files = f"its {len(exact)} files" if len(exact) > 1 else escape(*exact)
         parts.append(
-            f"the largest error of {files} against the multi-branch network in float64 is "
-            f"{worst.error:.1e} of the largest output ({worst.tolerance:.0e} allowed)"
+            f"The largest error of {files} against the multi-branch network in float64 is "
+            f"{worst.error:.1e} of the largest output ({worst.tolerance:.0e} allowed)."
         )
     if report.int8:
         lost = max(report.int8.verdicts.values(), key=lambda found: found.error)
         parts.append(
-            f"int8 loses {percent(lost.error)} accuracy ({percent(lost.tolerance)} allowed)"
+            f"int8 loses {percent(lost.error)} accuracy ({percent(lost.tolerance)} allowed)."
         )
     if speeds := _speedups(report):
         parts.append(_faster(report, speeds))
     if best := accuracy(report):
-        parts.append(f"its accuracy on {best[1]} is {percent(best[0])}")
-    return f"{network(report)} was folded without changing its results: {_join(parts)}."
+        parts.append(f"Accuracy on {best[1]}: {percent(best[0])}.")
+    return " ".join(parts)
 
 
 def accuracy(report: "Report") -> tuple[float, str] | None:
@@ -115,16 +115,24 @@ def rows(report: "Report") -> list[Row]:
                 allowed=_allowed(compared, file.verified),
                 agreement="" if agreement is None else percent(agreement),
                 accuracy=percent(shares[predictor]) if predictor in shares else "",
-                milliseconds=f"{timing.median:.2f}" if timing else "",
-                quartiles=f"{timing.lower:.2f} to {timing.upper:.2f}" if timing else "",
+                milliseconds=milliseconds(timing.median) if timing else "",
+                quartiles=(
+                    f"{milliseconds(timing.lower)} to {milliseconds(timing.upper)}"
+                    if timing
+                    else ""
+                ),
                 speedup=f"{speeds[predictor]:.1f}" if predictor in speeds else "",
             )
         )
     return found
 
 
-def text(report: "Report") -> str:
-    """The verdict and the rows, for a terminal."""
+def text(report: "Report", width: int | None = None) -> str:
+    """The verdict and the rows, for a terminal.
+
+    Args:
+        width: columns. A table that is wider becomes a paragraph for each file.
+    """
     header = ("file", "engine", "size", "error", "same top-1", "accuracy", "ms", "times as fast")
     cells = [
         (r.file, r.engine, r.size, r.error, r.agreement, r.accuracy, r.milliseconds, r.speedup)
@@ -133,13 +141,19 @@ def text(report: "Report") -> str:
     table = [header, *([escape(cell) for cell in row] for row in cells)]
     filled = [index for index in range(len(header)) if any(row[index] for row in table[1:])]
     widths = {index: max(len(row[index]) for row in table) for index in filled}
-    lines = (
+    lines = [
         "  ".join(
             row[index].ljust(widths[index]) if index < 2 else row[index].rjust(widths[index])
             for index in filled
         ).rstrip()
         for row in table
-    )
+    ]
+    if width is not None and max(map(len, lines)) > width:
+        lines = [
+            f"{row[0]}: "
+            + ", ".join(f"{header[index]} {row[index]}" for index in filled[1:] if row[index])
+            for row in table[1:]
+        ]
     return "\n".join([verdict(report), "", *lines])
 
 
@@ -176,6 +190,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
+def milliseconds(value: float) -> str:
+    """Two decimals; three below a tenth."""
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+
+
 def megabytes(count: int) -> str:
     """A size of a file; kB below a tenth of a megabyte."""
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
@@ -200,16 +219,16 @@ def _speedups(report: "Report") -> dict[str, float]:
 
 def _faster(report: "Report", speeds: Mapping[str, float]) -> str:
     """Folding alone, in the same engine; and the fastest file, in its own."""
-    said = f"it runs {speeds[DEPLOYED]:.1f} times as fast in PyTorch"
+    said = f"The folded network runs {speeds[DEPLOYED]:.1f} times as fast in PyTorch"
     files = {
         name: speeds[predictor]
         for name, file in report.files.items()
         if (predictor := predictor_of(name, file)) in speeds and engine(name) != "PyTorch"
     }
     if not files:
-        return said
+        return f"{said}."
     best = max(files, key=lambda name: files[name])
-    return f"{said} and {files[best]:.1f} times in {engine(best)} ({escape(best)})"
+    return f"{said} and {files[best]:.1f} times in {engine(best)} ({escape(best)})."
 
 
 def _bytes(name: str, files: Mapping[str, "DeployedFile"]) -> int:
@@ -233,7 +252,3 @@ def _allowed(found: Verdict | None, precision: str) -> str:
     if found is None:
         return ""
     return percent(found.tolerance) if precision == "int8" else f"{found.tolerance:.0e}"
-
-
-def _join(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) < 2 else f"{', '.join(parts[:-1])}, and {parts[-1]}"

@@ -142,7 +142,7 @@ def test_it_trains_on_two_devices_with_frozen_modules(trained):
     devices = ("trainer.devices=2", "trainer.accelerator=cpu", "trainer.strategy=ddp")
     frozen = ("freeze=[norms.0]", "optim.layer_decay=0.8", "hydra.run.dir=runs/two")
 
-    done = run_process("train.py", *CUSTOM, *SHORT, *frozen, *devices, cwd=folder)
+    done = run_process("train.py", *CUSTOM, *SHORT, *frozen, *devices, cwd=folder, forks=1)
 
     assert done.returncode == 0, done.stderr
     last = folder / "runs" / "two" / "checkpoints" / "last.ckpt"

@@ -133,7 +133,7 @@ def text(report: "Report", width: int | None = None) -> str:
     Args:
         width: columns. A table that is wider becomes a paragraph for each file.
     """
-    header = ("file", "engine", "size", "error", "same top-1", "accuracy", "ms", "times as fast")
+    header = ("file", "engine", "size", "error", "same top-1", "accuracy", "ms", "speedup")
     cells = [
         (r.file, r.engine, r.size, r.error, r.agreement, r.accuracy, r.milliseconds, r.speedup)
         for r in rows(report)

@@ -1,17 +1,8 @@
 """Figures in one style, for TensorBoard, reports and docs; they need matplotlib when drawn."""
 
-from repvgg.figures.charts import (
-    bars,
-    confusion,
-    dots,
-    heat_map,
-    images,
-    kernels,
-    lines,
-    reliability,
-    shorten,
-    stacked_bars,
-)
+from repvgg.figures.charts import bars, dots, lines, reliability, stacked_bars
+from repvgg.figures.grids import confusion, heat_map, images, kernels
+from repvgg.figures.names import shorten
 from repvgg.figures.style import (
     DARK,
     LIGHT,

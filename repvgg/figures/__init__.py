@@ -1,7 +1,7 @@
 """Figures in one style, for TensorBoard, reports and docs; they need matplotlib when drawn."""
 
 from repvgg.figures.charts import bars, dots, lines, reliability, stacked_bars
-from repvgg.figures.grids import confusion, heat_map, images, kernels
+from repvgg.figures.grids import MOST_CLASSES, confusion, heat_map, images, kernels
 from repvgg.figures.names import shorten
 from repvgg.figures.style import (
     DARK,
@@ -18,6 +18,7 @@ from repvgg.figures.style import (
 __all__ = [
     "DARK",
     "LIGHT",
+    "MOST_CLASSES",
     "Draw",
     "Theme",
     "bars",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MOST_CLASSES = 1000  # of a confusion matrix, which has a pixel for each pair of these
 MOST_NUMBERS = 30  # rows; above it no numbers stand in the cells of a matrix
 LARGEST = 12.0  # inches of a matrix
 COLORMAP = "Blues"

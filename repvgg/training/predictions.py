@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from repvgg import figures
+from repvgg import figures, metrics
 from repvgg.contract import DataContract
 from repvgg.figures import Draw
 
@@ -19,7 +19,6 @@ SHOWN = 16  # images of a picture
 SMALL = 96  # pixels of the longer side of an image in a picture
 BINS = 15  # of confidence, as in `metrics.classification`
 MOST_BARS = 20  # classes in the picture of the accuracies
-MOST_CLASSES = 1000  # of the confusion matrix, which has a pixel for each pair of these
 
 
 class Batch(NamedTuple):
@@ -87,12 +86,6 @@ class Predictions:
         return Batch(*(part[is_wrong].cpu() for part in self._worst))
 
 
-def confusion_matrix(classes: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
-    """Number of images (K, K) by class and by predicted class."""
-    counts = torch.bincount(classes * num_classes + predicted, minlength=num_classes**2)
-    return counts.reshape(num_classes, num_classes)
-
-
 class Bins(NamedTuple):
     """Images by confidence, in bins of equal width.
 
@@ -142,8 +135,8 @@ def draw_predictions(
         ),
     )
     counts = torch.bincount(classes, minlength=num_classes)
-    if num_classes <= MOST_CLASSES:
-        matrix = confusion_matrix(classes, predicted, num_classes)
+    if num_classes <= figures.MOST_CLASSES:
+        matrix = metrics.confusion(num_classes)(predicted, classes)
         yield "confusion_matrix", lambda theme: figures.confusion(theme, matrix, names)
     bins = bin_by_confidence(confidence, correct)
     yield "reliability", lambda theme: figures.reliability(theme, *bins)

@@ -114,7 +114,7 @@ def int8(report: "Report") -> Chart | None:
 
 def confusion(given: Samples, classes: Sequence[str]) -> Chart | None:
     """Classes and predicted classes; None if there are too many classes."""
-    if len(classes) > samples.MOST_CLASSES:
+    if len(classes) > figures.MOST_CLASSES:
         return None
     matrix = functools.partial(
         figures.confusion, counts=samples.confusion(given), names=list(classes)

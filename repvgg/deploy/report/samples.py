@@ -13,7 +13,6 @@ from repvgg.deploy.sets import Sets, is_labelled
 
 MOST_SHOWN = 12  # images of a kind
 LARGEST = 160  # pixels of a side that is shown
-MOST_CLASSES = 2000  # of a confusion matrix
 
 
 class Samples(NamedTuple):
@@ -83,7 +82,10 @@ def mistakes(samples: Samples) -> list[int]:
 
 
 def confusion(samples: Samples) -> Tensor:
-    """Counts (K, K) of images by their class and the predicted class."""
+    """Counts (K, K) of images by their class and the predicted class.
+
+    As `repvgg.metrics.confusion`, whose import of torchmetrics takes longer than a small report.
+    """
     count = samples.probabilities.shape[1]
     cells = samples.labels * count + samples.probabilities.argmax(1)
     return torch.bincount(cells, minlength=count * count).view(count, count)

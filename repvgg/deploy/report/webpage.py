@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from repvgg import figures
-from repvgg.checks import escape, require
+from repvgg.checks import escape
 from repvgg.deploy.report import appendix, charts, samples, summary
 from repvgg.deploy.report.card import card
 from repvgg.deploy.report.samples import Samples, Shown
@@ -69,11 +69,7 @@ def draw(report: "Report", given: Samples | None) -> list[Figure]:
 
 
 def render(template: str, **values: object) -> str:
-    """Fill a template; every value is escaped, except drawings.
-
-    Raises:
-        ImportError: jinja2 is missing.
-    """
+    """Fill a template; every value is escaped, except drawings."""
     return (
         _environment()
         .get_template(template)
@@ -87,7 +83,7 @@ def render(template: str, **values: object) -> str:
 
 @functools.cache
 def _environment() -> "Environment":
-    jinja2 = require("jinja2")
+    import jinja2
     from markupsafe import Markup
 
     environment: Environment = jinja2.Environment(

@@ -22,6 +22,6 @@ def deploy(config: cli.Config, _: Path) -> None:
     from repvgg.deploy.run import run, verify_again  # takes seconds; mistakes are reported before
 
     if isinstance(settings, VerifySettings):
-        verify_again(settings.folder, settings.network)
+        verify_again(settings.folder, settings.network, trust=settings.trust)
     else:
         run(settings)

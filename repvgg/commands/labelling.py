@@ -14,6 +14,7 @@ def run(
     images: str,
     *,
     network: str | None,
+    trust: bool,
     top: int,
     batch_size: int,
     out: Path | None,
@@ -23,6 +24,7 @@ def run(
 
     Args:
         network: the dotted name of what builds the network, if it is the user's own.
+        trust: as in `repvgg.export.open_artifact`.
 
     Raises:
         ValueError: there is no image, the model cannot be opened, `out` cannot be written, or, at
@@ -31,7 +33,7 @@ def run(
     if out is not None:
         check_out(out, overwrite=overwrite)
     paths = find(images)
-    opened = open_any(model, "model", network=network)
+    opened = open_any(model, "model", network=network, trust=trust)
     found: list[Labelled] = []
     unreadable = 0
     # Lines and a bar on one terminal would overwrite each other.

@@ -5,7 +5,8 @@ is resized by its shorter side and cropped at the center. `images` is a file, a 
 searched, a pattern such as 'shots/*.jpg', or a list [a.jpg,b.jpg]. Prints a line for each image:
 its name, and its `top` classes with their probabilities; `out` writes them into a .json or .csv
 file instead. An image that cannot be read is an error at the end: all others are labelled. A
-network of your own needs network=mypackage.MyNet, unless the file holds its program.
+network of your own needs network=mypackage.MyNet, unless the file holds its program. A .pt2 file
+can run code when it is opened, so it needs trust=true.
 """
 
 from pathlib import Path
@@ -17,6 +18,7 @@ DEFAULTS: cli.Config = {
     "model": None,
     "images": None,
     "network": None,
+    "trust": False,
     "top": 1,
     "out": None,
     "overwrite": False,
@@ -37,12 +39,14 @@ def predict(settings: cli.Config) -> None:
     size = check_integer("batch_size", settings["batch_size"], minimum=1, example=32)
     network = None if settings["network"] is None else str(settings["network"])
     overwrite = check_boolean("overwrite", settings["overwrite"])
+    trust = check_boolean("trust", settings["trust"])
     from repvgg.commands.labelling import run  # takes seconds
 
     run(
         model,
         str(images),
         network=network,
+        trust=trust,
         top=top,
         batch_size=size,
         out=out,

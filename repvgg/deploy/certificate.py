@@ -15,7 +15,7 @@ from repvgg.deploy.folder import HTML, PAGE, PROBE, REPORT, check_sums, write_su
 from repvgg.deploy.report import Report
 from repvgg.deploy.report.samples import Samples
 from repvgg.deploy.report.webpage import Figure, draw
-from repvgg.export.formats import open_artifact
+from repvgg.export.formats import format_of, open_artifact
 from repvgg.models.libraries import Factory
 from repvgg.verify import Predictor, Verdict
 
@@ -64,17 +64,26 @@ def write(
     return lacking
 
 
-def check(folder: Path, *, network: Factory | None = None) -> dict[str, Verdict]:
+class Checked(NamedTuple):
+    """What came out when a folder was verified again; all its bytes are as they were.
+
+    Attributes:
+        verdicts: by file, passed or not.
+        unopened: files that can run code and were not trusted, so their results are not verified.
+    """
+
+    verdicts: dict[str, Verdict]
+    unopened: list[str]
+
+
+def check(folder: Path, *, network: Factory | None = None, trust: bool = False) -> Checked:
     """Verify a deployed folder again: every byte, then every file on the recorded images.
 
     float32 files are compared with the recorded float64 logits. The int8 file must reproduce its
     recorded top-1, except for one image.
 
     Args:
-        network: as in `repvgg.export.open_artifact`.
-
-    Returns:
-        a verdict for each file, passed or not.
+        network, trust: as in `repvgg.export.open_artifact`.
 
     Raises:
         ValueError: this is not a deployed folder, or a file is missing, changed or new.
@@ -99,12 +108,18 @@ def check(folder: Path, *, network: Factory | None = None) -> dict[str, Verdict]
     }  # version 0.1 wrote no HTML
     if not verified or not listed or not len(recorded.images):
         raise ValueError(f"{folder}: its report does not list the files of the folder")
-    return {
+    unopened = [name for name in verified if format_of(folder / name).runs_code and not trust]
+    verdicts = {
         name: _compare(
-            open_artifact(folder / name, network=network), precision, recorded, report.float32_bound
+            open_artifact(folder / name, network=network, trust=trust),
+            precision,
+            recorded,
+            report.float32_bound,
         )
         for name, precision in verified.items()
+        if name not in unopened
     }
+    return Checked(verdicts, unopened)
 
 
 def _compare(artifact: Predictor, precision: str, recorded: Recorded, bound: float) -> Verdict:

@@ -46,7 +46,9 @@ def run(settings: EvaluateSettings, say: Say) -> None:
     Raises:
         ValueError: the file, the data or the folder is wrong.
     """
-    opened = open_any(settings.ckpt, "ckpt", settings.device, network=settings.network)
+    opened = open_any(
+        settings.ckpt, "ckpt", settings.device, network=settings.network, trust=settings.trust
+    )
     config = fit_preprocessing(settings.data, opened.data, settings.passed)
     data, batch_size = open_data(config, settings.batch_size)
     try:

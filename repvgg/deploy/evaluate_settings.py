@@ -27,6 +27,7 @@ class EvaluateSettings:
         ckpt: an existing file.
         data: a function that returns an `ImageData`, under `_target_`, and its arguments.
         network: the dotted name of what builds the network, if it is the user's own.
+        trust: as in `repvgg.export.open_artifact`.
         passed: the arguments of the data that were passed on the command line.
         out: the folder to create, absolute.
     """
@@ -39,6 +40,7 @@ class EvaluateSettings:
     predictions: bool
     batch_size: int | None
     device: str
+    trust: bool
     network: str | None = None
     passed: frozenset[str] = frozenset()
 
@@ -89,6 +91,7 @@ class EvaluateSettings:
             predictions=check_boolean("predictions", config["predictions"]),
             batch_size=None if size is None else int(str(size)),
             device=str(config["device"]),
+            trust=check_boolean("trust", config["trust"]),
             network=read_network(config),
             passed=frozenset(w.removeprefix("data.") for w in words if w.startswith("data.")),
         )

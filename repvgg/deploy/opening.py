@@ -38,13 +38,16 @@ class Opened(NamedTuple):
     device: str
 
 
-def open_any(path: Path, key: str, device: str = "auto", *, network: str | None = None) -> Opened:
+def open_any(
+    path: Path, key: str, device: str = "auto", *, network: str | None = None, trust: bool = False
+) -> Opened:
     """Open a file by its ending and content.
 
     Args:
         key: the argument that named it, for the errors.
         device: "cpu", "cuda", or "auto": a GPU if there is one. Deployed files run on the CPU.
         network: the dotted name of what builds the network, if it is the user's own.
+        trust: as in `repvgg.export.open_artifact`.
 
     Raises:
         ValueError: there is no such file or device, the file is damaged, or an engine is missing.
@@ -55,7 +58,7 @@ def open_any(path: Path, key: str, device: str = "auto", *, network: str | None 
     factory = find_factory(network)
     described = path.suffix == ".safetensors" and checkpoint.description(read(path)) is not None
     if path.suffix in ENGINES or described:
-        return _deployed(path, device, factory)
+        return _deployed(path, device, factory, trust=trust)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with cli.suggest_import(path):
@@ -70,11 +73,11 @@ def open_any(path: Path, key: str, device: str = "auto", *, network: str | None 
     )
 
 
-def _deployed(path: Path, device: str, factory: Factory | None) -> Opened:
+def _deployed(path: Path, device: str, factory: Factory | None, *, trust: bool) -> Opened:
     if device == "cuda":
         raise ValueError(f"device=cuda: {path.name} runs on the CPU; pass device=cpu")
     try:
-        artifact = open_artifact(path, network=factory)
+        artifact = open_artifact(path, network=factory, trust=trust)
     except ImportError as error:
         raise ValueError(str(error)) from error
     description = artifact.description

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from repvgg import checkpoint, cli, terminal
 from repvgg.checkpoint import Checkpoint
+from repvgg.checks import ArgumentError
 from repvgg.contract import Description, to_float
 from repvgg.deploy import certificate, verification
 from repvgg.deploy.certificate import Recorded
@@ -58,20 +59,31 @@ def run(settings: DeploySettings) -> None:
         print(missing, file=sys.stderr)
 
 
-def verify_again(folder: Path, network: str | None = None) -> None:
+def verify_again(folder: Path, network: str | None = None, *, trust: bool = False) -> None:
     """Verify a deployed folder again: every byte, and every file on the recorded images.
 
     Args:
         network: the dotted name of what builds the network, if it is the user's own.
+        trust: as in `repvgg.export.open_artifact`.
+
+    Raises:
+        ValueError: a file was changed, computes something else, or was not opened.
     """
     try:
-        verdicts = certificate.check(folder, network=find_factory(network))
+        verdicts, unopened = certificate.check(folder, network=find_factory(network), trust=trust)
     except ImportError as error:
         raise ValueError(str(error)) from error
     for name, verdict in verdicts.items():
         if not verdict.passed:
             raise ValueError(f"{folder}: {name}: {verification.exceeds(verdict)}")
         print(f"{name}: error {verdict.error:.1e}, allowed {verdict.tolerance:.0e}")
+    if unopened:
+        names = ", ".join(unopened)
+        raise ArgumentError(
+            f"{folder}: {names}: no byte was changed, but the results were not verified, because "
+            "opening this format can run code; if you trust who made the file, pass trust=true",
+            "trust",
+        )
     print(f"{folder}: no file was changed, and all results are the same")
 
 

@@ -55,6 +55,8 @@ class DeploySettings:
         """
         _check_keys(config)
         ckpt = config["ckpt"]
+        if check_boolean("trust", config["trust"]):
+            raise ValueError("trust=true: goes with verify=FOLDER; leave it out with ckpt")
         if ckpt is None:
             found = sorted(Path("runs").rglob("best.ckpt"), key=os.path.getmtime)
             newest = found[-1] if found else "runs/.../checkpoints/best.ckpt"
@@ -98,7 +100,7 @@ class DeploySettings:
         )
 
 
-KEYS = ["verify", *(field.name for field in dataclasses.fields(DeploySettings))]
+KEYS = ["verify", "trust", *(field.name for field in dataclasses.fields(DeploySettings))]
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class VerifySettings:
 
     folder: Path
     network: str | None = None
+    trust: bool = False
 
     @classmethod
     def read(cls, config: Config) -> "VerifySettings":
@@ -118,7 +121,8 @@ class VerifySettings:
         _check_keys(config)
         if config["ckpt"] is not None or config["out"] is not None:
             raise ValueError(f"verify: it stands alone; run {cli.command('deploy')} verify=FOLDER")
-        return cls(Path(str(config["verify"])), read_network(config))
+        trust = check_boolean("trust", config["trust"])
+        return cls(Path(str(config["verify"])), read_network(config), trust)
 
 
 def read_network(config: Config) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from repvgg.checks import ArgumentError, require
 from repvgg.contract import METADATA_KEY, Description
+from repvgg.export.archive import check_archive
 from repvgg.export.artifact import (
     Artifact,
     build_program,
@@ -45,15 +46,17 @@ class Format:
         save: writes a folded network to a path, and files beside it if the format needs them.
         load: opens such a file.
         builds: the file holds weights alone, so `load` builds the network, and takes `network`.
+        runs_code: opening a file can run code that it holds.
     """
 
     filename: str
     save: Callable[[nn.Module, Path, Description], None]
     load: Callable[..., Artifact]
     builds: bool = False
+    runs_code: bool = False
 
     def open(self, path: Path, *, network: Factory | None = None) -> Artifact:
-        """Open a file; `network` as in `open_artifact`."""
+        """Open a file that is trusted; `network` as in `open_artifact`."""
         return self.load(path, network=network) if self.builds else self.load(path)
 
 
@@ -136,11 +139,12 @@ def save_pt2(model: nn.Module, path: Path, description: Description) -> None:
 
 
 def load_pt2(path: Path) -> Artifact:
-    """Open a torch.export archive.
+    """Open a torch.export archive. Torch unpickles parts of it, so it can run code.
 
     Raises:
-        ValueError: the file has no description.
+        ValueError: the file has no description, or its archive is malformed.
     """
+    check_archive(path)
     files = {METADATA_FILE: ""}
     program = torch.export.load(path, extra_files=files)
     called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
@@ -311,42 +315,64 @@ def save_aoti(model: nn.Module, path: Path, description: Description) -> None:
 
 
 def load_aoti(path: Path) -> Artifact:
-    """Open compiled code. It is not checked before it runs: open only files that you trust.
+    """Open compiled code, which runs from here on.
 
     Raises:
-        ValueError: the file has no description.
+        ValueError: the file has no description, or its archive is malformed.
     """
     from torch._inductor import aoti_load_package
 
+    check_archive(path)  # torch unpacks it by the names in it
     program = aoti_load_package(str(path))
     return Artifact(
         described(path, program.get_metadata().get(METADATA_KEY)), without_grad(program)
     )
 
 
-def open_artifact(path: str | Path, *, network: Factory | None = None) -> Artifact:
+def open_artifact(
+    path: str | Path, *, network: Factory | None = None, trust: bool = False
+) -> Artifact:
     """Open an exported file; the end of its name is that of its format.
 
     Args:
         network: the function or class that builds the network, if it is the user's own and the file
             holds weights alone (safetensors). Other formats hold the program.
+        trust: you trust who made the file, so it may run code. .pt2 files need it (torch.export and
+            AOTInductor); the others cannot run code.
 
     Raises:
+        ArgumentError: the file can run code, and `trust` is not true.
         ValueError: there is no such file, its format is unknown, it is damaged, or it has no
             description.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"'{path}' is no file; pass an exported file, such as model.onnx")
+    known = format_of(path)
+    if known.runs_code and not trust:
+        raise ArgumentError(
+            f"'{path}': opening this format can run code from the file; if you trust who made it, "
+            "pass trust=true",
+            "trust",
+        )
+    try:
+        return known.open(path, network=network)
+    except (ImportError, ValueError):
+        raise
+    except Exception as error:  # every engine has its own types
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"'{path}' cannot be opened: {first}") from error
+
+
+def format_of(path: Path) -> Format:
+    """The format of a file, by the end of its name.
+
+    Raises:
+        ValueError: it is unknown.
+    """
     for known in sorted(FORMATS.values(), key=lambda known: -len(known.filename)):
         if path.name.endswith(known.filename.partition(".")[2]):
-            try:
-                return known.open(path, network=network)
-            except (ImportError, ValueError):
-                raise
-            except Exception as error:  # every engine has its own types
-                first = (str(error).splitlines() or [type(error).__name__])[0]
-                raise ValueError(f"'{path}' cannot be opened: {first}") from error
+            return known
     endings = ", ".join(known.filename.partition(".")[2] for known in FORMATS.values())
     raise ValueError(f"'{path}' is of no known format; known are the endings {endings}")
 
@@ -370,7 +396,7 @@ def _require_deployed(network: nn.Module) -> None:
 FORMATS: dict[str, Format] = {
     "safetensors": Format("model.safetensors", save_safetensors, load_safetensors, builds=True),
     "onnx": Format("model.onnx", save_onnx, load_onnx),
-    "pt2": Format("model.pt2", save_pt2, load_pt2),
+    "pt2": Format("model.pt2", save_pt2, load_pt2, runs_code=True),
     "openvino": Format("model.xml", save_openvino, load_openvino),
-    "aoti": Format("model.aoti.pt2", save_aoti, load_aoti),
+    "aoti": Format("model.aoti.pt2", save_aoti, load_aoti, runs_code=True),
 }

@@ -279,7 +279,7 @@ def test_bf16_is_rejected_where_the_cpu_has_none(folder, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_deployed_folder_is_verified_again(certified, tmp_path):
-    done = run("deploy.py", f"verify={certified}", cwd=tmp_path)
+    done = run("deploy.py", f"verify={certified}", "trust=true", cwd=tmp_path)
 
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 6
@@ -369,7 +369,7 @@ def test_a_deployed_file_labels_images_by_itself(name, certified, tmp_path):
     for i in range(8):
         Image.fromarray(images[i, 0].numpy()).save(tmp_path / f"{i}.png")
 
-    done = run("predict", f"model={certified / name}", "images=.", cwd=tmp_path)
+    done = run("predict", f"model={certified / name}", "images=.", "trust=true", cwd=tmp_path)
 
     assert done.returncode == 0, done.stderr
     lines = [line.split("\t") for line in done.stdout.splitlines()]
@@ -420,7 +420,7 @@ def test_a_damaged_file_is_rejected_in_one_line(name, certified, tmp_path):
     (tmp_path / name).write_bytes((certified / name).read_bytes()[:5000])
 
     with pytest.raises(ValueError, match="cannot be opened") as caught:
-        export.open_artifact(tmp_path / name)
+        export.open_artifact(tmp_path / name, trust=True)
 
     assert len(str(caught.value).splitlines()) == 1
 

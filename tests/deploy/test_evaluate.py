@@ -239,7 +239,14 @@ def test_a_deployed_file_gives_the_numbers_of_its_checkpoint(name, output, tmp_p
 
     found = []
     for file in ("own.ckpt", known.filename):
-        done = run("evaluate", f"ckpt={file}", "data=digits", f"out={file}-out", cwd=tmp_path)
+        done = run(
+            "evaluate",
+            f"ckpt={file}",
+            "data=digits",
+            f"out={file}-out",
+            f"trust={str(file.endswith('pt2')).lower()}",
+            cwd=tmp_path,
+        )
         assert done.returncode == 0, done.stderr
         written = json.loads((tmp_path / f"{file}-out" / "metrics.json").read_text())
         found.append([written["accuracy"], written["loss"], written["calibration_error"]])

@@ -43,7 +43,7 @@ def test_a_data_set_is_read_without_the_sections_for_training(ckpt):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("+foo=1", "foo: there is no such key; allowed are verify, ckpt"),
+        ("+foo=1", "foo: there is no such key; allowed are verify, trust"),
         ("+format=onnx", r"format: there is no such key; did you mean formats\?"),
         ("+model.strides=1", "model: there is no such key"),
         ("~formats", "formats is missing"),

@@ -4,6 +4,7 @@ import difflib
 import importlib
 import math
 import re
+import reprlib
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 
@@ -13,6 +14,7 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\
 
 MOST_LISTED = 10  # words that an error lists without leaving one out
 FEW = 6  # words that it lists of more
+LONGEST = 100  # characters of a value in an error
 
 
 class ArgumentError(ValueError):
@@ -28,11 +30,23 @@ class ArgumentError(ValueError):
         self.names = names
 
 
+def brief(value: object) -> str:
+    """A value in one short line, also if it is huge, deep, or holds itself."""
+    shown = _short.repr(value) if not isinstance(value, str | BaseException) else str(value)
+    shown = " ".join(escape(shown[: 4 * LONGEST]).split(" "))
+    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 20]}...{shown[-10:]}"
+
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxlist, _short.maxtuple, _short.maxdict = 3, 8, 8, 6
+_short.maxstring, _short.maxlong, _short.maxother = 60, 40, 60
+
+
 def wrong_value(
     argument: str, given: object, allowed: str, example: object | None = None
 ) -> ArgumentError:
     """The error of one value, for the caller to raise: what was given, allowed, an example."""
-    given = f"'{given}'" if isinstance(given, str) else given
+    given = f"'{brief(given)}'" if isinstance(given, str) else brief(given)
     shown = "" if example is None else f"; for example {argument}={str(example).replace(' ', '')}"
     return ArgumentError(f"{argument}={given}: {allowed}{shown}", argument)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import UnionType
@@ -9,7 +10,7 @@ from types import UnionType
 import torch
 from torch import Tensor, nn
 
-from repvgg.checks import wrong_value
+from repvgg.checks import brief, wrong_value
 
 Plain = None | bool | int | float | str | Sequence["Plain"] | Mapping[str, "Plain"]
 ModelConfig = Mapping[str, Plain]  # the arguments of `repvgg.models.registry.build_model`
@@ -17,6 +18,8 @@ ModelConfig = Mapping[str, Plain]  # the arguments of `repvgg.models.registry.bu
 METADATA_KEY = "repvgg"
 INPUTS = ("float32", "uint8")
 OUTPUTS = ("logits", "probabilities")
+MOST_PIXELS = 2**27  # of an image; 11,585 x 11,585
+INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # Pillow's
 
 
 @dataclass(frozen=True)
@@ -50,19 +53,24 @@ class DataContract:
             key
             for key, fits in (
                 ("classes", _are(self.classes, str) and len(self.classes) > 0),
-                ("image_size", _are(self.image_size, int, length=2, above=0)),
+                ("image_size", _are(self.image_size, int, length=2, above=0, pixels=True)),
                 ("mean", _are(self.mean, int | float, length=self.in_channels)),
                 ("std", _are(self.std, int | float, length=self.in_channels, above=0)),
-                ("interpolation", isinstance(self.interpolation, str)),
-                ("resize_size", self.resize_size is None or _are([self.resize_size], int, above=0)),
+                ("interpolation", self.interpolation in INTERPOLATIONS),
+                (
+                    "resize_size",
+                    self.resize_size is None
+                    or _are([self.resize_size] * 2, int, above=0, pixels=True),
+                ),
             )
             if not fits
         ]
         if wrong:
-            shown = ", ".join(f"{key}={str(getattr(self, key))[:60]}" for key in wrong)
+            shown = ", ".join(f"{key}={brief(getattr(self, key))}" for key in wrong)
             raise ValueError(
-                f"{shown}: not a description of images of {self.in_channels} channels; classes "
-                "are names, image_size is height and width, mean and std have a number a channel"
+                f"{shown}: not a description of images of {brief(self.in_channels)} channels; "
+                "classes are names, image_size is height and width, mean and std have a finite "
+                f"number a channel, an image has at most {MOST_PIXELS:,} pixels"
             )
 
 
@@ -72,14 +80,20 @@ def _are(
     *,
     length: int | None = None,
     above: float = -math.inf,
+    pixels: bool = False,
 ) -> bool:
-    """Whether values are a sequence of a kind, of a length, each above a bound."""
+    """Whether values are a sequence of a kind, of a length, each finite and above a bound.
+
+    Args:
+        pixels: their product is of at most MOST_PIXELS.
+    """
     return (
         isinstance(values, Sequence)
         and not isinstance(values, str)
         and all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
         and (length is None or len(values) == length)
-        and (above == -math.inf or all(value > above for value in values))
+        and (kind is str or all(above < value < sys.float_info.max for value in values))
+        and (not pixels or math.prod(values) <= MOST_PIXELS)
     )
 
 

@@ -32,7 +32,7 @@ class Layout(NamedTuple):
 
     def pattern(self) -> re.Pattern[str]:
         """A pattern that matches the keys of blocks, with any prefix."""
-        block = re.escape(self.block).replace(r"\{number\}", r"(?P<number>\d+)")
+        block = re.escape(self.block).replace(r"\{number\}", r"(?P<number>[0-9]{1,6})")
         block = block.replace(r"\{stage\}", f"(?P<stage>{'|'.join(self.stages)})")
         parts = "|".join(map(re.escape, self.parts))
         return re.compile(

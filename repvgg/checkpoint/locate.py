@@ -10,9 +10,11 @@ from torch import Tensor
 from repvgg.checkpoint.layouts import LAYOUTS, Layout, has_classifier, holds_folded
 from repvgg.checkpoint.standins import StandIn
 from repvgg.checkpoint.tensors import STORE
-from repvgg.checks import ArgumentError
+from repvgg.checks import ArgumentError, brief
 
 MOST_SHOWN = 4  # keys in a message
+MOST_NETWORKS = 100  # in a file
+DEEPEST = 50  # wrappers in wrappers
 
 
 class Found(NamedTuple):
@@ -58,7 +60,7 @@ class Found(NamedTuple):
         return ".".join(part for part in (self.entry, self.prefix.rstrip(".")) if part) or "top"
 
     def __str__(self) -> str:
-        return f"'{self.place}' ({self.layout.name} layout, {self.form})"
+        return f"'{brief(self.place)}' ({self.layout.name} layout, {self.form})"
 
 
 def find(content: object) -> list[Found]:
@@ -69,7 +71,10 @@ def find(content: object) -> list[Found]:
     """
     found = []
     for entry, tensors in _containers(content):
-        best = {prefix: _best_layout(tensors, prefix) for prefix in _prefixes(tensors)}
+        prefixes = _prefixes(tensors)
+        if len(prefixes) > MOST_NETWORKS:
+            raise ValueError(f"it holds {len(prefixes):,} networks; store one of them alone")
+        best = {prefix: _best_layout(tensors, prefix) for prefix in prefixes}
         networks: dict[str, tuple[Layout, dict[str, str]]] = {}
         claimed: set[str] = set()  # a layout's own prefix may look like one before another layout
         for prefix in sorted(best, key=lambda prefix: -len(best[prefix][1])):
@@ -120,14 +125,17 @@ def choose(content: object, weights: str | None = None) -> Found:
     if not found:
         raise ValueError(_nothing_found(content))
     if weights is not None and weights not in places:
-        raise ValueError(f"weights={weights}: there is no RepVGG; allowed: {', '.join(places)}")
+        raise ValueError(
+            f"weights={brief(weights)}: there is no RepVGG; "
+            f"allowed: {', '.join(map(brief, places))}"
+        )
     twice = [at for at in dict.fromkeys(places) if places.count(at) > 1 and weights in (None, at)]
     if twice:
-        raise ValueError(f"there are two networks at '{twice[0]}': store one of them alone")
+        raise ValueError(f"there are two networks at '{brief(twice[0])}': store one of them alone")
     if weights is None and len(found) > 1:
         raise ArgumentError(
-            f"there are {len(found)} networks in it, {', '.join(places)}: choose one, for example "
-            f"weights={places[0]}",
+            f"there are {len(found)} networks in it, {shorten(places)}: choose one, for example "
+            f"weights={brief(places[0])}",
             "weights",
         )
     return found[places.index(weights or places[0])]
@@ -135,7 +143,7 @@ def choose(content: object, weights: str | None = None) -> Found:
 
 def shorten(keys: Sequence[str]) -> str:
     """The first keys of a list, for a message."""
-    return ", ".join(keys[:MOST_SHOWN]) + (", ..." if len(keys) > MOST_SHOWN else "")
+    return ", ".join(map(brief, keys[:MOST_SHOWN])) + (", ..." if len(keys) > MOST_SHOWN else "")
 
 
 def _nothing_found(content: object) -> str:
@@ -147,7 +155,9 @@ def _nothing_found(content: object) -> str:
         )
     else:
         first = list(content)[:MOST_SHOWN] if isinstance(content, Iterable) else []
-        said = f"there are no tensors in it; its first keys: {', '.join(map(str, first)) or 'none'}"
+        said = (
+            f"there are no tensors in it; its first keys: {', '.join(map(brief, first)) or 'none'}"
+        )
     closed = [f"{at} (a {one.name})" for at, one in _walk(content) if isinstance(one, StandIn)]
     if closed:
         said += f"; not opened, as it needs code: {shorten(closed)}; to use it, {STORE}"
@@ -167,12 +177,14 @@ def _containers(content: object) -> Iterator[tuple[str, dict[str, Tensor]]]:
 def _walk(content: object) -> Iterator[tuple[str, object]]:
     """Every wrapper and stand-in, and its place; each once, in the order of the file."""
     seen: set[int] = set()
-    left = [("", content)]
+    left = [("", content, 0)]
     while left:
-        entry, part = left.pop()
+        entry, part, depth = left.pop()
         if id(part) in seen:  # under another name, or inside itself
             continue
         seen.add(id(part))
+        if depth > DEEPEST:
+            raise ValueError(f"it nests more than {DEEPEST} wrappers; store a state_dict alone")
         yield entry, part
         items: list[tuple[object, object]]
         if isinstance(part, Mapping):
@@ -182,7 +194,7 @@ def _walk(content: object) -> Iterator[tuple[str, object]]:
         else:
             continue
         left += [
-            (f"{entry}.{key}" if entry else str(key), value)
+            (f"{entry}.{brief(key)}" if entry else brief(key), value, depth + 1)
             for key, value in reversed(items)
             if isinstance(value, Mapping | list | tuple | StandIn)
         ]

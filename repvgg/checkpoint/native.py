@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.checkpoint.layouts import holds_folded
-from repvgg.checkpoint.tensors import Content
-from repvgg.checks import ArgumentError, check_integer
+from repvgg.checkpoint.tensors import Content, require_whole
+from repvgg.checks import ArgumentError, brief, check_integer
 from repvgg.contract import (
     DataContract,
     ModelConfig,
@@ -27,8 +27,7 @@ from repvgg.contract import (
 )
 from repvgg.models.libraries import Factory
 from repvgg.models.modes import evaluating
-from repvgg.models.network import RepVGG
-from repvgg.models.registry import build_model
+from repvgg.models.rebuild import is_expanded, rebuild
 
 KEY = "repvgg"  # of our entry beside those of Lightning
 FORMAT = 1
@@ -175,36 +174,65 @@ def open_ours(content: Content, path: Path, network: Factory | None = None) -> C
     Raises:
         ValueError: the description or the weights are damaged.
     """
+    require_whole(path)
     entry: Any = content[KEY]  # of a file, so anything; what is wrong raises one of the below
     try:
         weights: Any = content["state_dict"]
         if entry["format"] != FORMAT:
             raise ValueError(
-                f"'{path}' has checkpoint format {entry['format']}, this version reads {FORMAT}: "
-                "update the package"
+                f"'{path}' has checkpoint format {brief(entry['format'])}, this version reads "
+                f"{FORMAT}: update the package"
             )
-        config, data, probe = entry["model"], DataContract(**entry["data"]), entry["probe"]
+        config, probe = entry["model"], entry["probe"]
+        try:
+            data = DataContract(**entry["data"])
+        except ValueError as error:
+            raise ValueError(f"'{path}' has a damaged description: {error}") from error
         if config.get("num_classes") == 0:
             raise ValueError(f"'{path}' has a damaged description: a network of 0 classes")
-        model = build_model(config, network=network)
         stored = {
             key.removeprefix(NETWORK_PREFIX): value
             for key, value in weights.items()
             if key.startswith(NETWORK_PREFIX)
         }
-        if isinstance(model, RepVGG) and holds_folded(stored):
-            model.switch_to_deploy()
-        model.load_state_dict(stored)
+        if any(not isinstance(value, Tensor) for value in stored.values()):
+            raise ValueError(f"'{path}' holds weights that are no tensors")
+        folded = config.get("library", "repvgg") == "repvgg" and holds_folded(stored)
         probe = Probe(**probe)
-        if probe.images.ndim != 4 or len(probe.logits) != len(probe.images):
-            raise ValueError(f"'{path}' has a damaged probe batch")
-        return Checkpoint(model.eval(), config, data, probe, entry.get("origin", ""))
+        _require_probe(probe, data, path)
+        try:
+            model = rebuild(config, stored, folded=folded, network=network)
+        except ArgumentError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"'{path}' does not fit its own description: {error}") from error
+        return Checkpoint(model, config, data, probe, str(entry.get("origin", "")))
     except ArgumentError as error:  # of the network's config
         if "network" in error.names:  # missing, or not what the file was written with
             raise ArgumentError(f"'{path}': {error}", "network") from error
         raise ValueError(f"'{path}' has a damaged description: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"'{path}' has a damaged description: {error!r}") from error
-    except RuntimeError as error:  # of load_state_dict, whose second line names a key
-        detail = " ".join(str(error).split()[:60])
-        raise ValueError(f"'{path}' does not fit its own description: {detail}") from error
+        raise ValueError(f"'{path}' has a damaged description: {brief(repr(error))}") from error
+
+
+def _require_probe(probe: Probe, data: DataContract, path: Path) -> None:
+    """Raise ValueError unless a probe batch is of the images and classes of its description."""
+    count, classes = len(probe.images), len(data.classes)
+    fits = (
+        all(isinstance(tensor, Tensor) and tensor.layout == torch.strided for tensor in probe)
+        and not any(tensor.is_meta or is_expanded(tensor) for tensor in probe)
+        and (probe.images.dtype, probe.labels.dtype) == (torch.uint8, torch.int64)
+        and count > 0
+        and probe.images.shape == (count, data.in_channels, *data.image_size)
+        and probe.labels.shape == (count,)
+        and probe.logits.shape == (count, classes)
+        and probe.logits.is_floating_point()
+        and bool(probe.logits.isfinite().all())
+        and int(probe.labels.min()) >= -1
+        and int(probe.labels.max()) < classes
+    )
+    if not fits:
+        raise ValueError(
+            f"'{path}' has a damaged probe batch: it is not {count} images of {data.in_channels} "
+            f"channels and {brief(list(data.image_size))} pixels, with {classes} finite logits each"
+        )

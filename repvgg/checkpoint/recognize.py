@@ -7,13 +7,13 @@ tensor is missing, unexpected, mis-shaped or not finite, nothing is loaded and t
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from repvgg.checkpoint.locate import Found, choose, find, shorten
 from repvgg.checkpoint.shapes import plan, sizes
-from repvgg.checks import ArgumentError
+from repvgg.checks import ArgumentError, brief
 from repvgg.contract import ModelConfig
 from repvgg.models.network import RepVGG
+from repvgg.models.rebuild import COUNTER, fault
 from repvgg.models.registry import create_model
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "sizes",
 ]
 
-COUNTER = "num_batches_tracked"  # missing in old files, and not used in predictions
 MISFITS = ("missing", "unknown", "of another shape", "of no use")
 OTHER_STRIDES = (
     "identity branches exist where channels and size stay, so the strides are others: pass them, "
@@ -90,14 +89,14 @@ def build(found: Found, config: ModelConfig) -> tuple[RepVGG, Misfit]:
         ],
         found.unknown + [theirs for ours, theirs in keys.items() if ours not in wanted],
         [
-            f"{keys[key]} {tuple(tensor.shape)} for {tuple(wanted[key].shape)}"
+            f"{keys[key]} {brief(tuple(tensor.shape))} for {tuple(wanted[key].shape)}"
             for key, tensor in found.weights.items()
             if key in wanted and tensor.shape != wanted[key].shape
         ],
         [
-            f"{keys[key]} ({fault})"
+            f"{keys[key]} ({said})"
             for key, tensor in found.weights.items()
-            if (fault := _fault(tensor, key.rpartition(".")[2]))
+            if (said := fault(tensor, key))
         ],
     )
     return network, misfit
@@ -145,22 +144,9 @@ def describe(found: Found, config: ModelConfig) -> str:
     """What was found, in one line."""
     said = (
         f"{describe_variant(config)} in {found.layout.name} layout, {found.form}, "
-        f"{describe_classes(config)}, at '{found.place}'"
+        f"{describe_classes(config)}, at '{brief(found.place)}'"
     )
     if found.outside:
         count, keys = len(found.outside), shorten(found.outside)
         said += f"; {count} other tensors beside it ({keys})"
     return said
-
-
-def _fault(tensor: Tensor, leaf: str) -> str:
-    """Why a tensor cannot be loaded as the weight `leaf`; empty if it can."""
-    if tensor.is_meta:
-        return "without values"
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        return "sparse or quantized"
-    if tensor.is_complex() or (leaf != COUNTER and not tensor.is_floating_point()):
-        return str(tensor.dtype).removeprefix("torch.")
-    if not tensor.float().isfinite().all():
-        return "not finite"
-    return "negative" if leaf == "running_var" and (tensor.float() < 0).any() else ""

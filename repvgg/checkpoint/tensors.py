@@ -15,11 +15,14 @@ import torch
 
 from repvgg.checkpoint import standins
 from repvgg.checkpoint.standins import StandIn
+from repvgg.checks import brief
 
 Content = Mapping[str, object]  # of a file
 
 SAFETENSORS = b"{"  # the ninth byte of such a file
 METADATA = "__metadata__"  # the key of its metadata
+EXPANSION = 20  # times its size that a file may need in memory
+SMALL = 2**24  # bytes that any may need
 STORE = "store its weights alone: torch.save(model.state_dict(), FILE)"
 
 
@@ -35,6 +38,7 @@ def read(path: Path) -> dict[str, object]:
         raise ValueError(f"'{path}' is a folder; pass a file in it, e.g. checkpoints/best.ckpt")
     if not path.is_file():
         raise ValueError(f"'{path}' is not a regular file; pass the path of a checkpoint")
+    _require_content(path)
     if _is_safetensors(path):
         from safetensors import SafetensorError, safe_open
 
@@ -43,18 +47,50 @@ def read(path: Path) -> dict[str, object]:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 return {**tensors, METADATA: file.metadata() or {}}
         except SafetensorError as error:
-            raise ValueError(f"'{path}' cannot be read: {error}") from error
+            raise ValueError(f"'{path}' cannot be read: {brief(error)}") from error
     content = _read_arrays(path) if _is_archive_of_arrays(path) else _read_torch(path)
     if isinstance(content, StandIn):
         raise ValueError(
-            f"'{path}' holds a {content.name}, and loading that could run code from the file; if "
-            f"you trust it, {STORE}"
+            f"'{path}' holds a {brief(content.name)}, and loading that could run code from the "
+            f"file; if you trust it, {STORE}"
         )
     if isinstance(content, list | tuple):
         content = {str(number): part for number, part in enumerate(content)}
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' holds a {type(content).__name__}, not a checkpoint")
     return content
+
+
+def _require_content(path: Path) -> None:
+    """Raise ValueError if a file would need far more memory than it needs space."""
+    status = path.stat()
+    held = 512 * status.st_blocks
+    if status.st_size > SMALL and 0 < held < status.st_size / EXPANSION:
+        raise ValueError(f"'{path}' cannot be read: most of it is holes, without content")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return
+    if size > max(SMALL, EXPANSION * status.st_size):
+        raise ValueError(f"'{path}' cannot be read: it would expand to {size:,} bytes")
+
+
+def require_whole(path: Path) -> None:
+    """Compare the content of an archive with its checksums, which torch writes and does not read.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        try:
+            damaged = archive.testzip()
+        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+            damaged = brief(error)
+    if damaged:
+        raise ValueError(f"'{path}' is damaged: a checksum differs ({brief(damaged)})")
 
 
 def _read_torch(path: Path) -> object:
@@ -74,11 +110,11 @@ def _read_torch(path: Path) -> object:
                     return content
             except standins.HostileError as error:
                 raise ValueError(
-                    f"'{path}' names {error}, which could run code and does not belong in a "
+                    f"'{path}' names {brief(error)}, which could run code and does not belong in a "
                     f"checkpoint, so it is not opened; if you trust it, {STORE}"
                 ) from error
             except standins.DamagedError as error:
-                raise ValueError(f"'{path}' cannot be read: {error}") from error
+                raise ValueError(f"'{path}' cannot be read: {brief(error)}") from error
             except pickle.UnpicklingError as error:
                 if not plain:
                     raise _unreadable(path, error) from error
@@ -100,7 +136,9 @@ def _read_arrays(path: Path) -> dict[str, object]:
                         raise
                     content[key] = StandIn("numpy.ndarray")
     except Exception as error:  # of many kinds, if the file is damaged
-        raise ValueError(f"'{path}' cannot be read: its arrays are damaged ({error})") from error
+        raise ValueError(
+            f"'{path}' cannot be read: its arrays are damaged ({brief(error)})"
+        ) from error
     return content
 
 

@@ -25,9 +25,9 @@ from repvgg.export.artifact import (
     layer_counts,
     without_grad,
 )
-from repvgg.models.forms import deployed_form, is_deployed
+from repvgg.models.forms import is_deployed
 from repvgg.models.libraries import Factory
-from repvgg.models.registry import build_model
+from repvgg.models.rebuild import rebuild
 
 if TYPE_CHECKING:
     import onnx
@@ -90,24 +90,13 @@ def load_safetensors(path: Path, *, network: Factory | None = None) -> Artifact:
         description = described(path, (file.metadata() or {}).get(METADATA_KEY))
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     try:
-        model = _build_folded(description, network)
+        model = rebuild(description.config, weights, folded=True, network=network)
     except ArgumentError as error:
         raise ArgumentError(f"'{path}': {error}", *error.names) from error
-    try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        detail = " ".join(str(error).split()[:40])
-        raise ValueError(f"'{path}' does not fit its own description: {detail}") from error
+    except ValueError as error:
+        raise ValueError(f"'{path}' does not fit its own description: {error}") from error
     program = build_program(model, description)
     return Artifact(description, without_grad(program), count_layers(program))
-
-
-def _build_folded(description: Description, network: Factory | None) -> nn.Module:
-    """A folded network without weights; a custom one may need memory to be built."""
-    if network is None:
-        with torch.device("meta"):
-            return deployed_form(build_model(description.config))[0]
-    return deployed_form(build_model(description.config, network=network))[0]
 
 
 def export_program(model: nn.Module, description: Description) -> torch.export.ExportedProgram:

@@ -497,6 +497,11 @@ def test_int8_of_a_network_that_was_never_trained_is_rejected(folder, tmp_path):
 def test_data_that_does_not_fit_the_checkpoint_is_rejected(key, value, folder, tmp_path):
     content = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
     content[repvgg.checkpoint.KEY]["data"][key] = value
+    if key == "image_size":
+        probe = content[repvgg.checkpoint.KEY]["probe"]
+        probe["images"] = probe["images"].repeat(1, 1, 2, 2)
+        restored = repvgg.checkpoint.load(folder / "checkpoints" / "best.ckpt")
+        probe["logits"] = restored.predictor(probe["images"] / 255).detach()
     torch.save(content, tmp_path / "best.ckpt")
     data = {"_target_": "repvgg.data.digits"}
 

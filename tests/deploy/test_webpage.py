@@ -65,7 +65,7 @@ class Page(HTMLParser):
 
 
 def data(names, channels=3, size=8) -> DataContract:
-    return DataContract(names, channels, [size, size], [0.5] * channels, [0.5] * channels, "area")
+    return DataContract(names, channels, [size, size], [0.5] * channels, [0.5] * channels, "box")
 
 
 def html(given: Report, images: samples.Samples | None = None) -> str:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, NoReturn
 
 from repvgg import cli
 from repvgg.checks import listed
@@ -14,7 +14,7 @@ from repvgg.training.settings import section
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-from repvgg.training.runs import CHOICES, CONFIG, LAST, OVERRIDES, RUNS, relative
+from repvgg.training.runs import CHOICES, CONFIG, LAST, OVERRIDES, RUNS, read_record, relative
 
 # Keys that may be passed beside `resume`; a resumed run keeps all others.
 RESUMABLE = (
@@ -48,7 +48,7 @@ RESUMABLE = (
 # Keys of version 0.1 that later versions lack, each with the value that changed nothing.
 REMOVED = {"rdrop_views": 1, "data.repeats": 1, "data.erase": 0.0}
 # Sections whose parts write files or send what they log.
-WRITING = ("logger.", "callbacks.", "trainer.logger", "trainer.callbacks", "trainer.plugins")
+WRITING = ("logger.", "callbacks.", "trainer.")
 # data.augment of version 0.1 -> of later versions.
 AUGMENT: dict[str, object] = {"basic": [], "none": None}
 # The code that a recorded configuration may name. Names are matched whole, because a dotted name
@@ -151,9 +151,19 @@ def read_config(folder: Path) -> dict[str, object]:
         ValueError: a removed key has a value that this version cannot honour; or a value is an
             interpolation, which Hydra would resolve, to code too. `record` writes none.
     """
-    from omegaconf import OmegaConf
-
-    config = cast(dict[str, object], OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
+    config = read_record(folder / CONFIG)
+    if not isinstance(config, dict) or any(
+        not isinstance(config.get(key), dict) for key in ("data", "model", "optim", "trainer")
+    ):
+        raise ValueError(
+            f"resume={relative(folder / LAST)}: {relative(folder / CONFIG)} is damaged: it is not "
+            "a configuration of a run"
+        )
+    if "hydra" in config:
+        raise ValueError(
+            f"resume={relative(folder / LAST)}: {relative(folder / CONFIG)} holds hydra, which "
+            "could run code; a run records none"
+        )
     if "${" in repr(config):
         raise ValueError(
             f"resume={relative(folder / LAST)}: {relative(folder / CONFIG)} holds ${{...}}, "
@@ -227,14 +237,15 @@ def _fail_removed(key: str, value: object, folder: Path) -> NoReturn:
 def recorded_choices(folder: Path) -> dict[str, str]:
     """The choice of each group; runs of version 0.1 recorded only those that were passed."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from omegaconf import OmegaConf
 
     path = folder / OVERRIDES
-    held = cast(list[object], OmegaConf.load(path)) if path.is_file() else []
-    lines = [str(line) for line in held]
+    held = read_record(path) if path.is_file() else []
+    lines = [str(line) for line in held] if isinstance(held, list) else []
     if (folder / CHOICES).is_file():
-        found = OmegaConf.select(OmegaConf.load(folder / CHOICES), "hydra.runtime.choices")
-        choices = {str(key): str(value) for key, value in (found or {}).items()}
+        found = _get(read_record(folder / CHOICES), "hydra.runtime.choices")
+        if not isinstance(found, dict):
+            raise ValueError(f"'{relative(folder / CHOICES)}' is damaged: it holds no choices")
+        choices = {str(key): str(value) for key, value in found.items()}
         # Hydra does not list choices of several.
         several = OverridesParser.create().parse_overrides(
             [line for line in lines if line.startswith(("logger=[", "callbacks=["))]

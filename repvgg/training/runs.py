@@ -5,11 +5,13 @@ import shlex
 from pathlib import Path
 
 from repvgg import cli
+from repvgg.checks import brief
 from repvgg.cli import Config
 from repvgg.training import processes
 
 RUNS = Path("runs")
 LAST = Path("checkpoints", "last.ckpt")  # in the folder of a run
+LARGEST = 2**20  # bytes of a file of a record
 RESULTS = Path("results.json")  # same; `cli.sweeps` reads it
 CONFIG, OVERRIDES, CHOICES = (
     Path(".hydra", name) for name in ("config.yaml", "overrides.yaml", "hydra.yaml")
@@ -29,6 +31,32 @@ def record(config: Config, folder: Path) -> None:
         write_whole(folder / OVERRIDES, OmegaConf.to_yaml(hydra.overrides.task))
         write_whole(folder / CHOICES, OmegaConf.to_yaml(OmegaConf.create(choices)))
     write_whole(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create({**config, "resume": None})))
+
+
+def read_record(path: Path) -> object:
+    """Read a file of a record: plain values, without what could expand, nest or be code.
+
+    Raises:
+        ValueError: it is not such a file.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    tokens = (yaml.AliasToken, yaml.AnchorToken, yaml.TagToken, yaml.DirectiveToken)
+    try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError("is too large for a configuration")
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(token, tokens) for token in yaml.scan(text)):
+            raise ValueError("holds anchors, tags or directives, which no run writes")
+        return OmegaConf.to_container(OmegaConf.create(text))
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeError, RecursionError) as error:
+        raise ValueError(f"'{relative(path)}' is damaged: {brief(error)}") from error
+    except AssertionError as error:  # of OmegaConf, on a number
+        raise ValueError(f"'{relative(path)}' is damaged: it holds one value") from error
+    except ValueError as error:
+        raise ValueError(f"'{relative(path)}' {brief(error)}") from error
 
 
 def check_folder(folder: Path, *, resumed: bool, chosen: bool) -> None:

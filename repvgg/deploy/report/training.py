@@ -68,6 +68,6 @@ def _data(path: Path) -> str | None:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
         name = found["hydra"]["runtime"]["choices"]["data"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
         return None
     return name if isinstance(name, str) else None

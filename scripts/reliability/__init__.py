@@ -1,0 +1,1 @@
+"""Long checks of what the tests check in short: command lines, interrupts, soaking, mutants."""

@@ -80,7 +80,41 @@ def interruptible() -> Iterator[None]:
 
 
 def end_on_signals() -> None:
-    """Clean up and exit with status 128 + number on a signal; Ctrl-C stays with Python."""
+    """Clean up and exit with status 128 + number on a signal; Ctrl-C is a KeyboardInterrupt."""
     for number in stopping():
         if number != signal.SIGINT:
             signal.signal(number, lambda signum, _: sys.exit(128 + signum))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def end_at_once(clean: Callable[[], object] = lambda: None) -> dict[int, Previous]:
+    """End the process on a signal, without an exception, which some imports swallow.
+
+    Args:
+        clean: called before the end.
+
+    Returns:
+        the previous handlers, for `restore`.
+    """
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(OSError):
+            clean()
+            if signum == signal.SIGINT:
+                over = "\r" if os.isatty(2) else ""  # the ^C that a terminal echoes
+                os.write(2, f"{over}stopped by Ctrl-C\n".encode())
+        os._exit(128 + signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, end) for number in stopping()}
+
+
+@contextlib.contextmanager
+def importing(clean: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """End the process on a signal, while modules are imported; `clean` as in `end_at_once`."""
+    previous = end_at_once(clean)
+    try:
+        yield
+    finally:
+        restore(previous)

@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn, cast
 
+from repvgg import streams
 from repvgg.checks import escape
 from repvgg.cli.mistakes import FULL_ERROR, Config, explain, fail
 from repvgg.cli.names import command, subcommand
-from repvgg.signals import end_on_signals
+from repvgg.signals import end_at_once, end_on_signals
 from repvgg.targets import is_from_user_code, keep_users_frames
 
 PATH_KEYS = ("ckpt", "out", "init", "resume", "verify", "data.root", "hydra.run.dir")
 SWEEP = {"-m", "--multirun"}
-BROKEN_PIPE = 141  # the status of a program that SIGPIPE ended: 128 + 13
 
 Job = Callable[[Config, Path], float | None]
 
@@ -40,7 +40,7 @@ class Arguments(NamedTuple):
 
     def line(self) -> list[str]:
         """All of them, as Hydra reads them."""
-        return [*self.options, *self.overrides]
+        return [*self.overrides, *self.options]  # --info may have a value, and takes the next
 
 
 class Plan(NamedTuple):
@@ -98,15 +98,17 @@ def run(
 
     def do(composed: DictConfig, record: Record | None) -> float | None:
         nonlocal sweep, started, settings
+        folder = Path(HydraConfig.get().runtime.output_dir)
         sweep, started = HydraConfig.get().mode == RunMode.MULTIRUN, True
-        plain = cast(Config, OmegaConf.to_container(composed, resolve=True))
+        streams.Streams.works = True
         again = plan.arguments.line() if plan.again is None else plan.again
         sys.argv[1:] = [*words, *again]  # Lightning repeats these for each device
         try:
+            plain = cast(Config, OmegaConf.to_container(composed, resolve=True))
             settings = plan.complete(plain)
             if HydraConfig.get().job.chdir:
                 settings = absolute(settings, Path(HydraConfig.get().runtime.cwd))
-            value = job(settings, Path(HydraConfig.get().runtime.output_dir))
+            value = job(settings, folder)
             if record is not None:
                 record.status, record.value = "done", value
             return value
@@ -124,6 +126,8 @@ def run(
                 if record is not None:
                     record.status, record.message = "failed", message or repr(error)
             return None  # which no search takes for a value
+        finally:
+            discard_if_empty(folder)
 
     os.environ[FULL_ERROR] = "1"  # makes Hydra raise its errors instead of printing them
     OmegaConf.register_new_resolver("command", command, replace=True)  # for the help texts
@@ -144,12 +148,11 @@ def run(
             fail(f"{failed} of the sweep's jobs failed")
         if failures:
             raise failures[0]
+        streams.end()
+        end_at_once()
     except KeyboardInterrupt:
         fail("stopped by Ctrl-C", 128 + signal.SIGINT)
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and not started:  # --help | head
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed at the end
-            sys.exit(BROKEN_PIPE)
         message = explain(error, config, settings)
         if message is None and not show_traceback and is_from_user_code(error):
             keep_users_frames(error)
@@ -197,6 +200,15 @@ def parse_arguments(arguments: list[str]) -> Arguments:
         else:
             options.append(argument)
     return Arguments(options, [quote_path(argument) for argument in overrides])
+
+
+def discard_if_empty(folder: Path) -> None:
+    """Remove the folder that Hydra made for a run, and those above it in this one, if empty."""
+    start = start_folder()
+    for path in (folder, *(above for above in folder.parents if above.is_relative_to(start))):
+        if path in (Path.cwd(), start) or not path.is_dir() or any(path.iterdir()):
+            return
+        path.rmdir()
 
 
 def start_folder() -> Path:

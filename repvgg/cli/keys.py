@@ -11,7 +11,7 @@ from repvgg.checks import did_you_mean, wrong_value
 from repvgg.cli import habits
 from repvgg.cli.mistakes import FULL_ERROR, Config, fail, one_line
 from repvgg.cli.names import subcommand
-from repvgg.signals import end_on_signals
+from repvgg.signals import end_at_once, end_on_signals
 from repvgg.targets import is_from_user_code
 
 
@@ -49,6 +49,8 @@ def script(job: Callable[[dict[str, object]], None], text: str, defaults: Config
             key, value = _parse(argument, defaults)
             settings[key] = value
         job(settings)
+        sys.stdout.flush()
+        end_at_once()
     except KeyboardInterrupt:
         fail("stopped by Ctrl-C", 128 + signal.SIGINT)
     except (ValueError, OSError, ImportError) as error:

@@ -20,6 +20,8 @@ from repvgg.targets import is_from_user_code
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # =1 shows tracebacks
 
+LONGEST = 600  # characters of a message
+
 PLUGINS = (  # of the extra `sweep`
     "hydra/sweeper=optuna",
     *(f"hydra/launcher={name}" for name in ("joblib", "submitit_local", "submitit_slurm")),
@@ -222,8 +224,11 @@ def one_line(error: BaseException) -> str:
 
 
 def fail(message: str, status: int = 1) -> NoReturn:
-    """Print one line on stderr and exit."""
+    """Print one line on stderr and exit; the middle of a very long one is left out."""
+    message = escape(message)
+    if len(message) > LONGEST:
+        message = f"{message[: LONGEST * 3 // 4]} ... {message[-LONGEST // 5 :]}"
     over = "\r" if sys.stderr.isatty() else ""  # the ^C that a terminal echoes
     with contextlib.suppress(OSError):  # the terminal was closed
-        print(f"{over}{program()}: {escape(message)}", file=sys.stderr, flush=True)
+        print(f"{over}{program()}: {message}", file=sys.stderr, flush=True)
     sys.exit(status)

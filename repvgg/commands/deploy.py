@@ -6,6 +6,7 @@ import repvgg
 from repvgg import cli
 from repvgg.checks import escape
 from repvgg.deploy.settings import DeploySettings, VerifySettings, one_run
+from repvgg.signals import importing
 
 
 def main() -> None:
@@ -19,7 +20,11 @@ def deploy(config: cli.Config, _: Path) -> None:
     if isinstance(settings, DeploySettings):
         place = escape(settings.ckpt)
         print(f"repvgg {repvgg.__version__}: deploying {place} ...", flush=True)
-    from repvgg.deploy.run import run, verify_again  # takes seconds; mistakes are reported before
+    with importing():
+        from repvgg.deploy.run import (  # takes seconds; mistakes are reported before
+            run,
+            verify_again,
+        )
 
     if isinstance(settings, VerifySettings):
         verify_again(settings.folder, settings.network, trust=settings.trust)

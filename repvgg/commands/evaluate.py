@@ -6,6 +6,7 @@ from pathlib import Path
 from repvgg import cli
 from repvgg.deploy.evaluate_settings import KEYS, EvaluateSettings
 from repvgg.deploy.settings import one_run
+from repvgg.signals import importing
 
 
 def main() -> None:
@@ -18,6 +19,7 @@ def evaluate(config: cli.Config, _: Path) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     settings = EvaluateSettings.read(config, HydraConfig.get().overrides.task)
-    from repvgg.deploy.evaluate import run  # takes seconds; mistakes are reported before
+    with importing():
+        from repvgg.deploy.evaluate import run  # takes seconds; mistakes are reported before
 
     run(settings, print)

@@ -11,6 +11,7 @@ from typing import Any
 
 from repvgg import cli
 from repvgg.checks import check_integer, check_integers, check_number, wrong_value
+from repvgg.signals import importing
 
 DEFAULTS: cli.Config = {
     "path": None,
@@ -73,6 +74,7 @@ def main() -> None:
 def convert(settings: dict[str, Any]) -> None:
     path = cli.given_path(settings, "path", "FILE")
     checked = Settings(**settings)
-    from repvgg.commands.importing import convert  # takes seconds
+    with importing():
+        from repvgg.commands.importing import convert  # takes seconds
 
     convert(path, checked)

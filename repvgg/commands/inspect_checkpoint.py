@@ -7,6 +7,7 @@ from typing import Any
 
 from repvgg import cli
 from repvgg.checks import check_integers
+from repvgg.signals import importing
 
 DEFAULTS: cli.Config = {"path": None, "strides": cli.Unset(list, "[2,2,2,2,2]")}
 
@@ -20,6 +21,7 @@ def inspect(settings: dict[str, Any]) -> None:
     path, strides = cli.given_path(settings, "path", "FILE"), settings["strides"]
     if strides is not None:
         check_integers("strides", strides, length=5, example="[2,2,2,2,2]")
-    from repvgg.commands.inspection import inspect  # takes seconds
+    with importing():
+        from repvgg.commands.inspection import inspect  # takes seconds
 
     inspect(path, strides)

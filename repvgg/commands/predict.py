@@ -13,6 +13,7 @@ from pathlib import Path
 
 from repvgg import cli
 from repvgg.checks import check_boolean, check_integer
+from repvgg.signals import importing
 
 DEFAULTS: cli.Config = {
     "model": None,
@@ -40,7 +41,8 @@ def predict(settings: cli.Config) -> None:
     network = None if settings["network"] is None else str(settings["network"])
     overwrite = check_boolean("overwrite", settings["overwrite"])
     trust = check_boolean("trust", settings["trust"])
-    from repvgg.commands.labelling import run  # takes seconds
+    with importing():
+        from repvgg.commands.labelling import run  # takes seconds
 
     run(
         model,

@@ -5,6 +5,7 @@ from pathlib import Path
 import repvgg
 from repvgg import cli
 from repvgg.checks import escape
+from repvgg.signals import importing
 from repvgg.training import processes, resuming, runs
 from repvgg.training.settings import Settings
 
@@ -14,20 +15,18 @@ def main() -> None:
 
 
 def train(config: cli.Config, folder: Path) -> float | None:
-    """Train in the folder of a run; leave no empty folder where the settings are wrong.
+    """Train in the folder of a run.
 
     Returns:
         the metric that a search optimizes.
     """
-    try:
-        settings = Settings.read(config)
-        announce(settings)
+    settings = Settings.read(config)
+    announce(settings)
+    with importing(lambda: cli.discard_if_empty(folder)):
         settings.check_trainer()
         from repvgg.training.run import run  # takes seconds; mistakes are reported before
 
-        return run(settings, config, folder)
-    finally:
-        runs.discard_if_empty(folder)
+    return run(settings, config, folder)
 
 
 def announce(settings: Settings) -> None:

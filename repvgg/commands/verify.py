@@ -9,6 +9,7 @@ are not, and the status is 1.
 from typing import Any
 
 from repvgg import cli
+from repvgg.signals import importing
 
 DEFAULTS: cli.Config = {"folder": None, "network": None, "trust": False}
 
@@ -20,6 +21,7 @@ def main() -> None:
 
 def verify(settings: dict[str, Any]) -> None:
     folder = cli.given_path(settings, "folder", "FOLDER")
-    from repvgg.deploy.run import verify_again  # takes seconds
+    with importing():
+        from repvgg.deploy.run import verify_again  # takes seconds
 
     verify_again(folder, settings["network"], trust=settings["trust"])

@@ -142,7 +142,8 @@ def one_run(
     Raises:
         ValueError: the command line holds one of them.
     """
-    if cli.SWEEP & set(arguments.options):
+    multirun = any("hydra.mode=MULTIRUN" in override for override in arguments.overrides)
+    if cli.SWEEP & set(arguments.options) or multirun:
         raise ValueError(f"-m: one checkpoint at a time; run {cli.command(command)} ckpt=PATH")
     for override in arguments.overrides:
         key, _, value = override.lstrip("+~").partition("=")

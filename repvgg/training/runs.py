@@ -83,15 +83,6 @@ def check_folder(folder: Path, *, resumed: bool, chosen: bool) -> None:
         )
 
 
-def discard_if_empty(folder: Path) -> None:
-    """Remove the folder that Hydra made for a run, and those above it in runs/, if empty."""
-    runs = cli.start_folder() / RUNS
-    for path in (folder, *(above for above in folder.parents if above.is_relative_to(runs))):
-        if path in (Path.cwd(), cli.start_folder()) or not path.is_dir() or any(path.iterdir()):
-            return
-        path.rmdir()
-
-
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is old or new, whenever the process is killed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

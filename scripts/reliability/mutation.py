@@ -16,7 +16,7 @@ import random
 import signal
 import time
 import types
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,8 +109,10 @@ def changes(module: str, file: Path) -> Iterator[Callable[[], Mutant]]:
     parents = wrapper.resolve(ParentNodeProvider)
     positions = wrapper.resolve(PositionProvider)
     for one in found:
-        node, names, is_message = one.original_node, [], False
-        while (node := parents.get(node)) is not None:
+        names: list[str] = []
+        is_message = False
+        node: libcst.CSTNode | None = one.original_node
+        while node is not None and (node := parents.get(node)) is not None:
             if isinstance(node, libcst.FunctionDef | libcst.ClassDef):
                 names.append(node.name.value)
             is_message |= isinstance(node, libcst.Raise | libcst.FormattedString)
@@ -134,7 +136,7 @@ def record(cache: Path) -> None:
 
     class Recorder:
         def __init__(self) -> None:
-            self.seconds: Counter[str] = Counter()
+            self.seconds: defaultdict[str, float] = defaultdict(float)
 
         def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
             self.seconds[report.nodeid] += report.duration

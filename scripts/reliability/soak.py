@@ -30,9 +30,9 @@ import torch
 from PIL import Image
 
 import repvgg
-from repvgg import cli
+from repvgg import cli, losses
 from repvgg.checks import check_integer
-from repvgg.contract import Description
+from repvgg.contract import Description, Plain
 from repvgg.export.formats import FORMATS
 from scripts.studies import report
 from scripts.studies.kills import ROOT, RUN, tensors, wait
@@ -111,8 +111,9 @@ def cycle(folder: Path, draw: random.Random, expected: dict[str, torch.Tensor]) 
     deployed = folder / "deploy"
     run_once(["deploy.py", f"ckpt={folder / 'checkpoints' / 'best.ckpt'}", "benchmark=false"])
     run_once(["-m", "repvgg", "verify", f"folder={deployed}"])
-    pixels = repvgg.data.digits().test[0][0, 0]
-    Image.fromarray(pixels.numpy()).save("digit.png")
+    data = repvgg.data.digits()
+    pixels, _ = data.read(data.test, torch.arange(1))
+    Image.fromarray(pixels[0, 0].numpy()).save("digit.png")
     run_once(["-m", "repvgg", "predict", f"model={deployed / 'model.onnx'}", "images=digit.png"])
     return stops
 
@@ -160,12 +161,12 @@ def in_process(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     data = repvgg.data.digits()
     images, labels = data.read(data.train, torch.arange(64))
-    config = {"name": "repvgg_tiny", "num_classes": 10, "in_channels": 1}
+    config: dict[str, Plain] = {"name": "repvgg_tiny", "num_classes": 10, "in_channels": 1}
     model = repvgg.create_model("repvgg_tiny", num_classes=10, in_channels=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for _ in range(5):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(images / 255), labels).backward()
+        losses.cross_entropy(model(images / 255), labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     folded = repvgg.switch_to_deploy(model)
     description = Description(config, data.contract)

@@ -75,8 +75,13 @@ def relative_error(reference: Tensor, candidate: Tensor) -> float:
 
 
 def agreement(expected: Tensor, given: Tensor) -> float:
-    """Top-1 agreement: the share of rows (N, K) with the same class as largest entry."""
-    return (expected.argmax(1) == given.argmax(1)).double().mean().item()
+    """Top-1 agreement: the share of rows (N, K) with the same class as largest entry.
+
+    A row with NaN agrees with none.
+    """
+    same = expected.argmax(1) == given.argmax(1)
+    known = ~(expected.isnan().any(1) | given.isnan().any(1))
+    return (same & known).double().mean().item()
 
 
 @torch.no_grad()
@@ -91,7 +96,12 @@ def compare(
         images: (N, C, H, W), float32 or float64.
         tolerance: the largest error that passes; by default that of the images' precision,
             1e-5 for float32 and 1e-10 for float64.
+
+    Raises:
+        ValueError: there are no images.
     """
+    if not len(images):
+        raise ValueError(f"images of shape {tuple(images.shape)}: there is nothing to compare")
     images = images.contiguous()
     expected, given = reference(images.double()), candidate(images)
     error = relative_error(expected, given)

@@ -223,7 +223,8 @@ class RepVGGBlock(nn.Module):
         continues, switch a copy (`repvgg.switch_to_deploy`).
 
         Raises:
-            ValueError: as `equivalent_kernel_bias`; the block is then unchanged.
+            ValueError: as `equivalent_kernel_bias`, or the folded weights are not finite in the
+                dtype of the block; the block is then unchanged.
         """
         if self.reparam is None:
             with torch.inference_mode(False), torch.no_grad():
@@ -294,6 +295,12 @@ class RepVGGBlock(nn.Module):
         assert self.branch_3x3 is not None
         conv, bn = self.branch_3x3.conv, self._main_norm()
         kernel, bias = self.equivalent_kernel_bias()
+        if not kernel.is_meta and not (kernel.isfinite().all() and bias.isfinite().all()):
+            raise ValueError(
+                f"the folded weights are NaN or too large for {kernel.dtype}: a weight or a "
+                "statistic of a branch is NaN or infinite, a variance is negative, or a scale is "
+                "huge"
+            )
         format = torch.contiguous_format
         if not conv.weight.is_contiguous() and conv.weight.is_contiguous(
             memory_format=torch.channels_last

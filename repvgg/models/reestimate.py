@@ -30,8 +30,8 @@ def reestimate_bn(
 
     Raises:
         ValueError: there is no batch; a batch is not a floating-point tensor of the network's
-            precision; the network cannot run on one; or every normalization is frozen. After any
-            error the statistics are the old ones.
+            precision; the network cannot run on one; the statistics are NaN or infinite; or every
+            normalization is frozen. After any error the statistics are the old ones.
     """
     if isinstance(batches, Tensor):
         raise ValueError(
@@ -79,6 +79,8 @@ def reestimate_bn(
             done = True
         if not done:
             raise ValueError("batches is empty: statistics need at least one batch of images")
+        if not all(buffer.isfinite().all() for bn in norms for buffer in bn.buffers()):
+            raise ValueError("the statistics are NaN or infinite: an image or a weight is so too")
     except BaseException:
         done = False
         raise

@@ -37,6 +37,7 @@ DEFAULTS: cli.Config = {
     "sample": 0,  # of each module with more; 0 is all
     "seed": 0,
     "workers": 2,
+    "most": 80,  # tests that a mutant gets, the fastest
     "cache": "runs/mutation",
     "out": None,
 }
@@ -83,7 +84,7 @@ def mutate(settings: dict[str, object]) -> None:
         mutants += [make() for make in found]
         print(f"{module}: {len(found)} of {total} mutants", flush=True)
     start = time.monotonic()
-    run(mutants, cache, int(str(settings["workers"])))
+    run(mutants, cache, int(str(settings["workers"])), int(str(settings["most"])))
     report(mutants, time.monotonic() - start)
     if settings["out"] is not None:
         rows = [{k: v for k, v in asdict(one).items() if k != "source"} for one in mutants]
@@ -157,7 +158,7 @@ def arguments() -> list[str]:
     return ["-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", *given]
 
 
-def run(mutants: list[Mutant], cache: Path, workers: int) -> None:
+def run(mutants: list[Mutant], cache: Path, workers: int, most: int) -> None:
     """Run the tests of every mutant, `workers` at a time."""
     import pytest
     from coverage import CoverageData
@@ -180,9 +181,11 @@ def run(mutants: list[Mutant], cache: Path, workers: int) -> None:
                 names = {context.partition("|")[0] for context in contexts} & items.keys()
                 names = {name for name in names if seconds.get(name, 0) < SLOW}
                 chosen = [items[name] for name in sorted(names, key=lambda n: seconds.get(n, 0))]
+                chosen = chosen[:most]
                 mutant.tests = len(chosen)
                 if not chosen:
                     mutant.outcome = "not run"
+                    print(shown(mutant), flush=True)
                     continue
                 limit = 20 + 5 * sum(seconds.get(item.nodeid, 0) for item in chosen)
                 if pid := os.fork():
@@ -200,12 +203,20 @@ def run(mutants: list[Mutant], cache: Path, workers: int) -> None:
     pytest.main(arguments(), plugins=[Runner()])
 
 
+def shown(mutant: Mutant) -> str:
+    before, after = (" ".join(text.split())[:90] for text in (mutant.before, mutant.after))
+    place = f"{mutant.file}:{mutant.line} {mutant.function}"
+    return f"{place}: {before}  ->  {after} [{mutant.outcome}, {mutant.tests} tests]"
+
+
 def collect(running: dict[int, tuple[Mutant, float]]) -> None:
     """Wait for a child, and end those that run too long."""
     for pid, (mutant, deadline) in list(running.items()):
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             mutant.outcome = "survived" if status == 0 else "killed"
+            if status == 0:
+                print(shown(mutant), flush=True)
             del running[pid]
         elif time.monotonic() > deadline:
             os.killpg(pid, signal.SIGKILL)
@@ -278,11 +289,7 @@ def functions(found: object) -> Iterator[types.FunctionType]:
 
 
 def report(mutants: list[Mutant], seconds: float) -> None:
-    """Print survivors, and a table by module."""
-    for one in mutants:
-        if one.outcome in ("survived", "not run"):
-            before, after = (" ".join(text.split())[:90] for text in (one.before, one.after))
-            print(f"{one.file}:{one.line} {one.function}: {before}  ->  {after} [{one.outcome}]")
+    """Print a table by module."""
     print(f"\n{'module':<12}{'mutants':>9}{'killed':>9}{'survived':>10}{'score':>9}")
     for module in [*dict.fromkeys(one.module for one in mutants), "all"]:
         own = [one for one in mutants if module in (one.module, "all")]

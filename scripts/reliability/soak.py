@@ -100,7 +100,8 @@ def cycle(folder: Path, draw: random.Random, expected: dict[str, torch.Tensor]) 
         if status == 0:
             break
         if status not in (-sent, 128 + sent):
-            raise ValueError(f"training ended with status {status} after {sent.name}; output.txt")
+            text = Path("output.txt").read_text()[-1000:]
+            raise ValueError(f"training ended with status {status} after {sent.name}: {text}")
         stops[sent.name] += 1
         left = max(0, left - 1)
     given = tensors(folder)

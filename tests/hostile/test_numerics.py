@@ -1,0 +1,234 @@
+"""Numbers in bad conditions: the result is right, or the error says what is wrong with them."""
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import repvgg
+from repvgg import losses, verify
+from tests.support.networks import settle
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+ALLOWED = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+LARGEST = {dtype: torch.finfo(dtype).max for dtype in DTYPES}
+
+# A value of the first channel of a BatchNorm -> whether any dtype can hold what it folds to.
+CONDITIONS: dict[str, tuple[str, float, bool]] = {
+    "variance 0": ("running_var", 0.0, True),
+    "variance 1e-30": ("running_var", 1e-30, True),
+    "variance below 0, within eps": ("running_var", -1e-6, True),
+    "variance infinite": ("running_var", math.inf, True),
+    "variance below 0": ("running_var", -1.0, False),
+    "variance NaN": ("running_var", math.nan, False),
+    "gamma 0": ("weight", 0.0, True),
+    "gamma below 0": ("weight", -3.0, True),
+    "gamma denormal": ("weight", 1e-7, True),
+    "gamma NaN": ("weight", math.nan, False),
+    "gamma infinite": ("weight", math.inf, False),
+    "beta NaN": ("bias", math.nan, False),
+    "beta infinite": ("bias", math.inf, False),
+    "mean NaN": ("running_mean", math.nan, False),
+    "mean infinite": ("running_mean", math.inf, False),
+}
+
+
+def check_channels(expected: Tensor, given: Tensor, allowed: float) -> None:
+    """Compare by channel: a large one hides no error of another."""
+    assert given.isfinite().all()
+    for mine, theirs in zip(expected.unbind(1), given.unbind(1), strict=True):
+        scale = mine.abs().max().clamp_min(1e-3)
+        assert ((mine - theirs.double()).abs().max() / scale).item() < allowed
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", CONDITIONS)
+@pytest.mark.parametrize("branch", ["branch_3x3", "branch_1x1", "branch_identity"])
+def test_a_block_folds_rightly_or_says_why_not(branch, kind, dtype):
+    torch.manual_seed(0)
+    block = settle(repvgg.RepVGGBlock(4, 4)).eval()
+    part = getattr(block, branch)
+    name, value, possible = CONDITIONS[kind]
+    with torch.no_grad():
+        getattr(getattr(part, "bn", part), name)[0] = value
+    block = block.to(dtype)
+    images = torch.rand(2, 4, 5, 5).to(dtype)
+    expected = copy.deepcopy(block).double()(images.double())
+
+    if possible:
+        block.switch_to_deploy()
+        check_channels(expected, block(images), ALLOWED[dtype])
+    else:
+        with pytest.raises(ValueError, match="folded weights are NaN or too large for"):
+            block.switch_to_deploy()
+        assert block.reparam is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_folded_weights_beyond_a_dtype_are_an_error(dtype):
+    """Every weight is finite, and the network's outputs too, in that dtype."""
+    torch.manual_seed(0)
+    block = settle(repvgg.RepVGGBlock(4, 4)).eval().to(dtype)
+    with torch.no_grad():
+        block.branch_3x3.conv.weight[0] *= 1e-3
+        block.branch_3x3.bn.weight[0] = LARGEST[dtype] / 2
+        block.branch_3x3.bn.running_var[0] = 0
+        block.branch_3x3.bn.eps = 1e-12
+    assert all(tensor.isfinite().all() for tensor in block.state_dict().values())
+
+    with pytest.raises(ValueError, match=f"too large for {dtype}"):
+        block.switch_to_deploy()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", CONDITIONS)
+def test_any_network_is_fused_rightly_or_says_why_not(kind, dtype):
+    torch.manual_seed(0)
+    network = settle(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))).eval()
+    name, value, possible = CONDITIONS[kind]
+    with torch.no_grad():
+        getattr(network[1], name)[0] = value
+    network = network.to(dtype)
+    images = torch.rand(2, 3, 6, 6).to(dtype)
+    expected = copy.deepcopy(network).double()(images.double())
+
+    fused, found = repvgg.fuse_conv_bn(network)
+
+    if possible:
+        check_channels(expected, fused(images), ALLOWED[dtype])
+    else:
+        assert list(found.kept.values()) == [f"0: the folded weights overflow {dtype}"]
+
+
+def test_branches_that_cancel_are_measured_by_the_certificate():
+    """One branch is 1e6 times the sum: float32 has no digits left, and the fold is as good."""
+    torch.manual_seed(0)
+    block = settle(repvgg.RepVGGBlock(4, 4)).eval()
+    with torch.no_grad():
+        center = torch.zeros_like(block.branch_3x3.conv.weight)
+        center[..., 1, 1] = 1e6 * torch.eye(4)
+        block.branch_3x3.conv.weight += center
+        for norm in (block.branch_3x3.bn, block.branch_1x1.bn):
+            norm.running_var.fill_(1 - norm.eps)
+            norm.weight.fill_(1)
+        block.branch_1x1.conv.weight[..., 0, 0] -= 1e6 * torch.eye(4)
+    images = torch.rand(2, 4, 5, 5)
+    double = copy.deepcopy(block).double()
+    expected = double(images.double())
+    own = verify.relative_error(expected, block(images))
+
+    block.switch_to_deploy()
+
+    assert own > 1e-4
+    assert verify.relative_error(expected, block(images)) < 1e-6
+
+
+NOT_EQUAL: dict[str, tuple[float, float]] = {
+    "NaN and NaN": (math.nan, math.nan),
+    "infinity and infinity": (math.inf, math.inf),
+    "infinity and 1": (math.inf, 1.0),
+    "NaN and 1": (math.nan, 1.0),
+    "1 and NaN": (1.0, math.nan),
+    "1 and infinity": (1.0, math.inf),
+    "0 and a little": (0.0, 1e-9),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_EQUAL)
+def test_what_is_no_number_never_passes(kind):
+    mine, theirs = NOT_EQUAL[kind]
+
+    verdict = verify.compare(
+        lambda _: torch.tensor([[mine, 0.0]]), lambda _: torch.tensor([[theirs, 0.0]]), IMAGES
+    )
+
+    assert not verdict.passed
+
+
+IMAGES = torch.rand(1, 3, 8, 8)
+
+
+def test_zeros_equal_zeros():
+    assert verify.compare(lambda _: torch.zeros(1, 2), lambda _: torch.zeros(1, 2), IMAGES).passed
+
+
+def test_nothing_is_compared_with_nothing():
+    with pytest.raises(ValueError, match="there is nothing to compare"):
+        verify.compare(lambda images: images, lambda images: images, torch.rand(0, 3))
+
+
+def test_rows_of_nan_agree_with_none():
+    rows = torch.tensor([[math.nan, 1.0], [0.0, 1.0]])
+
+    assert verify.agreement(rows, rows) == 0.5
+    assert verify.agreement(rows, torch.tensor([[0.0, 1.0], [0.0, 1.0]])) == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 3e4])
+def test_losses_of_extreme_logits_and_their_gradients_are_finite(scale, dtype):
+    first, second = (
+        (scale * torch.tensor(values)).to(dtype).requires_grad_()
+        for values in ([[1.0, -1.0, 0.5], [0.0, 0.0, 0.0]], [[-1.0, 1.0, 0.0], [1.0, -1.0, 1.0]])
+    )
+    targets = torch.tensor([1, 2])
+
+    loss = losses.rdrop_loss(first, second, targets, alpha=1.0, label_smoothing=0.1)
+    loss.total.backward()
+
+    assert loss.total.isfinite()
+    for logits in (first, second):
+        assert logits.grad.isfinite().all()
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return settle(repvgg.create_model("repvgg_tiny", num_classes=3)).eval()
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 16, 16), (1, 3, 1, 1), (1, 3, 1, 40), (2, 3, 33, 7)], ids=str
+)
+def test_images_of_any_size_are_folded_rightly(shape):
+    model, images = network(), torch.rand(shape)
+    expected = copy.deepcopy(model).double()(images.double())
+
+    given = repvgg.switch_to_deploy(model)(images)
+
+    assert given.shape == expected.shape == (shape[0], 3)
+    assert verify.relative_error(expected, given) < 1e-5
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels last": lambda images: images.contiguous(memory_format=torch.channels_last),
+    "expanded": lambda images: images[:1, :, :1, :1].expand(2, 3, 16, 16),
+    "reversed": lambda images: images.flip(3)[..., ::2],
+    "requires gradients": lambda images: images.clone().requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_images_of_any_layout_are_folded_rightly(kind):
+    model, images = network(), LAYOUTS[kind](torch.rand(2, 3, 16, 16))
+
+    assert verify.compare(
+        copy.deepcopy(model).double(), repvgg.switch_to_deploy(model), images
+    ).passed
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_statistics_of_images_that_are_no_numbers_are_refused(value):
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    images = torch.rand(4, 3, 16, 16)
+    images[0, 0, 0, 0] = value
+
+    with pytest.raises(ValueError, match="statistics are NaN or infinite"):
+        repvgg.reestimate_bn(model, [images])
+    with pytest.raises(ValueError, match="NaN or inf"):
+        repvgg.switch_to_train(repvgg.switch_to_deploy(model), images)
+
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -51,13 +51,13 @@ def wrong_value(
     return ArgumentError(f"{argument}={given}: {allowed}{shown}", argument)
 
 
-def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+def did_you_mean(given: object, allowed: Iterable[str]) -> str:
     """A hint at the allowed word that is most like the given one; empty if none is close."""
-    close = difflib.get_close_matches(given, list(allowed), n=1)
+    close = difflib.get_close_matches(str(given), list(allowed), n=1)
     return f"did you mean {close[0]}? " if close else ""
 
 
-def listed(given: str, allowed: Iterable[str]) -> str:
+def listed(given: object, allowed: Iterable[str]) -> str:
     """The allowed words for an error: all of a few, else the closest and how many more there are.
 
     Places are filled with the first words.
@@ -65,7 +65,7 @@ def listed(given: str, allowed: Iterable[str]) -> str:
     words = list(allowed)
     if len(words) <= MOST_LISTED:
         return ", ".join(words)
-    near = difflib.get_close_matches(given, words, n=FEW)
+    near = difflib.get_close_matches(str(given), words, n=FEW)
     shown = list(dict.fromkeys([*near, *words]))[:FEW]
     return f"{', '.join(shown)} and {len(words) - FEW} more"
 

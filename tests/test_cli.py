@@ -115,7 +115,12 @@ def test_a_job_gets_the_composed_configuration_as_plain_types(command):
     ("arguments", "error", "line"),
     [
         ([], ValueError("rdrop=-1:\n  must be at least 0"), "rdrop=-1: must be at least 0"),
-        ([], OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (
+            [],
+            OSError(28, "No space left on device"),
+            "the disk is full (No space left on device): what was whole before is kept; free some "
+            "space, or pass another folder, and run it again",
+        ),
         (
             ["size=smal"],
             None,

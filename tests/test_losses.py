@@ -186,3 +186,76 @@ def test_an_impossible_weight_of_the_kl_is_an_error(alpha):
 def test_predictions_of_different_shape_are_an_error():
     with pytest.raises(ValueError, match="differ in shape"):
         rdrop_loss(logits(1), logits(2)[:3], TARGETS, alpha=1.0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "given"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_a_loss_of_the_user_gets_the_targets_and_logits_of_float32_at_least(dtype, given):
+    seen = []
+
+    def own(logits, targets):
+        seen.append((logits, targets))
+        return logits.sum()
+
+    first, second = torch.ones(2, 3, dtype=dtype), torch.zeros(2, 3, dtype=dtype)
+    targets = torch.tensor([0, 2])
+
+    total = rdrop_loss(first, second, targets, alpha=0.0, loss=own)
+
+    assert [logits.dtype for logits, _ in seen] == [given, given]
+    assert all(passed is targets for _, passed in seen)
+    assert total.total == 3  # the mean of 6 and 0
+
+
+@pytest.mark.parametrize("row", [[0.0, 1.0], [0.005, 1.0], [1.0, 0.0]])
+def test_probabilities_may_be_zero_and_sum_to_almost_one(row):
+    cross_entropy(torch.zeros(1, 2), torch.tensor([row]))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([0.5, 0.6], r"sum is 1\.1"),
+        ([0.5, 0.3], r"sum is 0\.8"),
+        ([math.inf, 0.0], "hold NaN, inf or negative"),
+        ([-0.1, 1.1], "hold NaN, inf or negative"),
+    ],
+)
+def test_what_are_no_probabilities_is_refused(row, message):
+    targets = torch.tensor([[0.5, 0.5], row])
+
+    with pytest.raises(ValueError, match=message):
+        cross_entropy(torch.zeros(2, 2), targets)
+
+
+def test_losses_without_options_smooth_nothing():
+    logits, targets = torch.tensor([[2.0, 0.0]]), torch.tensor([0])
+    expected = F.cross_entropy(logits, targets)
+
+    assert cross_entropy(logits, targets) == expected
+    assert rdrop_loss(logits, logits, targets, alpha=1.0).total == expected
+
+
+def test_a_batch_of_no_images_has_targets_that_fit():
+    loss = cross_entropy(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
+
+    assert loss.isnan()  # the mean of nothing, as torch has it
+
+
+def test_smoothing_beside_a_loss_of_the_user_is_an_error():
+    with pytest.raises(ValueError, match=r"label_smoothing=0\.1: is of the cross-entropy"):
+        rdrop_loss(
+            torch.zeros(1, 2),
+            torch.zeros(1, 2),
+            torch.tensor([0]),
+            alpha=1.0,
+            label_smoothing=0.1,
+            loss=lambda logits, targets: logits.sum(),
+        )

@@ -3,7 +3,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from repvgg.reparam import Affine, bare_affine, fold_bn, identity_kernel, merge, pad_kernel
+from repvgg.reparam import (
+    Affine,
+    bare_affine,
+    bn_affine,
+    fold_bn,
+    identity_kernel,
+    merge,
+    pad_kernel,
+    scale_input,
+)
 from tests.support.networks import relative_error, settle
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -166,3 +175,44 @@ def test_kernels_of_different_shapes_are_not_merged():
 
     with pytest.raises(ValueError, match="pad them"):
         merge(one, three)
+
+
+@pytest.mark.parametrize("missing", ["running_mean", "running_var"])
+def test_half_of_the_statistics_are_none(missing):
+    bn = nn.BatchNorm2d(4)
+    setattr(bn, missing, None)
+
+    with pytest.raises(ValueError, match="without running statistics"):
+        bn_affine(bn)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_sum_has_the_dtype_of_the_first_branch(dtype):
+    parts = [Affine(torch.ones(2, 2, 3, 3, dtype=dtype), torch.ones(2, dtype=dtype))] * 2
+
+    total = merge(*parts)
+
+    assert (total.kernel.dtype, total.bias.dtype) == (dtype, dtype)
+    assert torch.equal(total.kernel, 2 * parts[0].kernel)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scaled_inputs_keep_the_dtype_of_the_kernel(dtype):
+    kernel = torch.ones(2, 3, 1, 1, dtype=dtype)
+    scale, shift = torch.arange(1, 4).double(), torch.ones(3).double()
+
+    scaled = scale_input(kernel, torch.zeros(2, dtype=dtype), scale, shift)
+
+    assert (scaled.kernel.dtype, scaled.bias.dtype) == (dtype, dtype)
+    assert scaled.kernel[0, :, 0, 0].tolist() == [1, 2, 3]
+    assert scaled.bias.tolist() == [3, 3]
+
+
+def test_a_kernel_is_made_where_the_weights_are():
+    kernel = identity_kernel(4, 1, dtype=torch.float32, device=torch.device("meta"))
+
+    assert kernel.is_meta
+
+
+def test_an_identity_has_no_groups_unless_they_are_passed():
+    assert identity_kernel(4).shape == (4, 4, 1, 1)

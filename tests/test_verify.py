@@ -6,7 +6,16 @@ import torch
 from torch import nn
 
 import repvgg
-from repvgg.verify import compare, compare_blocks, compare_modules, relative_error
+from repvgg.verify import (
+    Verdict,
+    agreement,
+    compare,
+    compare_blocks,
+    compare_modules,
+    first_difference,
+    float32_bound,
+    relative_error,
+)
 from tests.support.networks import settle
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -142,3 +151,55 @@ def test_a_module_that_is_called_less_often_is_not_compared():
 
 def test_nothing_equals_nothing():
     assert relative_error(torch.empty(0, 4), torch.empty(0, 4)) == 0
+
+
+@pytest.mark.parametrize(
+    ("own", "bound"),
+    [
+        (0.0, 1e-5),
+        (2e-6, 1e-5),  # four times that is less than is usual
+        (1e-4, 4e-4),
+        (1.0, 1e-2),  # no more than this
+        (float("nan"), 1e-5),
+        (float("inf"), 1e-5),
+    ],
+)
+def test_the_bound_is_four_times_the_own_error_between_two_limits(own, bound):
+    assert float32_bound(own) == pytest.approx(bound, rel=1e-12)
+
+
+def test_a_verdict_on_what_are_no_logits_has_no_agreement():
+    assert Verdict(0.0, 0.0).agreement is None
+    assert Verdict(0.0, 0.0).passed
+
+
+def test_agreement_is_by_rows():
+    expected = torch.tensor([[0.0, 1.0, 2.0], [5.0, 1.0, 2.0]])
+
+    assert agreement(expected, torch.tensor([[0.0, 1.0, 2.0], [1.0, 5.0, 2.0]])) == 0.5
+
+
+def test_the_first_difference_is_the_first_beyond_the_tolerance():
+    network = chain()
+    changed = copy.deepcopy(network)
+    changed[2].bias.data.add_(0.25)
+    images = torch.ones(1, 3).double()
+    error = compare_modules(network, changed, [images])["2"]
+
+    def first(tolerance: float) -> object:
+        return first_difference(network, changed, images, tolerance=tolerance, among=["0", "2"])
+
+    assert first(0.0) == ("2", error)
+    assert first(error) is None  # what is allowed is no difference
+
+
+def test_networks_of_other_outputs_differ_without_end():
+    class Two(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    found = first_difference(
+        nn.Identity(), nn.Sequential(Two()), torch.ones(1, 3), tolerance=1.0, among=[]
+    )
+
+    assert found == ("", float("inf"))

@@ -9,13 +9,14 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn, cast
 
 from repvgg import streams
-from repvgg.checks import escape
+from repvgg.checks import brief, escape
 from repvgg.cli.mistakes import FULL_ERROR, Config, explain, fail
 from repvgg.cli.names import command, subcommand
 from repvgg.signals import end_at_once, end_on_signals
@@ -134,6 +135,7 @@ def run(
     register_resolvers()
     Sweep.current, failed = None, 0
     end_on_signals()
+    threading.excepthook = lambda failed: report_thread(failed.exc_value)
     try:
         plan = prepare(parse_arguments(given[len(words) :]))
         try:
@@ -202,11 +204,19 @@ def parse_arguments(arguments: list[str]) -> Arguments:
     return Arguments(options, [quote_path(argument) for argument in overrides])
 
 
+def report_thread(error: BaseException | None) -> None:
+    """One line for what ended a thread, such as the one that writes the events of TensorBoard."""
+    if error is not None and is_from_user_code(error):
+        traceback.print_exception(error)
+    else:
+        print(escape(f"a thread ended: {brief(error)}"), file=sys.stderr, flush=True)
+
+
 def discard_if_empty(folder: Path) -> None:
     """Remove the folder that Hydra made for a run, and those above it in this one, if empty."""
     start = start_folder()
     for path in (folder, *(above for above in folder.parents if above.is_relative_to(start))):
-        if path in (Path.cwd(), start) or not path.is_dir() or any(path.iterdir()):
+        if path == start or not path.is_dir() or any(path.iterdir()):
             return
         path.rmdir()
 

@@ -6,6 +6,7 @@ Here they become one line that names keys of the command line.
 
 import contextlib
 import difflib
+import errno
 import re
 import shlex
 import sys
@@ -20,6 +21,7 @@ from repvgg.targets import is_from_user_code
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # =1 shows tracebacks
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk
 LONGEST = 600  # characters of a message
 
 PLUGINS = (  # of the extra `sweep`
@@ -100,6 +102,12 @@ def explain(error: Exception, config: Path, settings: Mapping[str, object]) -> s
         if cause is not None and (isinstance(cause, ValueError) or by_lightning):
             return name_keys(cause, settings)
         return name_keys(error, settings)
+    if isinstance(error, OSError) and error.errno in FULL:
+        place = f" for {error.filename}" if error.filename else ""
+        return (
+            f"the disk is full{place} ({error.strerror}): what was whole before is kept; free some "
+            "space, or pass another folder, and run it again"
+        )
     if isinstance(error, ValueError | OSError):
         return name_keys(error, settings)
     return None

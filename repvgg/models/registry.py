@@ -103,7 +103,7 @@ def create_model(
     Raises:
         ValueError: the name or an override is unknown, or a value is outside its range.
     """
-    if name not in _VARIANTS:
+    if not isinstance(name, str) or name not in _VARIANTS:
         raise unknown_name("name", str(name), list_models(), what="model")
     depths, multipliers, extra = _VARIANTS[name]
     widths = _widths(multipliers)

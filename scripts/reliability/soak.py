@@ -173,7 +173,8 @@ def in_process(folder: Path) -> None:
     description = Description(config, data.contract)
     for name in ("safetensors", "onnx"):
         path = folder / FORMATS[name].filename
-        FORMATS[name].save(folded, path, description)
+        if name == "safetensors" or not path.exists():  # torch.export keeps 0.6 MB of each export
+            FORMATS[name].save(folded, path, description)
         repvgg.export.open_artifact(path)(images / 255)
 
 

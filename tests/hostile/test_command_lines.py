@@ -12,6 +12,8 @@ FOUND = [
     Line("train", ["model=repvgg_tiny", "--info"]),
     Line("deploy", ["verify=deployed", "hydra.mode=MULTIRUN"]),
     Line("deploy", ["ckpt=x.ckpt", f"out={'x' * 100_000}"]),
+    Line("train", ["hydra.job.chdir=true", "deployed_validation=[null]"]),
+    Line("train", ["objective=null", "logger=csv", "model=repvgg_tiny"]),
     Line("predict", ["model=deployed/model.safetensors", f"images={'[' * 5000}"]),
 ]
 

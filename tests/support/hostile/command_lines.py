@@ -224,7 +224,8 @@ class Place:
         except Exception as failed:  # it did not end, or wrote what is no text
             status, error = -1, repr(failed)
         seconds = time.monotonic() - start
-        fault = self._fault(status, error)
+        sweep = {"-m", "--multirun", "hydra.mode=MULTIRUN"} & {*line.arguments}
+        fault = self._fault(status, error, sweep=bool(sweep))
         if self.state() != self.before:
             self.fill()
             shutil.rmtree(self.temporary)
@@ -232,7 +233,7 @@ class Place:
             self.before = self.state()
         return Outcome(line, status, error, seconds, fault)
 
-    def _fault(self, status: int, error: str) -> str:
+    def _fault(self, status: int, error: str, *, sweep: bool = False) -> str:
         if status < 0:
             return f"ended by {-status}: {error[:200]}"
         if "Traceback" in error:
@@ -244,6 +245,8 @@ class Place:
             for line in error.splitlines()
             if "Warning" not in line and "warnings.warn" not in line
         ]
+        if sweep:  # a line for each of its jobs
+            said = said[-1:]
         if len(said) != 1:
             return f"{len(said)} lines"
         if not re.match(r"(repvgg \w+|train\.py|deploy\.py|usage)?:? ?", said[0]):

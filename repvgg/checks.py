@@ -5,6 +5,7 @@ import importlib
 import math
 import re
 import reprlib
+import sys
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 
@@ -130,7 +131,7 @@ def check_number(
         allowed += f" and below {below:g}"
     if isinstance(given, bool) or not isinstance(given, int | float):
         raise wrong_value(argument, given, allowed, example)
-    if not minimum <= given < below:
+    if not minimum <= given < below or given > sys.float_info.max:  # as an integer may be
         raise wrong_value(argument, given, allowed, example)
     return float(given)
 

@@ -3,13 +3,14 @@
 Only names that the user passed belong here. A checkpoint or the folder of a run never names code.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +18,13 @@ from repvgg.checks import ArgumentError, did_you_mean, wrong_value
 
 FROM_USER_CODE = "_from_user_code"  # attribute of an error that was sent to another process
 LONGEST_SIGNATURE = 300  # characters
-LIBRARIES = {"torch", "torchvision", "lightning", "timm"}  # whose errors speak of arguments
+LIBRARIES = {
+    "torch",
+    "torchvision",
+    "lightning",
+    "timm",
+    "repvgg",
+}  # whose errors speak of arguments
 INSTALLED = {"site-packages", "dist-packages"}  # folders of packages, in any environment
 CLONE = Path(__file__).absolute().parents[1]
 NOT_THE_USERS = [CLONE / "repvgg", CLONE / "scripts", Path(sysconfig.get_path("stdlib"))]
@@ -145,8 +152,19 @@ def call(
             LIBRARIES and rejects the values. Other errors of its own pass through.
     """
     check_arguments(function, key, target, *positional, **arguments)
-    try:
+    with rejections(function, key, target):
         return function(*positional, **arguments)
+
+
+@contextlib.contextmanager
+def rejections(function: Callable[..., object], key: str, target: str) -> Iterator[None]:
+    """Blame the arguments for an error of what a function or class of a library made.
+
+    Raises:
+        ArgumentError: in the place of such an error. Errors of the user's own code pass through.
+    """
+    try:
+        yield
     except Exception as error:  # libraries raise any kind for a wrong value
         library = str(getattr(function, "__module__", "")).partition(".")[0]
         if library not in LIBRARIES or is_from_user_code(error):

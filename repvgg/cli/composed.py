@@ -218,6 +218,8 @@ def discard_if_empty(folder: Path) -> None:
     for path in (folder, *(above for above in folder.parents if above.is_relative_to(start))):
         if path == start or not path.is_dir() or any(path.iterdir()):
             return
+        if path == Path.cwd():  # by hydra.job.chdir; Hydra leaves it only later
+            os.chdir(start)
         path.rmdir()
 
 

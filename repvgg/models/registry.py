@@ -185,6 +185,8 @@ def build_model(config: ModelConfig, *, network: Factory | None = None) -> nn.Mo
     library = arguments.pop("library", "repvgg")
     if not isinstance(library, str) or library not in builders:
         raise wrong_value("library", library, f"must be one of {', '.join(builders)}", "repvgg")
+    if not isinstance(config.get("name", ""), str):
+        raise wrong_value("name", config.get("name"), "must be the name of a model", "repvgg_a0")
     if network is not None and library != "custom":
         raise ArgumentError(
             f"network: {config.get('name')} of {library} needs no code of yours; leave network out",

@@ -16,6 +16,7 @@ from repvgg.training import resuming
 from repvgg.training.classifier import Classifier
 from repvgg.training.criterion import check_loss
 from repvgg.training.loggers import check_loggers
+from repvgg.training.optimizers import try_schedule
 from repvgg.training.parts import Part
 from repvgg.training.settings import Settings
 
@@ -51,8 +52,8 @@ def check_parts(
         ValueError: one of them is not what it must be. Their own errors pass through.
     """
     optimizer = module.make_optimizer()
-    if module.scheduler is not None:
-        module.scheduler.make(optimizer)
+    if settings.scheduler is not None and module.scheduler is not None:
+        try_schedule(settings.scheduler, module.scheduler, optimizer)
     if settings.loss is not None and module.loss is not None:
         kinds = [labels]  # validation has classes, also beside mixtures
         if settings.mixup or settings.cutmix:

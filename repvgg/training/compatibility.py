@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
+from lightning.pytorch.profilers import Profiler
 from torch import Tensor, nn
 
 from repvgg import checkpoint
@@ -26,8 +28,9 @@ from repvgg.models.libraries import Factory
 from repvgg.models.modes import evaluating
 from repvgg.models.network import RepVGG
 from repvgg.models.registry import build_model
-from repvgg.targets import is_from_user_code, make_importable
+from repvgg.targets import check_arguments, is_from_user_code, make_importable
 from repvgg.training import callbacks, processes, resuming, schedule
+from repvgg.training.parts import read_part
 from repvgg.training.schedule import Steps
 from repvgg.training.settings import Settings, TrainerArguments, section
 from repvgg.training.setup import build_classifier
@@ -51,7 +54,16 @@ def check_trainer(arguments: TrainerArguments) -> None:
     """Build a trainer without parts: an error in its arguments shows before data is read."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     make_importable(arguments.scalars())
-    instantiate({**arguments.scalars(), **quiet, "enable_model_summary": False}, _convert_="all")
+    for key, value in arguments.others.items():
+        part = read_part(f"trainer.{key}", value) if isinstance(value, dict) else None
+        if part is not None:  # before it is built: a profiler without its arguments prints errors
+            check_arguments(part.function(), part.key, part.name, **part.arguments)
+    given = {**arguments.scalars(), **quiet, "enable_model_summary": False}
+    trainer: L.Trainer = instantiate(given, _convert_="all")
+    profiler: object = vars(trainer)["profiler"]  # Lightning sets it outside of the class
+    if not isinstance(profiler, Profiler):
+        allowed = "must be simple, advanced or pytorch"
+        raise wrong_value("trainer.profiler", given["profiler"], allowed, "simple")
 
 
 def check_network(settings: Settings, arguments: ModelConfig, factory: Factory | None) -> None:

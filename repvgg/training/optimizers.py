@@ -3,6 +3,7 @@
 import functools
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
@@ -11,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from repvgg.targets import signature_of
+from repvgg.targets import rejections, signature_of
 from repvgg.training.parts import Part
 from repvgg.training.schedule import Steps
 
@@ -51,10 +52,12 @@ class MakeScheduler(NamedTuple):
     Attributes:
         make: from the optimizer.
         interval: "step" or "epoch", after which the rate changes.
+        length: of the run, in such intervals.
     """
 
     make: Callable[[Optimizer], Scheduler]
     interval: str
+    length: int
 
 
 def optimizer_maker(part: Part) -> MakeOptimizer:
@@ -82,8 +85,24 @@ def scheduler_maker(part: Part, interval: str | None, steps: Steps) -> MakeSched
     if "steps_per_epoch" in part.arguments:  # another way to give the length
         filled.pop("total_steps", None)
     return MakeScheduler(
-        functools.partial(_make_scheduler, part, filled, "max_lr" in known), interval
+        functools.partial(_make_scheduler, part, filled, "max_lr" in known), interval, length
     )
+
+
+def try_schedule(part: Part, maker: MakeScheduler, optimizer: Optimizer) -> None:
+    """Make a schedule and take its first steps, which compute with its arguments.
+
+    Raises:
+        ArgumentError: a library rejects an argument. Errors of the user's own code pass through.
+    """
+    scheduler = maker.make(optimizer)
+    with warnings.catch_warnings(), rejections(part.function(), part.key, part.name):
+        warnings.simplefilter("ignore")  # torch's: the optimizer has taken no step
+        for number in range(1, min(maker.length, 2) + 1):
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(1.0)
+            else:
+                step_scheduler(scheduler, number if maker.interval == "step" else None, number)
 
 
 def for_lightning(

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -60,6 +61,10 @@ class TensorBoard(TensorBoardLogger):
         **arguments: Any,
     ) -> None:
         super().__init__(save_dir, name, version, default_hp_metric=False, **arguments)
+        os.fspath(self.log_dir)  # raises if name or version are no names
+        if self._kwargs:  # the writer is made when the run has started: they are tried before
+            with TemporaryDirectory() as folder, SummaryWriter(folder, **self._kwargs):
+                pass
         self.pictures = pictures
 
     @rank_zero_only

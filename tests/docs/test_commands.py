@@ -59,7 +59,7 @@ COMMANDS = [command for page in PAGES for command in page.commands]
 OURS = [
     command
     for command in COMMANDS
-    if command.program.endswith(".py") or command.program in __main__.MODULES
+    if command.program.endswith(".py") or command.program in cli.COMMANDS
 ]
 STUDIES = [command for command in COMMANDS if command.program.startswith("scripts.")]
 
@@ -212,7 +212,8 @@ def test_a_command_that_cannot_run_here_composes(command):
 
 def defaults(program: str) -> set[str]:
     """The keys of a command or script that Hydra does not configure."""
-    return {*importlib.import_module(__main__.MODULES.get(program, f"scripts.{program}")).DEFAULTS}
+    place = f"repvgg.commands.{program}" if program in cli.COMMANDS else f"scripts.{program}"
+    return {*importlib.import_module(__main__.MODULES.get(program, place)).DEFAULTS}
 
 
 @pytest.mark.parametrize("command", [one for one in OURS if not one.is_whole], ids=str)

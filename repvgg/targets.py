@@ -18,13 +18,7 @@ from repvgg.checks import ArgumentError, did_you_mean, wrong_value
 
 FROM_USER_CODE = "_from_user_code"  # attribute of an error that was sent to another process
 LONGEST_SIGNATURE = 300  # characters
-LIBRARIES = {
-    "torch",
-    "torchvision",
-    "lightning",
-    "timm",
-    "repvgg",
-}  # whose errors speak of arguments
+LIBRARIES = {"torch", "torchvision", "lightning", "timm", "repvgg"}  # their errors name arguments
 INSTALLED = {"site-packages", "dist-packages"}  # folders of packages, in any environment
 CLONE = Path(__file__).absolute().parents[1]
 NOT_THE_USERS = [CLONE / "repvgg", CLONE / "scripts", Path(sysconfig.get_path("stdlib"))]

@@ -56,7 +56,8 @@ def check_trainer(arguments: TrainerArguments) -> None:
     make_importable(arguments.scalars())
     for key, value in arguments.others.items():
         part = read_part(f"trainer.{key}", value) if isinstance(value, dict) else None
-        if part is not None:  # before it is built: a profiler without its arguments prints errors
+        if part is not None and "_args_" not in part.arguments:
+            # Before it is built: a profiler that is not prints an error when it is deleted.
             check_arguments(part.function(), part.key, part.name, **part.arguments)
     given = {**arguments.scalars(), **quiet, "enable_model_summary": False}
     trainer: L.Trainer = instantiate(given, _convert_="all")

@@ -121,6 +121,34 @@ class LastCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Ignore the saved state: the next epoch is written in any case."""
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                _check_restored(callback)
+
+
+def _check_restored(callback: ModelCheckpoint) -> None:
+    """Check the paths that a resumed checkpoint gave a callback, which removes them later.
+
+    Raises:
+        ValueError: removing one would remove something outside of the callback's folder.
+    """
+    folder = Path(callback.dirpath or "")
+    paths = [callback.best_model_path, callback.kth_best_model_path, callback.last_model_path]
+    for path in filter(None, [*paths, *callback.best_k_models]):
+        if "://" in path or "::" in path:  # Lightning removes these wherever they are
+            wrong = not path.startswith(f"{callback.dirpath}/") or ".." in path.split("/")
+        else:  # it compares names alone, where a/../../b is in a
+            place = Path(path).absolute()
+            inside = folder.absolute() in place.parents
+            wrong = inside and folder.resolve() not in place.resolve().parents
+        if wrong:
+            raise ValueError(
+                f"the resumed checkpoint names {path!r} as one that {type(callback).__name__} may "
+                f"remove; that is outside of its folder {folder}; resume only runs that you trust"
+            )
+
 
 class WholeFileIO(TorchCheckpointIO):
     """Writes a checkpoint whole or not at all: into a temporary file, which is then renamed.

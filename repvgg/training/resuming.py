@@ -152,8 +152,17 @@ def read_config(folder: Path) -> dict[str, object]:
             interpolation, which Hydra would resolve, to code too. `record` writes none.
     """
     config = read_record(folder / CONFIG)
-    if not isinstance(config, dict) or any(
-        not isinstance(config.get(key), dict) for key in ("data", "model", "optim", "trainer")
+    if (
+        not isinstance(config, dict)
+        or any(
+            not isinstance(config.get(key), dict) for key in ("data", "model", "optim", "trainer")
+        )
+        or any(
+            not isinstance(key, str)  # arguments of a callback may have numbers as keys
+            for part in (config, *config.values())
+            if isinstance(part, dict)
+            for key in part
+        )
     ):
         raise ValueError(
             f"resume={relative(folder / LAST)}: {relative(folder / CONFIG)} is damaged: it is not "
@@ -267,7 +276,7 @@ def _require_own_code(
     """
     typed = {one.key_or_group.lstrip("+"): str(one.value()) for one in passed}
     for key, value in _leaves(recorded):
-        if key.startswith(WRITING) and _is_elsewhere(value) and typed.get(key) != value:
+        if key.startswith(WRITING) and _is_elsewhere(value) and typed.get(key) != str(value):
             raise ValueError(
                 f"resume={relative(folder / LAST)}: {relative(folder / CONFIG)} names a place "
                 f"outside of the run's folder; if you trust it, pass {key}={value} too"
@@ -280,7 +289,7 @@ def _require_own_code(
         if key.endswith("_target_")
     }
     for key, target in _leaves(recorded):
-        if not key.endswith("_target_") or target is None or target in named:
+        if not key.endswith("_target_") or target is None or str(target) in named:
             continue
         if _OWN_CODE.fullmatch(str(target)):
             continue
@@ -291,9 +300,12 @@ def _require_own_code(
 
 
 def _is_elsewhere(value: object) -> bool:
-    """Whether a value is an address, or a path that leaves the folder."""
+    """Whether a value, or one of a list, is an address, or a path that leaves the folder."""
+    if isinstance(value, list):
+        return any(map(_is_elsewhere, value))
     text = value.removeprefix("sqlite:///") if isinstance(value, str) else ""
-    return "://" in text or text.startswith(("/", "~")) or ".." in Path(text).parts
+    scheme = re.match(r"[\w+.-]+:", text)  # file:/etc, simplecache::/etc
+    return bool(scheme) or text.startswith(("/", "~")) or ".." in Path(text).parts
 
 
 def _with_missing(recorded: Config, composed: Config) -> dict[str, object]:
@@ -318,15 +330,15 @@ def _leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, object]]:
         elif isinstance(value, list) and any(isinstance(part, dict | list) for part in value):
             yield from _leaves({str(i): part for i, part in enumerate(value)}, f"{prefix}{key}.")
         else:
-            yield prefix + key, value
+            yield f"{prefix}{key}", value  # YAML has keys that are numbers
 
 
 def _get(config: object, key: str, missing: object = None) -> object:
     for part in key.split("."):
         if isinstance(config, list) and part.isdigit() and int(part) < len(config):
             config = config[int(part)]
-        elif isinstance(config, dict) and part in config:
-            config = config[part]
+        elif isinstance(config, dict) and part in (named := {str(key): key for key in config}):
+            config = config[named[part]]
         else:
             return missing
     return config

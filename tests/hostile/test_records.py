@@ -45,6 +45,8 @@ DAMAGED = {
     "an interpolation": b"optim: {lr: '${oc.env:HOME}'}",
     "an interpolation of itself": b"optim: ${optim}",
     "a bad interpolation": b"optim: {lr: '${'}",
+    "a number as a key": yaml.safe_dump(CONFIG | {3: 4}).encode(),
+    "a number as a key of a section": yaml.safe_dump(CONFIG | {"optim": {1: 2}}).encode(),
     "hydra": yaml.safe_dump(CONFIG | {"hydra": {"job_logging": LOGGING}}).encode(),
 }
 # A configuration that names code of others.
@@ -64,6 +66,7 @@ CODE = {
     "an unknown section": CONFIG | {"other": CALL},
     "a method": CONFIG | {"data": {"_target_": "hydra.utils.get_method", "path": "os.system"}},
     "a lookup": CONFIG | {"data": {"_target_": "builtins.eval", "_args_": ["1"]}},
+    "a name in a list": CONFIG | {"data": {"_target_": ["os.system"]}},
 }
 ELSEWHERE = {
     "a profile": {
@@ -78,6 +81,22 @@ ELSEWHERE = {
     "checkpoints": {
         "callbacks": {
             "mine": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "~/x"}
+        }
+    },
+    "a positional argument": {
+        "logger": {"mine": {"_target_": "lightning.pytorch.loggers.CSVLogger", "_args_": ["/x"]}}
+    },
+    "an address of a file": {
+        "logger": {
+            "mine": {
+                "_target_": "lightning.pytorch.loggers.MLFlowLogger",
+                "tracking_uri": "file:/x",
+            }
+        }
+    },
+    "an address within another": {
+        "logger": {
+            "mine": {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "dir::/x"}
         }
     },
 }
@@ -146,6 +165,22 @@ def test_a_place_outside_of_the_run_has_to_be_typed_again(kind, folder):
     write(folder / runs.CONFIG, CONFIG | ELSEWHERE[kind])
 
     refused("names a place outside of the run's folder")
+
+
+def test_a_place_in_a_list_that_is_typed_again_is_resumed(folder):
+    config = CONFIG | ELSEWHERE["a positional argument"]
+    write(folder / runs.CONFIG, config)
+
+    assert resume("+logger.mine._args_=[/x]")["logger"] == config["logger"]
+
+
+def test_an_argument_of_a_callback_may_have_numbers_as_keys(folder):
+    name = "lightning.pytorch.callbacks.GradientAccumulationScheduler"
+    config = CONFIG | {"callbacks": {"mine": {"_target_": name, "scheduling": {0: 2}}}}
+    write(folder / runs.CONFIG, config)
+
+    assert resume()["callbacks"] == config["callbacks"]
+    assert len(resuming.describe_changes(config, folder)) == 1, "nothing differs"
 
 
 @pytest.mark.parametrize(

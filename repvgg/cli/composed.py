@@ -5,6 +5,7 @@ Everything else stays Hydra's.
 """
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -164,7 +165,9 @@ def run(
             raise
         if failed:
             message = f"{failed} of the sweep's jobs failed; {message}"
-        if isinstance(error, OSError) and error.filename and not started:  # by Hydra, for the run
+        long_key = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG  # as a group
+        if isinstance(error, OSError) and error.filename and not started and not long_key:
+            # By Hydra, for the run.
             message += "; change to a folder that you can write to, or pass hydra.run.dir=FOLDER"
         fail(message)
 

@@ -3,6 +3,7 @@
 A mistake with one of their names ends with what to pass here.
 """
 
+import os
 from collections.abc import Container
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def choice(group: str, given: str) -> str | None:
     path = Path(given)
     if group == "data" and path.suffix == ".csv":
         return f"pass data=csv data.root={path.parent} data.train={path.name}"
-    if group == "data" and (path.is_dir() or "/" in given):
+    if group == "data" and (os.path.isdir(given) or "/" in given):
         return f"pass data=imagefolder data.root={given}"
     if group in ("model", "data") and _is_dotted(given):
         return f"pass {group}=custom {group}._target_={given}"

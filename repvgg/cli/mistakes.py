@@ -7,6 +7,7 @@ Here they become one line that names keys of the command line.
 import contextlib
 import difflib
 import errno
+import os
 import re
 import shlex
 import sys
@@ -62,11 +63,11 @@ def explain(error: Exception, config: Path, settings: Mapping[str, object]) -> s
         )
     if isinstance(error, OverrideParseException):
         given = str(error.override)
-        if "=" not in given and Path(given).exists():
+        if "=" not in given and os.path.exists(given):
             meant: str | None = f"pass ckpt={given}"
             if config.stem == "train":
                 meant = f"pass init={given} or resume={given}"
-                if Path(given).is_dir():
+                if os.path.isdir(given):
                     meant = habits.choice("data", given)
             return f"{given}: is no key=value; {meant}"
         return (
@@ -130,7 +131,7 @@ def _unknown_key(given: str, value: str, config: Path) -> str:
     if group in groups:
         choices = sorted(path.stem for path in (config.parent / group).glob("*.yaml"))
         return f"{given}: pass {group}=NAME too, one of {listed(choice, choices)}"
-    if choice and (config.parent / group / f"{choice}.yaml").is_file():
+    if choice and os.path.isfile(config.parent / group / f"{choice}.yaml"):
         return f"{given}: pass {group}={choice} too, which sets it"
     siblings = [key for key in keys if key.rpartition(".")[0] == section]
     near = difflib.get_close_matches(name, [key.rpartition(".")[2] for key in siblings], n=1)

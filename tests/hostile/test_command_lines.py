@@ -8,6 +8,7 @@ from tests.support.hostile.command_lines import Line, Place, lines
 
 TINY = ["model=repvgg_tiny", "trainer.max_epochs=1"]
 SCHEDULES = "torch.optim.lr_scheduler"
+LONG = "a." * 500 + "b"  # longer than the name of a file may be
 # What went wrong once.
 FOUND = [
     Line("train", ["trainer.deterministic=${oc.env:NOT_THERE}"]),
@@ -21,6 +22,8 @@ FOUND = [
     Line("train", [*TINY, "debug=profiler", "+trainer.profiler.row_limit=1"]),
     Line("train", [*TINY, "+trainer.profiler=1"]),
     Line("train", ["+model.name=[null]"]),
+    Line("evaluate", [f"data={LONG}"]),
+    Line("train", [f"model.{LONG}=1"]),
     Line("train", [*TINY, "+logger.tensorboard.x=1"]),
     Line("train", [*TINY, "+logger.tensorboard.name=true"]),
     Line("train", [*TINY, "+logger.tensorboard.max_queue=[]"]),

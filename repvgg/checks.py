@@ -16,6 +16,7 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\
 MOST_LISTED = 10  # words that an error lists without leaving one out
 FEW = 6  # words that it lists of more
 LONGEST = 100  # characters of a value in an error
+MOST_SHOWN = 4  # names of many in an error
 
 
 class ArgumentError(ValueError):
@@ -36,6 +37,11 @@ def brief(value: object) -> str:
     shown = _short.repr(value) if not isinstance(value, str | BaseException) else str(value)
     shown = " ".join(escape(shown[: 4 * LONGEST]).split(" "))
     return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 20]}...{shown[-10:]}"
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first of many names, for a message."""
+    return ", ".join(map(brief, names[:MOST_SHOWN])) + (", ..." if names[MOST_SHOWN:] else "")
 
 
 _short = reprlib.Repr()

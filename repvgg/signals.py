@@ -69,22 +69,40 @@ def restore(handlers: dict[int, Previous]) -> None:
 def interruptible() -> Iterator[None]:
     """Raise `Interrupted` on a signal, before Lightning handles it."""
 
+    arrived: list[int] = []
+
     def stop(signum: int, frame: FrameType | None) -> None:
+        arrived.append(signum)
         raise Interrupted(signum)
 
     previous = install(stop)
     try:
         yield
+    except Exception as error:
+        if arrived and not isinstance(error, Interrupted):  # as C code makes of it
+            raise Interrupted(arrived[0]) from error
+        raise
     finally:
         restore(previous)
 
 
-def end_on_signals() -> None:
-    """Clean up and exit with status 128 + number on a signal; Ctrl-C is a KeyboardInterrupt."""
+def end_on_signals() -> list[int]:
+    """Clean up and exit with status 128 + number on a signal; Ctrl-C is a KeyboardInterrupt.
+
+    Returns:
+        the signals that arrive, for `end_if_stopped`.
+    """
+    arrived: list[int] = []
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        arrived.append(signum)
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + signum)
+
     for number in stopping():
-        if number != signal.SIGINT:
-            signal.signal(number, lambda signum, _: sys.exit(128 + signum))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(number, end)
+    return arrived
 
 
 def end_at_once(clean: Callable[[], object] = lambda: None) -> dict[int, Previous]:

@@ -9,7 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, TextIO
 
 BROKEN_PIPE = 141  # the status of a program that SIGPIPE ended: 128 + 13
 
@@ -71,30 +71,23 @@ def open_closed() -> None:
                 os.close(nowhere)
     if sys.stdin is None:
         sys.stdin = open(0)  # noqa: SIM115
-    if sys.stderr is None or sys.stderr is sys.__stderr__:
-        given = sys.stderr
-        encoding = "utf-8" if given is None else given.encoding
-        _flush(given)
-        sys.stderr = _text(_Output(2, _drop), encoding, lines=True)
-    if sys.stdout is None or sys.stdout is sys.__stdout__:
-        given = sys.stdout
-        encoding = "utf-8" if given is None else given.encoding
-        lines = given is not None and given.line_buffering
-        _flush(given)
-        sys.stdout = _text(_Output(1, _lose), encoding, lines=lines)
+    sys.stderr = _kept(sys.stderr, sys.__stderr__, 2, _drop)
+    sys.stdout = _kept(sys.stdout, sys.__stdout__, 1, _lose)
 
 
-def _flush(stream: object) -> None:
+def _kept(
+    stream: TextIO | None, own: TextIO | None, number: int, failed: Callable[[OSError], None]
+) -> TextIO:
+    """A stream that asks what to do when it cannot be written; one of somebody else as it is."""
+    if stream is not None and stream is not own:
+        return stream
+    encoding, lines = "utf-8", number == 2
     if isinstance(stream, io.TextIOWrapper):
+        encoding, lines = stream.encoding, lines or stream.line_buffering
         stream.flush()
         Streams.before.append(stream.detach())  # which may close the number when it goes
-
-
-def _text(raw: _Output, encoding: str, *, lines: bool) -> io.TextIOWrapper:
-    buffered = io.BufferedWriter(raw)
-    return io.TextIOWrapper(
-        buffered, encoding, "backslashreplace", line_buffering=lines, write_through=not lines
-    )
+    buffered = io.BufferedWriter(_Output(number, failed))
+    return io.TextIOWrapper(buffered, encoding, "backslashreplace", line_buffering=lines)
 
 
 def _drop(error: OSError) -> None:

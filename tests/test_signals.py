@@ -22,6 +22,24 @@ def test_a_signal_interrupts_and_its_handler_is_given_back(signum):
     assert [signal.getsignal(number) for number in ALL] == before
 
 
+def read_by_c_code() -> None:
+    """As numpy and torch read an object: what is raised meanwhile becomes an error of theirs."""
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except Interrupted:
+        raise ValueError("could not determine the shape") from None
+
+
+def test_a_signal_that_became_another_error_interrupts_all_the_same():
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"), interruptible():
+        read_by_c_code()
+
+
+def test_an_error_without_a_signal_stays_what_it_is():
+    with pytest.raises(ValueError, match="wrong"), interruptible():
+        raise ValueError("wrong")
+
+
 def test_a_hangup_that_is_ignored_stays_ignored():
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

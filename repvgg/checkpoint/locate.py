@@ -1,6 +1,6 @@
 """Find the RepVGG networks in a file, whatever their key layout, wrappers and prefixes."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -10,9 +10,8 @@ from torch import Tensor
 from repvgg.checkpoint.layouts import LAYOUTS, Layout, has_classifier, holds_folded
 from repvgg.checkpoint.standins import StandIn
 from repvgg.checkpoint.tensors import STORE
-from repvgg.checks import ArgumentError, brief
+from repvgg.checks import ArgumentError, brief, first_of
 
-MOST_SHOWN = 4  # keys in a message
 MOST_NETWORKS = 100  # in a file
 DEEPEST = 50  # wrappers in wrappers
 
@@ -134,16 +133,11 @@ def choose(content: object, weights: str | None = None) -> Found:
         raise ValueError(f"there are two networks at '{brief(twice[0])}': store one of them alone")
     if weights is None and len(found) > 1:
         raise ArgumentError(
-            f"there are {len(found)} networks in it, {shorten(places)}: choose one, for example "
+            f"there are {len(found)} networks in it, {first_of(places)}: choose one, for example "
             f"weights={brief(places[0])}",
             "weights",
         )
     return found[places.index(weights or places[0])]
-
-
-def shorten(keys: Sequence[str]) -> str:
-    """The first keys of a list, for a message."""
-    return ", ".join(map(brief, keys[:MOST_SHOWN])) + (", ..." if len(keys) > MOST_SHOWN else "")
 
 
 def _nothing_found(content: object) -> str:
@@ -151,16 +145,14 @@ def _nothing_found(content: object) -> str:
     if keys:
         said = (
             f"there is no RepVGG in it, in any known layout; the first of its {len(keys)} tensors "
-            f"are {shorten(keys)}"
+            f"are {first_of(keys)}"
         )
     else:
-        first = list(content)[:MOST_SHOWN] if isinstance(content, Iterable) else []
-        said = (
-            f"there are no tensors in it; its first keys: {', '.join(map(brief, first)) or 'none'}"
-        )
+        keys = [brief(key) for key in content] if isinstance(content, Iterable) else []
+        said = f"there are no tensors in it; its first keys: {first_of(keys) or 'none'}"
     closed = [f"{at} (a {one.name})" for at, one in _walk(content) if isinstance(one, StandIn)]
     if closed:
-        said += f"; not opened, as it needs code: {shorten(closed)}; to use it, {STORE}"
+        said += f"; not opened, as it needs code: {first_of(closed)}; to use it, {STORE}"
     return said
 
 

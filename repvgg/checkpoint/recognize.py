@@ -4,16 +4,14 @@
 tensor is missing, unexpected, mis-shaped or not finite, nothing is loaded and the keys are listed.
 """
 
-from typing import NamedTuple
-
 import torch
 
-from repvgg.checkpoint.locate import Found, choose, find, shorten
+from repvgg.checkpoint.locate import Found, choose, find
 from repvgg.checkpoint.shapes import plan, sizes
-from repvgg.checks import ArgumentError, brief
+from repvgg.checks import ArgumentError, brief, first_of
 from repvgg.contract import ModelConfig
 from repvgg.models.network import RepVGG
-from repvgg.models.rebuild import COUNTER, fault
+from repvgg.models.rebuild import COUNTER, MISFITS, Misfit, fault
 from repvgg.models.registry import create_model
 
 __all__ = [
@@ -27,45 +25,23 @@ __all__ = [
     "describe_classes",
     "describe_variant",
     "find",
+    "is_about_identities",
     "load",
     "plan",
     "sizes",
 ]
 
-MISFITS = ("missing", "unknown", "of another shape", "of no use")
 OTHER_STRIDES = (
     "identity branches exist where channels and size stay, so the strides are others: pass them, "
     "for example strides=[1,1,2,2,2]"
 )
 
 
-class Misfit(NamedTuple):
-    """The tensors of a found network that do not fit, by their keys in the file.
-
-    Attributes:
-        missing: keys that the network needs and the file does not have.
-        unknown: keys that the file has and the network does not.
-        shapes: keys of another shape, with both shapes.
-        values: keys of tensors that are not finite real numbers, with the reason.
-    """
-
-    missing: list[str]
-    unknown: list[str]
-    shapes: list[str]
-    values: list[str]
-
-    def is_about_identities(self, found: Found) -> bool:
-        """Whether all missing and unknown keys are of identity branches."""
-        names = [theirs for theirs, ours in found.layout.parts.items() if ours == "branch_identity"]
-        keys = self.missing + self.unknown + self.shapes
-        return bool(keys) and all(any(f".{name}." in key for name in names) for key in keys)
-
-    def __str__(self) -> str:
-        return "; ".join(
-            f"{len(keys)} {kind}: {shorten(keys)}"
-            for kind, keys in zip(MISFITS, self, strict=True)
-            if keys
-        )
+def is_about_identities(misfit: Misfit, found: Found) -> bool:
+    """Whether all missing and unknown keys are of identity branches."""
+    names = [theirs for theirs, ours in found.layout.parts.items() if ours == "branch_identity"]
+    keys = misfit.missing + misfit.unknown + misfit.shapes
+    return bool(keys) and all(any(f".{name}." in key for name in names) for key in keys)
 
 
 def build(found: Found, config: ModelConfig) -> tuple[RepVGG, Misfit]:
@@ -114,7 +90,7 @@ def load(found: Found, config: ModelConfig) -> RepVGG:
     network, misfit = build(found, config)
     if any(misfit):
         message = f"{found} looks like {describe_variant(config)}, but does not fit: {misfit}"
-        if misfit.is_about_identities(found):
+        if is_about_identities(misfit, found):
             raise ArgumentError(f"{message}; {OTHER_STRIDES}", "strides")
         raise ValueError(message)
     copies = {}
@@ -147,6 +123,6 @@ def describe(found: Found, config: ModelConfig) -> str:
         f"{describe_classes(config)}, at '{brief(found.place)}'"
     )
     if found.outside:
-        count, keys = len(found.outside), shorten(found.outside)
+        count, keys = len(found.outside), first_of(found.outside)
         said += f"; {count} other tensors beside it ({keys})"
     return said

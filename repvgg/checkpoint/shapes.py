@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 from repvgg.checkpoint.layouts import split_key
-from repvgg.checkpoint.locate import Found, shorten
+from repvgg.checkpoint.locate import Found
+from repvgg.checks import first_of
 from repvgg.contract import Plain
 from repvgg.models.network import MAX_STEM_WIDTH
 from repvgg.models.registry import identify
@@ -56,7 +57,7 @@ def plan(
     if found.headless and heads:
         raise ValueError(
             f"{found} has no {' or '.join(found.layout.heads) or 'classifier'}, but beside it "
-            f"{shorten(heads)} takes as many features as it returns, {widths[3]}: rename it if it "
+            f"{first_of(heads)} takes as many features as it returns, {widths[3]}: rename it if it "
             "is the classifier, else remove it"
         )
     shape: dict[str, Plain] = {"depths": depths, "widths": widths}
@@ -117,8 +118,8 @@ def _require_one_form(found: Found, blocks: Mapping[Place, Block]) -> None:
     if folded and multi_branch:
         raise ValueError(
             f"'{found.place}' ({found.layout.name} layout) mixes the forms: {len(folded)} blocks "
-            f"are folded ({shorten(folded)}), {len(multi_branch)} are not "
-            f"({shorten(multi_branch)})"
+            f"are folded ({first_of(folded)}), {len(multi_branch)} are not "
+            f"({first_of(multi_branch)})"
         )
 
 

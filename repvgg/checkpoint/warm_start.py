@@ -7,8 +7,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from repvgg.checkpoint import recognize
-from repvgg.checkpoint.locate import shorten
 from repvgg.checkpoint.native import Network
+from repvgg.checks import first_of
 from repvgg.models.forms import is_deployed, switch_to_deploy
 from repvgg.models.multi_branch import switch_to_train
 from repvgg.models.network import RepVGG
@@ -88,7 +88,7 @@ def _copy_fitting(
     if wrong := [*dict.fromkeys(wrong)]:
         raise ValueError(
             f"it holds {recognize.describe_variant(start.config)}, which does not fit this "
-            f"network: {shorten(wrong)}; use the same model, on images of as many channels"
+            f"network: {first_of(wrong)}; use the same model, on images of as many channels"
         )
     network.load_state_dict(fitting, strict=False)
     for key, parameter in network.named_parameters():

@@ -6,6 +6,7 @@ Hydra configures, `keys` one whose settings are key=value. Importing it imports 
 
 from repvgg.cli import habits
 from repvgg.cli.composed import (
+    RUNS,
     SWEEP,
     Arguments,
     Plan,
@@ -23,6 +24,7 @@ __all__ = [
     "COMMANDS",
     "CONFIGS",
     "FULL_ERROR",
+    "RUNS",
     "SWEEP",
     "Arguments",
     "Config",

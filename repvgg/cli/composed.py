@@ -18,12 +18,13 @@ from typing import NamedTuple, NoReturn, cast
 
 from repvgg import streams
 from repvgg.checks import brief, escape
-from repvgg.cli.mistakes import FULL_ERROR, Config, explain, fail
+from repvgg.cli.mistakes import FULL_ERROR, Config, end_if_stopped, explain, fail
 from repvgg.cli.names import command, subcommand
 from repvgg.signals import end_at_once, end_on_signals
 from repvgg.targets import is_from_user_code, keep_users_frames
 
 PATH_KEYS = ("ckpt", "out", "init", "resume", "verify", "data.root", "hydra.run.dir")
+RUNS = Path("runs")  # the folder of all runs that are not placed elsewhere
 SWEEP = {"-m", "--multirun"}
 
 Job = Callable[[Config, Path], float | None]
@@ -115,6 +116,7 @@ def run(
                 record.status, record.value = "done", value
             return value
         except Exception as error:
+            end_if_stopped(arrived)
             # Raised below: Hydra would report it in its own words.
             failures.append(error)
             if sweep:
@@ -135,7 +137,7 @@ def run(
     OmegaConf.register_new_resolver("command", command, replace=True)  # for the help texts
     register_resolvers()
     Sweep.current, failed = None, 0
-    end_on_signals()
+    arrived = end_on_signals()
     threading.excepthook = lambda failed: report_thread(failed.exc_value)
     try:
         plan = prepare(parse_arguments(given[len(words) :]))
@@ -154,8 +156,9 @@ def run(
         streams.end()
         end_at_once()
     except KeyboardInterrupt:
-        fail("stopped by Ctrl-C", 128 + signal.SIGINT)
+        end_if_stopped([signal.SIGINT])
     except Exception as error:
+        end_if_stopped(arrived)
         message = explain(error, config, settings)
         if message is None and not show_traceback and is_from_user_code(error):
             keep_users_frames(error)
@@ -216,9 +219,10 @@ def report_thread(error: BaseException | None) -> None:
 
 
 def discard_if_empty(folder: Path) -> None:
-    """Remove the folder that Hydra made for a run, and those above it in this one, if empty."""
+    """Remove the folder that Hydra made for a run, and those above it in runs/, if empty."""
     start = start_folder()
-    for path in (folder, *(above for above in folder.parents if above.is_relative_to(start))):
+    runs = start / RUNS
+    for path in (folder, *(above for above in folder.parents if above.is_relative_to(runs))):
         if path == start or not path.is_dir() or any(path.iterdir()):
             return
         if path == Path.cwd():  # by hydra.job.chdir; Hydra leaves it only later

@@ -9,7 +9,7 @@ from typing import NamedTuple, cast
 
 from repvgg.checks import did_you_mean, wrong_value
 from repvgg.cli import habits
-from repvgg.cli.mistakes import FULL_ERROR, Config, fail, one_line
+from repvgg.cli.mistakes import FULL_ERROR, Config, end_if_stopped, fail, one_line
 from repvgg.cli.names import subcommand
 from repvgg.signals import end_at_once, end_on_signals
 from repvgg.targets import is_from_user_code
@@ -36,7 +36,7 @@ def script(job: Callable[[dict[str, object]], None], text: str, defaults: Config
 
     unset = {key: value for key, value in defaults.items() if isinstance(value, Unset)}
     settings: dict[str, object] = {**defaults, **dict.fromkeys(unset)}
-    end_on_signals()
+    arrived = end_on_signals()
     try:
         for argument in sys.argv[1 + len(subcommand()) :]:
             if argument in ("-h", "--help"):
@@ -52,8 +52,11 @@ def script(job: Callable[[dict[str, object]], None], text: str, defaults: Config
         sys.stdout.flush()
         end_at_once()
     except KeyboardInterrupt:
-        fail("stopped by Ctrl-C", 128 + signal.SIGINT)
-    except (ValueError, OSError, ImportError) as error:
+        end_if_stopped([signal.SIGINT])
+    except Exception as error:
+        end_if_stopped(arrived)
+        if not isinstance(error, ValueError | OSError | ImportError):
+            raise
         if os.environ.get(FULL_ERROR) == "1" or is_from_user_code(error):
             raise
         fail(one_line(error))

@@ -10,8 +10,9 @@ import errno
 import os
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, cast
 
@@ -103,12 +104,6 @@ def explain(error: Exception, config: Path, settings: Mapping[str, object]) -> s
         if cause is not None and (isinstance(cause, ValueError) or by_lightning):
             return name_keys(cause, settings)
         return name_keys(error, settings)
-    if isinstance(error, OSError) and error.errno in FULL:
-        place = f" for {error.filename}" if error.filename else ""
-        return (
-            f"the disk is full{place} ({error.strerror}): what was whole before is kept; free some "
-            "space, or pass another folder, and run it again"
-        )
     if isinstance(error, ValueError | OSError):
         return name_keys(error, settings)
     return None
@@ -229,7 +224,21 @@ def unchosen_groups(config: Path, keys: Container[str]) -> list[str]:
 
 def one_line(error: BaseException) -> str:
     """The message of an error without line breaks."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        place = f" for {error.filename}" if error.filename else ""
+        return (
+            f"the disk is full{place} ({error.strerror}): what was whole before is kept; free some "
+            "space, or pass another folder, and run it again"
+        )
     return " ".join(str(error).split())
+
+
+def end_if_stopped(arrived: Sequence[int]) -> None:
+    """Exit as a signal asks, if one arrived: what it raised may have become another error."""
+    if arrived and arrived[0] == signal.SIGINT:
+        fail("stopped by Ctrl-C", 128 + signal.SIGINT)
+    if arrived:
+        sys.exit(128 + arrived[0])
 
 
 def fail(message: str, status: int = 1) -> NoReturn:

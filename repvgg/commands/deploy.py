@@ -21,10 +21,8 @@ def deploy(config: cli.Config, _: Path) -> None:
         place = escape(settings.ckpt)
         print(f"repvgg {repvgg.__version__}: deploying {place} ...", flush=True)
     with importing():
-        from repvgg.deploy.run import (  # takes seconds; mistakes are reported before
-            run,
-            verify_again,
-        )
+        # Takes seconds; mistakes are reported before.
+        from repvgg.deploy.run import run, verify_again
 
     if isinstance(settings, VerifySettings):
         verify_again(settings.folder, settings.network, trust=settings.trust)

@@ -104,7 +104,7 @@ def print_network(
     for kind, keys in zip(recognize.MISFITS, misfit, strict=True):
         if keys:
             print(f"  {kind}: {shorten(keys)}")
-    if misfit.is_about_identities(found):
+    if recognize.is_about_identities(misfit, found):
         print(f"  {recognize.OTHER_STRIDES}")
     if not any(misfit):
         shown = config.get("strides", [2, 2, 2, 2, 2])

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from repvgg.checks import brief
+from repvgg.checks import brief, first_of
 from repvgg.contract import ModelConfig
 from repvgg.models.forms import deployed_form
 from repvgg.models.libraries import Factory
@@ -16,6 +17,30 @@ from repvgg.models.registry import build_model
 
 MODULES = 100  # at most in a network for each of its tensors; a folded block begins as about 15
 COUNTER = "num_batches_tracked"  # missing in old files, and not used in predictions
+MISFITS = ("missing", "unknown", "of another shape", "of no use")
+
+
+class Misfit(NamedTuple):
+    """The tensors of a file that do not fit a network, by their keys.
+
+    Attributes:
+        missing: keys that the network needs and the file does not have.
+        unknown: keys that the file has and the network does not.
+        shapes: keys of another shape, with both shapes.
+        values: keys of tensors that are not finite real numbers, with the reason.
+    """
+
+    missing: list[str]
+    unknown: list[str]
+    shapes: list[str]
+    values: list[str]
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{len(keys)} {kind}: {first_of(keys)}"
+            for kind, keys in zip(MISFITS, self, strict=True)
+            if keys
+        )
 
 
 def rebuild(
@@ -117,19 +142,8 @@ def _require_fit(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) ->
         for key, tensor in weights.items()
         if key in wanted and (said := fault(tensor, key, like=wanted[key]))
     ]
-    kinds = {
-        "missing": missing,
-        "unknown": unknown,
-        "of another shape": shapes,
-        "of no use": values,
-    }
-    found = [
-        f"{len(keys)} {kind}: {', '.join(map(brief, keys[:4]))}{', ...' if keys[4:] else ''}"
-        for kind, keys in kinds.items()
-        if keys
-    ]
-    if found:
-        raise ValueError("; ".join(found))
+    if any(misfit := Misfit(missing, unknown, shapes, values)):
+        raise ValueError(str(misfit))
 
 
 def fault(tensor: Tensor, key: str, *, like: Tensor | None = None) -> str:

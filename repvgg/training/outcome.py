@@ -146,7 +146,7 @@ def report_results(
             *commands,
         ]
     if alone and any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
-        own = folder.is_relative_to(cli.start_folder() / runs.RUNS)
-        logs = str(runs.RUNS) if own else runs.relative(folder)
+        own = folder.is_relative_to(cli.start_folder() / cli.RUNS)
+        logs = str(cli.RUNS) if own else runs.relative(folder)
         commands.append(("watch it", f"tensorboard --logdir {shlex.quote(logs)}"))
     terminal.print_facts("results", facts, commands)

@@ -14,7 +14,7 @@ from repvgg.training.settings import section
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-from repvgg.training.runs import CHOICES, CONFIG, LAST, OVERRIDES, RUNS, read_record, relative
+from repvgg.training.runs import CHOICES, CONFIG, LAST, OVERRIDES, read_record, relative
 
 # Keys that may be passed beside `resume`; a resumed run keeps all others.
 RESUMABLE = (
@@ -358,7 +358,7 @@ def _newest(folders: Iterable[str]) -> Path | None:
     for folder in folders:
         path = Path(folder).expanduser() / LAST
         return path if path.exists() else None
-    found = RUNS.rglob(str(LAST))
+    found = cli.RUNS.rglob(str(LAST))
     if newest := max(found, key=lambda path: path.stat().st_mtime, default=None):
         return newest
     raise ValueError(

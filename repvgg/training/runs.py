@@ -9,7 +9,6 @@ from repvgg.checks import brief
 from repvgg.cli import Config
 from repvgg.training import processes
 
-RUNS = Path("runs")
 LAST = Path("checkpoints", "last.ckpt")  # in the folder of a run
 LARGEST = 2**20  # bytes of a file of a record
 RESULTS = Path("results.json")  # same; `cli.sweeps` reads it

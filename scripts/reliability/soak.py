@@ -16,11 +16,9 @@ import gc
 import json
 import os
 import random
-import runpy
 import shutil
 import signal
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -35,7 +33,7 @@ from repvgg.checks import check_integer
 from repvgg.contract import Description, Plain
 from repvgg.export.formats import FORMATS
 from scripts.studies import report
-from scripts.studies.kills import ROOT, RUN, tensors, wait
+from scripts.studies.kills import RUN, start, tensors, wait
 
 DEFAULTS: cli.Config = {"minutes": 30, "seed": 0, "out": None}
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -117,33 +115,6 @@ def cycle(folder: Path, draw: random.Random, expected: dict[str, torch.Tensor]) 
     Image.fromarray(pixels[0, 0].numpy()).save("digit.png")
     run_once(["-m", "repvgg", "predict", f"model={deployed / 'model.onnx'}", "images=digit.png"])
     return stops
-
-
-def start(words: list[str]) -> int:
-    """Run a program of the project in a child process; returns its process id."""
-    if child := os.fork():
-        with contextlib.suppress(PermissionError, ProcessLookupError):  # the child was first
-            os.setpgid(child, child)
-        return child
-    os.setpgid(0, 0)
-    with Path("output.txt").open("w") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-        status = 0
-        try:
-            if words[0] == "-m":
-                sys.argv = words[1:]
-                runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-            else:
-                sys.argv = [str(ROOT / words[0]), *words[1:]]
-                runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as left:
-            status = left.code if isinstance(left.code, int) else 1
-        except BaseException as error:
-            print(repr(error), file=sys.stderr)
-            status = 70
-        sys.stdout.flush()
-        os._exit(status)
 
 
 def run_once(words: list[str]) -> None:

@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,13 @@ def main(settings: dict[str, Any]) -> None:
         if workers:
             arguments += [*write_digits(Path("digits")), f"data.num_workers={workers}"]
         uninterrupted = Path("uninterrupted")
-        if wait(start([*arguments, f"hydra.run.dir={uninterrupted}"])) != 0:
+        if wait(start(["train.py", *arguments, f"hydra.run.dir={uninterrupted}"])) != 0:
             raise ValueError("the uninterrupted run failed; its output is in output.txt")
         expected = tensors(uninterrupted)
         done, ended, differing, at_once, finished = 0, 0, 0, 0, False
         while done < kills or not finished:
             folder = f"run-{ended}"
-            child = start([*arguments, f"hydra.run.dir={folder}", "resume=auto"])
+            child = start(["train.py", *arguments, f"hydra.run.dir={folder}", "resume=auto"])
             status = wait(child, draw(0, longest) if done < kills else None, sent)
             finished = status == 0
             if status in (-sent, 128 + sent):
@@ -93,8 +94,12 @@ def main(settings: dict[str, Any]) -> None:
         raise ValueError("a resumed run differs from the uninterrupted one")
 
 
-def start(arguments: list[str]) -> int:
-    """Run train.py in a child process; returns its process id."""
+def start(words: list[str]) -> int:
+    """Run `python WORDS` in a child process; returns its process id.
+
+    Args:
+        words: a script of the clone and its arguments, or -m, a module and its arguments.
+    """
     if child := os.fork():
         with contextlib.suppress(PermissionError, ProcessLookupError):  # the child was first
             os.setpgid(child, child)
@@ -103,13 +108,21 @@ def start(arguments: list[str]) -> int:
     with Path("output.txt").open("a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-        sys.argv = [str(ROOT / "train.py"), *arguments]
         status = 0
         try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
+            if words[0] == "-m":
+                sys.argv = words[1:]
+                runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+            else:
+                sys.argv = [str(ROOT / words[0]), *words[1:]]
+                runpy.run_path(sys.argv[0], run_name="__main__")
         except SystemExit as left:
             status = left.code if isinstance(left.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+            status = 70
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
 
 

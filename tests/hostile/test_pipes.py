@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.support.processes import ROOT
+from tests.support.processes import ROOT, Process
 
 TRAIN = "train.py model=repvgg_tiny trainer.max_epochs=1 logger.tensorboard.pictures=false"
 
@@ -95,3 +95,32 @@ def test_a_signal_while_modules_are_imported_ends_the_program_at_once(number, tm
     assert time.monotonic() - start < 5
     assert error == ("stopped by Ctrl-C\n" if number == signal.SIGINT else "")
     assert [path.name for path in tmp_path.iterdir()] == ["torch.py"]
+
+
+SWALLOWS = """
+import os, signal
+from repvgg import cli
+def job(*_):
+    try:
+        os.kill(os.getpid(), signal.{name})
+    except BaseException:
+        raise ValueError("another error") from None
+{start}
+"""
+STARTS = {
+    "composed": "cli.run(job, cli.CONFIGS / 'deploy.yaml')",
+    "keys": "cli.script(job, 'text', {})",
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_what_a_signal_raised_may_become_another_error(number, start, tmp_path):
+    """As Hydra makes one of everything that is raised while it composes."""
+    code = SWALLOWS.format(name=number.name, start=STARTS[start])
+
+    done = Process("-c", code, cwd=tmp_path).completed()
+
+    assert done.returncode == 128 + number
+    assert done.stderr.endswith("stopped by Ctrl-C\n" if number == signal.SIGINT else "")
+    assert len(done.stderr.splitlines()) == (number == signal.SIGINT)

@@ -172,7 +172,8 @@ class Unpickler(pickle._Unpickler):
             raise DamagedError(f"it sets an item of a {type(made).__name__}")
 
     def load_dict(self) -> None:
-        self.append(dict(_pairs(self.pop_mark())))
+        items = self.pop_mark()  # it replaces self.append
+        self.append(dict(_pairs(items)))
 
     def load_additems(self) -> None:
         items = self.pop_mark()
@@ -183,7 +184,8 @@ class Unpickler(pickle._Unpickler):
             raise DamagedError(f"it adds to a {type(made).__name__}")
 
     def load_frozenset(self) -> None:
-        self.append(frozenset(map(_key, self.pop_mark())))
+        items = self.pop_mark()
+        self.append(frozenset(map(_key, items)))
 
     def load_bytearray8(self) -> None:
         self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
@@ -380,6 +382,7 @@ _MAKERS: dict[str, Callable[..., object]] = {
     "collections.defaultdict": lambda name, *given: {},
     "builtins.getattr": _method,
     "builtins.set": _set,
+    "builtins.bytes": lambda name, *given: StandIn(name) if given else b"",  # protocol 2
     "builtins.complex": _complex,
     "builtins.bytearray": _bytearray,
     "_codecs.encode": _encode,

@@ -1,9 +1,11 @@
+import os
 import pickle
 import subprocess
 import sys
 import warnings
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 
@@ -132,6 +134,20 @@ def a_program(path):
         torch.jit.script(torch.nn.Linear(2, 2)).save(path)
 
 
+def damaged_arrays(path):
+    with path.open("wb") as file:
+        np.savez(file, x=np.arange(1000))
+    raw = bytearray(path.read_bytes())
+    raw[500] ^= 1
+    path.write_bytes(raw)
+
+
+def holes(path):
+    with path.open("wb") as file:
+        file.write(b"x")
+        file.truncate(2**24 + 1)
+
+
 BAD = {
     "missing": (lambda path: None, "does not exist"),
     "a folder": (lambda path: path.mkdir(), "is a folder"),
@@ -139,7 +155,11 @@ BAD = {
     "another zip": (another_zip, "a zip archive that is truncated, or that torch did not"),
     "a program": (a_program, "a TorchScript program; store its state_dict"),
     "a list": (lambda path: torch.save([1, 2], path), "no tensors in it; its first keys: 0, 1"),
-    "text": (lambda path: path.write_text("hello, world\n" * 9), "not a torch file"),
+    "text": (lambda path: path.write_text("hello, world\n" * 9), "it is text, not a torch file"),
+    "bytes": (lambda path: path.write_bytes(b"\xff" * 99), "it is truncated, or not a torch file"),
+    "a pipe": (os.mkfifo, "is not a regular file"),
+    "holes": (holes, "most of it is holes, without content"),
+    "damaged arrays": (damaged_arrays, r"its arrays are damaged \(Bad CRC-32 .*\)"),
     "truncated": (truncated, "truncated"),
     "pickled code": (lambda path: torch.save({"x": Payload()}, path), "could run code"),
     "bare pickle": (lambda path: path.write_bytes(pickle.dumps(Payload())), "could run code"),
@@ -151,6 +171,11 @@ BAD = {
     "a later format": (change(format=99), "format 99.*update"),
     "no description": (change(data={}), "damaged description"),
     "another description": (change(model={**CONFIG, "num_classes": 4}), "does not fit"),
+    "no classes": (
+        change(model={**CONFIG, "num_classes": 0}),
+        "damaged description: a network of 0 classes",
+    ),
+    "no entry": (change(model=None), "damaged description: AttributeError"),
     "an unknown variant": (
         change(model={**CONFIG, "name": "repvgg_z9"}),
         "name=repvgg_z9: there is no such model",

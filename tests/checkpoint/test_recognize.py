@@ -4,13 +4,16 @@ import argparse
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import repvgg
 from repvgg import checkpoint, create_model, list_models
-from repvgg.checkpoint import recognize
+from repvgg.checkpoint import locate, recognize
+from repvgg.checkpoint.warm_start import are_imagenet_folders
+from repvgg.checks import ArgumentError
 from tests.support import foreign
 from tests.support.networks import relative_error, settle
 
@@ -470,3 +473,103 @@ def test_a_file_that_needs_code_is_an_error_that_names_it(tmp_path):
         ValueError, match=r"a repvgg\.models\.network\.RepVGG, and loading that could run code"
     ):
         checkpoint.load(tmp_path / "module.pth")
+
+
+@pytest.mark.parametrize(
+    ("array", "dtype"),
+    [
+        (np.arange(2, dtype=np.longdouble), torch.float64),
+        (np.arange(2, dtype=np.clongdouble), torch.complex128),
+        (np.arange(2, dtype=np.float16), torch.float16),
+        (np.arange(2, dtype=np.int64), torch.int64),
+        (np.arange(2, dtype=">i2"), torch.int16),
+        (np.arange(2, dtype=np.uint8), torch.uint8),
+        (np.arange(2) > 0, torch.bool),
+        (np.asfortranarray(np.arange(4.0).reshape(2, 2)), torch.float64),
+    ],
+)
+def test_numeric_arrays_become_tensors_of_their_dtype(array, dtype):
+    weights = foreign.renamed(narrow("repvgg_a0"), foreign.authors) | {"extra": array}
+
+    found = recognize.choose(weights)
+
+    assert found.outside == []
+    assert found.unknown == ["extra"]
+    converted = locate._as_tensor(array)
+    assert (converted.dtype, converted.is_contiguous()) == (dtype, True)
+    assert np.array_equal(converted.numpy(), array)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.array(["a"]), np.array([None]), np.ma.masked_array([1.0], [True]), [1.0], np.float64(1)],
+)
+def test_other_values_beside_the_weights_are_not_tensors(array):
+    weights = foreign.renamed(narrow("repvgg_a0"), foreign.authors) | {"extra": array}
+
+    assert recognize.choose(weights).unknown == []
+
+
+def test_errors_name_the_argument_that_decides(tmp_path):
+    weights = foreign.renamed(narrow("repvgg_a0"), foreign.authors)
+    write(tmp_path / "a.pth", {"a": weights, "b": dict(weights)})
+
+    with pytest.raises(ArgumentError, match=rf"^'{tmp_path}/a\.pth': there are 2") as several:
+        checkpoint.load(tmp_path / "a.pth")
+    with pytest.raises(ArgumentError, match="leave network out") as own:
+        checkpoint.load(tmp_path / "a.pth", network=narrow)
+
+    assert (several.value.names, own.value.names) == (("weights",), ("network",))
+
+
+def test_the_number_of_networks_in_a_file_is_limited(monkeypatch):
+    weights = foreign.renamed(narrow("repvgg_a0"), foreign.authors)
+    several = weights | {f"ema.{key}": value for key, value in weights.items()}
+    monkeypatch.setattr(locate, "MOST_NETWORKS", 2)
+
+    assert len(recognize.find(several)) == 2
+    with pytest.raises(ValueError, match="it holds 3 networks; store one of them alone"):
+        recognize.find(several | {f"old.{key}": value for key, value in weights.items()})
+
+
+def test_the_usual_epsilon_is_not_recorded():
+    found = recognize.choose(foreign.renamed(narrow("repvgg_a0"), foreign.authors))
+
+    assert "bn_eps" not in recognize.plan(found)
+    assert recognize.plan(found, bn_eps=1e-3)["bn_eps"] == 1e-3
+
+
+def test_an_odd_squeeze_and_excite_layer_does_not_change_the_reduction():
+    weights = foreign.renamed(narrow("repvgg_d2se"), foreign.authors)
+    weights["stage1.0.se.down.weight"] = torch.zeros(9, 16, 1, 1)
+
+    planned = recognize.plan(recognize.choose(weights))
+
+    assert (planned["se_before_relu"], type(planned["se_before_relu"])) == (4, int)
+
+
+def test_the_published_networks_of_320_pixels_are_resized_to_them():
+    sizes = {
+        name: checkpoint.imagenet({"name": name, "in_channels": 3, "num_classes": 10})
+        for name in ("repvgg_a0", "repvgg_d2se", "repvggplus_l2pse")
+    }
+
+    assert {name: (data.image_size, data.resize_size) for name, data in sizes.items()} == {
+        "repvgg_a0": ([224, 224], 256),
+        "repvgg_d2se": ([320, 320], 320),
+        "repvggplus_l2pse": ([320, 320], 320),
+    }
+
+
+@pytest.mark.parametrize(
+    ("folders", "names", "expected"),
+    [(1000, 1000, True), (999, 1000, False), (1000, 999, False), (999, 999, False)],
+)
+def test_a_thousand_folders_of_imagenet_are_known(folders, names, expected):
+    synsets = [f"n{number:08}" for number in range(1000)]
+
+    found = are_imagenet_folders(synsets[:folders], [f"name {n}" for n in range(names)])
+
+    assert found is expected
+    assert not are_imagenet_folders(synsets, synsets)
+    assert not are_imagenet_folders([*synsets[:-1], "other"], ["name"] * 1000)

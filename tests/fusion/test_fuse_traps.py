@@ -302,6 +302,134 @@ def test_a_batchnorm_before_a_padded_convolution_stays(conv):
     check(Preceding(conv), images(2, 4, 8, 8), fused=0, kept={"bn": "fed by the input x"})
 
 
+class NeverCalled(Pair):
+    def forward(self, x):
+        return self.conv(x)
+
+
+class CalledByKeyword(Pair):
+    def forward(self, x):
+        return self.bn(input=self.conv(x))
+
+
+class ScaledInTwoWays(Pair):
+    def forward(self, x):
+        return self.bn(self.conv(x) * 2) * self.bn(self.conv(x) * 3)
+
+
+class Cast(Pair):
+    def forward(self, x):
+        return self.bn(self.conv(x).float().double())
+
+
+class SharedByTwoDimensions(Pair):
+    def __init__(self):
+        super().__init__(bn=nn.SyncBatchNorm(4))
+        self.line = nn.Conv1d(4, 4, 3)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)).sum((2, 3)) + self.bn(self.line(x.flatten(2))).sum(2)
+
+
+class FedByAFunction(Pair):
+    def forward(self, x):
+        return self.bn(nn.functional.conv2d(x, self.conv.weight * 2, padding=1))
+
+
+class ReshapedAfterALinearLayer(Pair):
+    def __init__(self):
+        super().__init__(nn.Linear(8, 4), nn.BatchNorm1d(4))
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y.view(y.size(0), 4, -1))
+
+
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [
+        (NeverCalled, "nothing calls it"),
+        (CalledByKeyword, "it is called with keyword arguments"),
+        (ScaledInTwoWays, "conv: its outputs are scaled or reshaped in several ways"),
+        (Cast, "it is fed by double(), which is no convolution or linear layer"),
+        (SharedByTwoDimensions, "it is fed by convolutions of different dimensions"),
+        (FedByAFunction, "it is fed by conv2d(), called as a function: only the weights"),
+    ],
+)
+def test_a_batchnorm_that_other_code_uses_is_kept(network, reason):
+    check(network(), images(2, 4, 8, 8), fused=0, kept={"bn": reason})
+
+
+def test_a_reshaped_linear_layer_keeps_its_batchnorm():
+    reason = "conv: its output is reshaped, but its number of axes is unknown"
+
+    check(ReshapedAfterALinearLayer(), images(2, 8), fused=0, kept={"bn": reason})
+
+
+class PrecedingByKeyword(Preceding):
+    def forward(self, x):
+        return self.conv(self.bn(input=x))
+
+
+class PrecedingTwo(Preceding):
+    def __init__(self):
+        super().__init__(nn.Conv2d(4, 4, 1))
+        self.other = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.conv(self.bn(x)) + self.other(self.bn(x + 1))
+
+
+class PrecedingBoth(Preceding):
+    def __init__(self):
+        super().__init__(nn.Conv2d(4, 4, 1))
+        self.other = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        y = self.bn(x)
+        return self.conv(y) * self.other(y)
+
+
+class PrecedingAndMore(Preceding):
+    def forward(self, x):
+        return self.conv(self.bn(x)) * self.conv(x)
+
+
+class PrecedingReadElsewhere(Preceding):
+    def forward(self, x):
+        return self.conv(self.bn(x)) * self.conv.weight.mean()
+
+
+class PrecedingReturned(Preceding):
+    def forward(self, x):
+        y = self.bn(x)
+        return self.conv(y), y
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda: PrecedingByKeyword(nn.Conv2d(4, 4, 1)),
+        PrecedingTwo,
+        PrecedingBoth,
+        lambda: PrecedingAndMore(nn.Conv2d(4, 4, 1)),
+        lambda: PrecedingReadElsewhere(nn.Conv2d(4, 4, 1)),
+    ],
+)
+def test_a_batchnorm_whose_output_goes_elsewhere_stays(network):
+    _, report = check(network(), images(2, 4, 8, 8), fused=0, kept={"bn": ""})
+
+    assert list(report.kept) == ["bn"]
+
+
+def test_a_convolution_called_twice_after_its_batchnorm_is_fused():
+    class Twice(Preceding):
+        def forward(self, x):
+            return self.conv(self.bn(x)) + self.conv(self.bn(x.flip(3)))
+
+    check(Twice(nn.Conv2d(4, 4, 1)), images(2, 4, 8, 8), fused=1)
+
+
 class InputOverwrittenBetween(Pair):
     def forward(self, x):
         x = x * 1

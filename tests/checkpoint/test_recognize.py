@@ -520,6 +520,8 @@ def test_errors_name_the_argument_that_decides(tmp_path):
         checkpoint.load(tmp_path / "a.pth", network=narrow)
 
     assert (several.value.names, own.value.names) == (("weights",), ("network",))
+    chosen = checkpoint.open_network(tmp_path / "a.pth", weights="b")
+    assert chosen.origin.endswith("multi-branch, 7 classes, at 'b'")
 
 
 def test_the_number_of_networks_in_a_file_is_limited(monkeypatch):
@@ -554,6 +556,7 @@ def test_the_published_networks_of_320_pixels_are_resized_to_them():
         for name in ("repvgg_a0", "repvgg_d2se", "repvggplus_l2pse")
     }
 
+    assert sizes["repvgg_a0"].classes == [*"0123456789"]
     assert {name: (data.image_size, data.resize_size) for name, data in sizes.items()} == {
         "repvgg_a0": ([224, 224], 256),
         "repvgg_d2se": ([320, 320], 320),

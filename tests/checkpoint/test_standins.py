@@ -94,6 +94,7 @@ def test_scalars_of_numpy_keep_their_types(value):
     assert (found, type(found)) == (value, type(value))
 
 
+SCALAR = np.float64(1).__reduce__()[0]  # its module differs between versions of NumPy
 STAND_INS = {
     "torch.nn.modules.linear.Linear": torch.nn.Linear,
     f"{__name__}.Plain": Plain(),
@@ -104,6 +105,7 @@ STAND_INS = {
     "builtins.set": Calls(set, "ab"),
     "builtins.bytearray": Calls(bytearray, 3),
     "_codecs.encode": Calls(_codecs.encode, "x", "rot13"),
+    f"{SCALAR.__module__}.scalar": Calls(SCALAR, 1, b"x"),
     "pathlib.PosixPath": pathlib.PosixPath("x"),
     "torch._utils._rebuild_parameter": Calls(torch._utils._rebuild_parameter, 1, True, {}),
 }
@@ -301,3 +303,11 @@ def test_an_array_has_its_recorded_size(made):
 
     with pytest.raises(DamagedError, match="an array of it does not have its recorded size"):
         standins.load(io.BytesIO(start + given + raw + b"tb."))
+
+
+def test_the_switch_of_torch_that_forbids_stand_ins_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    torch.save({"x": pathlib.Path("x")}, tmp_path / "a.pth")
+
+    with pytest.raises(ValueError, match="TORCH_FORCE_WEIGHTS_ONLY_LOAD is set: unset it, or sto"):
+        tensors.read(tmp_path / "a.pth")

@@ -6,7 +6,7 @@ trained network. All are plain types and tensors. So a checkpoint loads with
 `torch.load(weights_only=True)`, without Lightning, and runs no code from the file.
 """
 
-import os
+import io
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from repvgg import whole
 from repvgg.checkpoint.layouts import holds_folded
 from repvgg.checkpoint.tensors import Content, require_whole
 from repvgg.checks import ArgumentError, brief, check_integer
@@ -151,15 +152,9 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         },
         KEY: entry | {"origin": checkpoint.origin},
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    saved = io.BytesIO()  # torch.save replaces the error of a full disk with another
+    torch.save(content, saved)
+    whole.write(path, saved.getbuffer())
 
 
 def is_ours(content: Content) -> bool:

@@ -138,7 +138,7 @@ def run(
     register_resolvers()
     Sweep.current, failed = None, 0
     arrived = end_on_signals()
-    threading.excepthook = lambda failed: report_thread(failed.exc_value)
+    threading.excepthook = lambda failed: report_thread(failed.exc_value, failed.thread)
     try:
         plan = prepare(parse_arguments(given[len(words) :]))
         try:
@@ -210,8 +210,14 @@ def parse_arguments(arguments: list[str]) -> Arguments:
     return Arguments(options, [quote_path(argument) for argument in overrides])
 
 
-def report_thread(error: BaseException | None) -> None:
-    """One line for what ended a thread, such as the one that writes the events of TensorBoard."""
+def report_thread(error: BaseException | None, thread: threading.Thread | None = None) -> None:
+    """One line for what ended a thread.
+
+    Nothing for one that keeps its error, as the writer of TensorBoard's events, which raises it
+    in the main thread.
+    """
+    if error is not None and getattr(thread, "exception", None) is error:
+        return
     if error is not None and is_from_user_code(error):
         traceback.print_exception(error)
     else:

@@ -5,6 +5,7 @@ the shorter side is scaled, then the centre is cropped.
 """
 
 import contextlib
+import errno
 import re
 import warnings
 from collections.abc import Iterator
@@ -114,6 +115,8 @@ def open_image(path: Path | BinaryIO, channels: int = 3, *, name: str | None = N
         numbers = re.findall(r"\d+", str(error))
         raise TooManyPixels(name, int(numbers[0]) if numbers else 0, limit) from error
     except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # too many open files: not the image's fault
         raise ValueError(f"{name}: cannot be read as an image: {error}") from error
     return to_channels(image, channels, name)
 

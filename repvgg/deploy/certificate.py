@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from repvgg import verify
+from repvgg import verify, whole
 from repvgg.contract import to_float
 from repvgg.deploy.folder import HTML, PAGE, PROBE, REPORT, check_sums, write_sums
 from repvgg.deploy.report import Report
@@ -56,11 +56,12 @@ def write(
         figures = draw(report, samples)
     except ImportError as error:
         lacking.append(f"{HTML} has no figures: {error}")
-    (folder / PROBE).write_bytes(save(recorded._asdict()))
-    (folder / REPORT).write_text(report.to_json())
-    (folder / PAGE).write_text(report.to_markdown(), encoding="utf-8")
-    (folder / HTML).write_text(report.to_html(samples, figures), encoding="utf-8")
-    write_sums(folder)
+    with whole.named(folder):
+        (folder / PROBE).write_bytes(save(recorded._asdict()))
+        (folder / REPORT).write_text(report.to_json())
+        (folder / PAGE).write_text(report.to_markdown(), encoding="utf-8")
+        (folder / HTML).write_text(report.to_html(samples, figures), encoding="utf-8")
+        write_sums(folder)
     return lacking
 
 

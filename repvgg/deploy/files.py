@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from repvgg import whole
 from repvgg.checkpoint import Checkpoint
 from repvgg.contract import Description, to_float
 from repvgg.deploy.folder import digest
@@ -68,7 +69,7 @@ def export(
     artifacts = {}
     for name in formats:
         target = folder / FORMATS[name].filename
-        with writing(target.name):
+        with writing(target.name), whole.named(target):
             FORMATS[name].save(network, target, description)
         artifact = FORMATS[name].open(target, network=factory)  # from disk: what will be shipped
         require_layers(target.name, artifact, count_layers(network))
@@ -163,7 +164,7 @@ def export_int8(
         float_layers=settings.int8_float_layers,
         tolerance=settings.int8_drop,
     )
-    with writing(INT8):
+    with writing(INT8), whole.named(folder / INT8):
         onnx.save_model(quantized.model, folder / INT8)
     artifact = load_onnx(folder / INT8)
     engines = {f"{INT8}, onnxruntime": artifact}

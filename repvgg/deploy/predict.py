@@ -2,8 +2,8 @@
 
 import csv
 import glob
+import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from repvgg import whole
 from repvgg.contract import DataContract, to_float
 from repvgg.data.images import MODES, fit, open_image, to_tensor
 from repvgg.deploy.opening import Opened
-from repvgg.deploy.tables import Prediction, cells, header, most_likely, open_text
+from repvgg.deploy.tables import Prediction, cells, header, most_likely
 
 
 @dataclass(frozen=True)
@@ -121,28 +122,21 @@ def check_out(out: Path, *, overwrite: bool) -> None:
 
 def write(found: Sequence[Labelled], out: Path) -> None:
     """Write predictions as JSON or CSV, whole or not at all."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        with open_text(temporary) as file:
-            if out.suffix.lower() == ".json":
-                rows = [
-                    {
-                        "path": str(image.path),
-                        "predictions": [
-                            {"class": name, "probability": share}
-                            for name, share in image.predictions
-                        ],
-                    }
-                    for image in found
-                ]
-                file.write(json.dumps(rows, indent=1) + "\n")
-            else:
-                table = csv.writer(file, lineterminator="\n")
-                count = max((len(image.predictions) for image in found), default=0)
-                table.writerow(header(["path"], count))
-                table.writerows([image.path, *cells(image.predictions)] for image in found)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = io.StringIO(newline="")
+    if out.suffix.lower() == ".json":
+        rows = [
+            {
+                "path": str(image.path),
+                "predictions": [
+                    {"class": name, "probability": share} for name, share in image.predictions
+                ],
+            }
+            for image in found
+        ]
+        text.write(json.dumps(rows, indent=1) + "\n")
+    else:
+        table = csv.writer(text, lineterminator="\n")
+        count = max((len(image.predictions) for image in found), default=0)
+        table.writerow(header(["path"], count))
+        table.writerows([image.path, *cells(image.predictions)] for image in found)
+    whole.write(out, text.getvalue().encode(errors="backslashreplace"))

@@ -1,11 +1,7 @@
 """The checkpoints of a run: the best, the last, and how either is written."""
 
-import glob
 import io
 import math
-import os
-import platform
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +11,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
+
+from repvgg import whole
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -151,7 +149,7 @@ def _check_restored(callback: ModelCheckpoint) -> None:
 
 
 class WholeFileIO(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all: into a temporary file, which is then renamed.
+    """Writes a checkpoint whole or not at all.
 
     Lightning writes remote paths, such as s3://bucket/last.ckpt.
 
@@ -172,32 +170,6 @@ class WholeFileIO(TorchCheckpointIO):
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        mine = f".{target.name}.{platform.node()}-"
-        for left in target.parent.glob(f"{glob.escape(mine)}*"):
-            number = left.name.removeprefix(mine).partition("-")[0]
-            if number.isdecimal() and not is_alive(int(number)):
-                left.unlink(missing_ok=True)
-        temporary = target.with_name(f"{mine}{os.getpid()}-{secrets.token_hex(4)}")
         content = io.BytesIO()  # torch.save replaces the error of a full disk with another
         torch.save(checkpoint, content)
-        try:
-            with temporary.open("wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def is_alive(process: int) -> bool:
-    """Whether a process of this machine runs."""
-    if os.name == "nt":  # signal 0 would end the process
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # another user's process
-    return True
+        whole.write(target, content.getbuffer())

@@ -16,7 +16,7 @@ def hold(folder: Path) -> Iterator[None]:
     A missing folder is created. If nothing else was written, the folder is left empty.
 
     Raises:
-        ValueError: another run holds the folder.
+        ValueError: another run holds the folder, or it is deleted or moved meanwhile.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / NAME, blocking=False)
@@ -29,8 +29,15 @@ def hold(folder: Path) -> Iterator[None]:
         ) from None
     try:
         yield
+    except OSError as error:
+        if folder.is_dir():
+            raise
+        raise ValueError(
+            f"{folder} is gone: it was deleted, moved or unmounted while the run wrote into it; "
+            "what was written after that is lost"
+        ) from error
     finally:
-        if [path.name for path in folder.iterdir()] == [NAME]:
-            with contextlib.suppress(PermissionError):  # Windows keeps open files
+        with contextlib.suppress(OSError):  # the folder is gone; Windows keeps open files
+            if [path.name for path in folder.iterdir()] == [NAME]:
                 (folder / NAME).unlink()
         lock.release()

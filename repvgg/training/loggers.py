@@ -11,9 +11,9 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from repvgg import whole
 from repvgg.cli import Config
 from repvgg.targets import signature_of
-from repvgg.training import runs
 from repvgg.training.parts import Part
 from repvgg.training.tensorboard import TensorBoard
 
@@ -64,13 +64,13 @@ class MetricsFile(Logger):
             self._columns = self._recover()
         new = [name for name in row if name not in self._columns]
         self._columns += new
-        if new:
+        if new or not self.path.exists():  # deleted meanwhile
             rows = _read(self.path) if self.path.exists() else []
             header: dict[str, object] = {name: name for name in self._columns}
             text = "".join(_line(self._columns, held) for held in [header, *rows, row])
-            runs.write_whole(self.path, text)
+            whole.write(self.path, text.encode())
             return
-        with self.path.open("a", newline="") as file:
+        with whole.named(self.path), self.path.open("a", newline="") as file:
             file.write(_line(self._columns, row))
 
     def _recover(self) -> list[str]:
@@ -79,7 +79,7 @@ class MetricsFile(Logger):
             return []
         text = self.path.read_text()
         if not text.endswith("\n"):
-            runs.write_whole(self.path, text[: text.rfind("\n") + 1])
+            whole.write(self.path, text[: text.rfind("\n") + 1].encode())
         with self.path.open(newline="") as file:
             return next(csv.reader(file), [])
 

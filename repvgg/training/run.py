@@ -10,7 +10,7 @@ from typing import cast
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
 
-from repvgg import checkpoint, terminal
+from repvgg import checkpoint, terminal, whole
 from repvgg.checks import escape
 from repvgg.cli import Config
 from repvgg.contract import ModelConfig, to_float
@@ -175,7 +175,7 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> flo
         tested_on="test" if data.has_test else "validation",
     )
     if trainer.is_global_zero:
-        runs.write_whole(folder / runs.RESULTS, json.dumps(results, indent=2))
+        whole.write(folder / runs.RESULTS, json.dumps(results, indent=2).encode())
         print(*ended, sep="\n", end="\n" if ended else "")
         outcome.report_results(trainer, results, data, best, target=model.get("_target_"))
     return cast(dict[str, float], results["metrics"]).get(settings.objective)

@@ -4,7 +4,7 @@ import os
 import shlex
 from pathlib import Path
 
-from repvgg import cli
+from repvgg import cli, whole
 from repvgg.checks import brief
 from repvgg.cli import Config
 from repvgg.training import processes
@@ -23,13 +23,15 @@ def record(config: Config, folder: Path) -> None:
     from omegaconf import OmegaConf
 
     (folder / CONFIG).parent.mkdir(exist_ok=True)
-    resumed = config["resume"] is not None
-    if not resumed:  # a resumed run keeps the files of its first start
+    files: dict[Path, str] = {}
+    if config["resume"] is None:  # a resumed run keeps the files of its first start
         hydra = HydraConfig.get()
         choices = {"hydra": {"runtime": {"choices": hydra.runtime.choices}}}
-        write_whole(folder / OVERRIDES, OmegaConf.to_yaml(hydra.overrides.task))
-        write_whole(folder / CHOICES, OmegaConf.to_yaml(OmegaConf.create(choices)))
-    write_whole(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create({**config, "resume": None})))
+        files[OVERRIDES] = OmegaConf.to_yaml(hydra.overrides.task)
+        files[CHOICES] = OmegaConf.to_yaml(OmegaConf.create(choices))
+    files[CONFIG] = OmegaConf.to_yaml(OmegaConf.create({**config, "resume": None}))
+    for name, text in files.items():
+        whole.write(folder / name, text.encode())
 
 
 def read_record(path: Path) -> object:
@@ -80,13 +82,6 @@ def check_folder(folder: Path, *, resumed: bool, chosen: bool) -> None:
             f"{relative(folder)} belongs to another run: pass resume={shlex.quote(relative(last))} "
             "to resume that, or pass another hydra.run.dir"
         )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is old or new, whenever the process is killed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def relative(path: Path) -> str:

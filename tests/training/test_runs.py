@@ -5,7 +5,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from repvgg import cli
+from repvgg import cli, whole
 from repvgg.training import resuming, runs
 
 
@@ -337,7 +337,7 @@ def test_the_first_process_alone_checks_the_folder(here, monkeypatch):
 
 
 def test_a_file_is_written_whole_and_leaves_nothing_beside_it(here):
-    runs.write_whole(here / "a.yaml", "old")
-    runs.write_whole(here / "a.yaml", "new")
+    whole.write(here / "a.yaml", b"old")
+    whole.write(here / "a.yaml", b"new")
 
     assert [(path.name, path.read_text()) for path in here.iterdir()] == [("a.yaml", "new")]

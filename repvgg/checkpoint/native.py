@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from repvgg import whole
 from repvgg.checkpoint.layouts import holds_folded
-from repvgg.checkpoint.tensors import Content, require_whole
+from repvgg.checkpoint.tensors import Content
 from repvgg.checks import ArgumentError, brief, check_integer
 from repvgg.contract import (
     DataContract,
@@ -169,7 +169,6 @@ def open_ours(content: Content, path: Path, network: Factory | None = None) -> C
     Raises:
         ValueError: the description or the weights are damaged.
     """
-    require_whole(path)
     entry: Any = content[KEY]  # of a file, so anything; what is wrong raises one of the below
     try:
         weights: Any = content["state_dict"]

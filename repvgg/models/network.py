@@ -24,6 +24,7 @@ from repvgg.models.block import BLOCKS, RepVGGBlock, is_traced
 from repvgg.models.features import Backbone
 
 MAX_STEM_WIDTH = 64
+MOST_BLOCKS = 500  # ten times those of the deepest variant; each takes a millisecond to build
 
 
 class RepVGG(Backbone):
@@ -96,6 +97,8 @@ class RepVGG(Backbone):
             raise wrong_value(
                 "depths", depths, "stage 3 needs 2 blocks or more for auxiliary heads", "[1,1,2,1]"
             )
+        if sum(depths) > MOST_BLOCKS:
+            raise wrong_value("depths", depths, f"must be at most {MOST_BLOCKS} blocks together")
         if any(width % groups for width in widths):
             raise wrong_value("groups", groups, f"must divide all widths {widths}", 1)
         if block not in BLOCKS:

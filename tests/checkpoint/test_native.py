@@ -162,7 +162,7 @@ BAD = {
     ),
     "a pipe": (os.mkfifo, "is not a regular file"),
     "holes": (holes, "most of it is holes, without content"),
-    "damaged arrays": (damaged_arrays, r"its arrays are damaged \(Bad CRC-32 .*\)"),
+    "damaged arrays": (damaged_arrays, r"is damaged: Bad CRC-32 .*"),
     "truncated": (truncated, "truncated"),
     "pickled code": (lambda path: torch.save({"x": Payload()}, path), "could run code"),
     "bare pickle": (lambda path: path.write_bytes(pickle.dumps(Payload())), "could run code"),

@@ -335,3 +335,14 @@ def test_metadata_of_a_state_dict_is_dropped(tmp_path):
 
     assert list(content["0"]) == list(weights)
     assert pickle.loads(pickle.dumps(content["1"])).name == "pathlib.PosixPath"
+
+
+def test_a_file_without_checksums_is_read(tmp_path):
+    computed = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(3)}, tmp_path / "x.pth")
+    finally:
+        torch.serialization.set_crc32_options(computed)
+
+    assert torch.equal(tensors.read(tmp_path / "x.pth")["a"], torch.ones(3))

@@ -1,7 +1,10 @@
 """Checkpoints that lie: one line, in bounded time and memory, and never a network that is wrong."""
 
 import contextlib
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -97,14 +100,28 @@ def test_any_value_of_another_type_is_refused_or_changes_nothing(tmp_path):
     assert tried > 130
 
 
-def test_a_damaged_checkpoint_is_refused_or_changes_nothing(tmp_path):
+def _save_arrays(weights: dict[str, torch.Tensor], path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **{key: value.numpy() for key, value in weights.items()})
+
+
+# Ours, and files of others that hold checksums; torch's old format and safetensors hold none.
+WRITERS: dict[str, Callable[[dict[str, torch.Tensor], Path], object]] = {
+    "ours": lambda weights, path: write_ours(lambda content: None, path),
+    "torch": torch.save,
+    "numpy": _save_arrays,
+}
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_damaged_archive_is_refused_or_changes_nothing(write, tmp_path):
     path = tmp_path / "x.ckpt"
-    write_ours(lambda content: None, path)
     weights = ours()["state_dict"]
+    WRITERS[write]({key.removeprefix("net."): value for key, value in weights.items()}, path)
     for kind, content in damaged(path.read_bytes(), 60):
         path.write_bytes(content)
         with contextlib.suppress(ValueError):
-            opened = checkpoint.load(path).model.state_dict()
+            opened = checkpoint.open_network(path).model.state_dict()
             changed = [key for key in opened if not torch.equal(opened[key], weights[f"net.{key}"])]
             assert not changed, kind
 

@@ -274,6 +274,20 @@ def _pickled(content: bytes) -> Callable[[Path], None]:
     return lambda path: path.write_bytes(content)
 
 
+def _many_blocks() -> Content:
+    weights = {key.removeprefix("net."): value for key, value in ours()["state_dict"].items()}
+    kernel = "stages.2.{}.branch_3x3.conv.weight"
+    return weights | {kernel.format(number): torch.zeros(4, 4, 3, 3) for number in range(3000)}
+
+
+def _of_version_128(path: Path) -> None:
+    """A zip archive whose directory asks for a version of zip that does not exist."""
+    write_ours(lambda content: None, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 6] = 128
+    path.write_bytes(content)
+
+
 def _many_networks() -> Content:
     return {
         f"a{number}.rbr.stage0.rbr_dense.conv.weight": torch.zeros(1, 1, 3, 3)
@@ -288,6 +302,8 @@ OTHERS: dict[str, Callable[[Path], None]] = {
     "itself": _saved(_cycle),
     "200,000 keys": _saved(lambda: {f"k{i}": 0 for i in range(200_000)}),
     "20,000 networks": _saved(_many_networks),
+    "3,000 blocks": _saved(_many_blocks),
+    "a zip archive of version 12.8": _of_version_128,
     "a key of 10 MB": _saved(lambda: {"a." * 5 * 10**6: torch.zeros(1)}),
     "a key of 1 MB of stages": _saved(lambda: {"stage1.0.rbr_dense." * 50_000: torch.zeros(1)}),
     "a block number of 5,000 digits": _saved(

@@ -2,6 +2,7 @@
 
 import importlib
 import resource
+import signal
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -9,7 +10,8 @@ from typing import NamedTuple
 
 from tests.support.processes import CONTEXT
 
-SECONDS = 20  # after which a call is ended
+SECONDS = 20  # of CPU, after which a call is ended
+WAITED = 15 * SECONDS  # the same for a call that sleeps; a busy machine does not reach it
 
 
 class Call(NamedTuple):
@@ -35,11 +37,13 @@ def measure(function: Callable[..., object], *arguments: object) -> Call:
     process.start()
     writer.close()
     try:
-        if not reader.poll(SECONDS):
-            return Call(float(SECONDS), 0, "TimeoutError: it did not end")
+        if not reader.poll(WAITED):
+            return Call(float(WAITED), 0, "TimeoutError: it did not end")
         return Call(*reader.recv())
     except EOFError:
         process.join(1)
+        if process.exitcode == -signal.SIGXCPU:
+            return Call(float(SECONDS), 0, "TimeoutError: it did not end")
         return Call(0, 0, f"SystemError: the process died, status {process.exitcode}")
     finally:
         process.kill()
@@ -50,6 +54,8 @@ def _call(
     writer: Connection, module: str, function: Callable[..., object], arguments: tuple[object, ...]
 ) -> None:
     importlib.import_module(module)
+    used = int(time.process_time())
+    resource.setrlimit(resource.RLIMIT_CPU, (used + SECONDS, used + SECONDS + 10))
     before = _peak()
     start = time.process_time()
     error = ""

@@ -27,6 +27,7 @@ from repvgg.models import libraries
 from repvgg.models.libraries import Factory
 from repvgg.models.modes import evaluating
 from repvgg.models.network import RepVGG
+from repvgg.models.rebuild import is_expanded
 from repvgg.models.registry import build_model
 from repvgg.targets import check_arguments, is_from_user_code, make_importable
 from repvgg.training import callbacks, processes, resuming, schedule
@@ -34,6 +35,9 @@ from repvgg.training.parts import read_part
 from repvgg.training.schedule import Steps
 from repvgg.training.settings import Settings, TrainerArguments, section
 from repvgg.training.setup import build_classifier
+
+# States of optimizers that have the shape of their parameter.
+AVERAGES = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg")
 
 
 def check_sweep(num_devices: int) -> None:
@@ -114,6 +118,11 @@ def check_resumed(
         ValueError: it is of another network or of other classes.
     """
     recorded = checkpoint.load(resume, network=factory)
+    if wrong := _wrong_state(resume):
+        raise ValueError(
+            f"resume={resume}: its {wrong} cannot be resumed; start a new run from its weights "
+            f"with init={resume}"
+        )
     if recorded.config != model:
         raise ValueError(f"resume={resume}: it holds {recorded.config}, this run builds {model}")
     before, now = recorded.data.classes, data.contract.classes
@@ -125,6 +134,42 @@ def check_resumed(
     if torch.equal(recorded.probe.images, images):
         return []
     return ["the validation images are not those that the run started with"]
+
+
+def _wrong_state(resume: str) -> str:
+    """The first part of a checkpoint, beside the weights, that Lightning could not restore."""
+    content = torch.load(resume, weights_only=True, map_location="cpu")
+    done, loops, states = (content.get(key) for key in ("global_step", "loops", "optimizer_states"))
+    if type(done) is not int or done < 0:
+        return "global_step"
+    fit = loops.get("fit_loop") if isinstance(loops, dict) else None
+    if not isinstance(fit, dict) or not all(isinstance(part, dict) for part in fit.values()):
+        return "loops"
+    if not isinstance(states, list) or not all(
+        isinstance(state, dict)
+        and isinstance(state.get("state"), dict)
+        and isinstance(state.get("param_groups"), list)
+        and all(isinstance(values, dict) for values in state["state"].values())
+        for state in states
+    ):
+        return "optimizer_states"
+    # Of all parameters: a loss may have some too.
+    shapes = {value.shape for value in content["state_dict"].values() if isinstance(value, Tensor)}
+    for state in states:
+        for key, value in _pairs(state["state"]):
+            held = value.layout == torch.strided and not (value.is_meta or is_expanded(value))
+            if not held or (key in AVERAGES and value.shape not in shapes):
+                return f"{key} of the optimizer"
+    for key, kind in (("lr_schedulers", list), ("callbacks", dict)):
+        if not isinstance(content.get(key, kind()), kind):
+            return key
+    return ""
+
+
+def _pairs(states: dict[int, dict[str, object]]) -> list[tuple[str, Tensor]]:
+    """The tensors of an optimizer, by name, of every parameter."""
+    pairs = [pair for values in states.values() for pair in values.items()]
+    return [(key, value) for key, value in pairs if isinstance(value, Tensor)]
 
 
 def check_same_steps(

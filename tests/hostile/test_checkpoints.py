@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,15 +11,20 @@ import torch
 from PIL import Image
 
 from repvgg import checkpoint
+from repvgg.training.compatibility import check_resumed
 from tests.support.commands import run
 from tests.support.hostile.checkpoints import (
     ABSURD,
+    CONFIG,
+    DATA,
     HARMLESS,
     OTHERS,
+    UNRESUMABLE,
     WRONG,
     damaged,
     ours,
     replaced,
+    resumable,
     write_ours,
 )
 from tests.support.hostile.limits import measure
@@ -69,6 +75,27 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(kind, tmp_path):
     write_ours(WRONG[kind], tmp_path / "x.ckpt")
 
     refused(tmp_path / "x.ckpt")
+
+
+def resume(change, tmp_path) -> list[str]:
+    """Check a changed checkpoint as `resume=` does."""
+    content = resumable()
+    change(content)
+    torch.save(content, tmp_path / "last.ckpt")
+    data = SimpleNamespace(contract=DATA)
+    images = content["repvgg"]["probe"]["images"]
+    return check_resumed(str(tmp_path / "last.ckpt"), CONFIG, data, images, None)
+
+
+def test_a_training_state_is_resumed(tmp_path):
+    assert resume(lambda content: None, tmp_path) == []
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+@pytest.mark.parametrize("kind", UNRESUMABLE)
+def test_a_training_state_that_cannot_be_restored_is_refused(kind, tmp_path):
+    with pytest.raises(ValueError, match=r"cannot be resumed; start a new run .* with init="):
+        resume(UNRESUMABLE[kind], tmp_path)
 
 
 @pytest.mark.parametrize("kind", HARMLESS)

@@ -205,6 +205,57 @@ WRONG: dict[str, Callable[[Content], None]] = {
     "a library of its own": _model(library="os"),
 }
 
+
+def resumable() -> Content:
+    """A small checkpoint of ours, with what Lightning stores of a training."""
+    model = settle(repvgg.create_model(**CONFIG))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    counts = {"ready": 10, "completed": 10}
+    return ours() | {
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": counts}}},
+        "optimizer_states": [optimizer.state_dict()],
+        "lr_schedulers": [{"last_epoch": 10}],
+        "callbacks": {},
+    }
+
+
+def _momentum(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Content], None]:
+    def apply(content: Content) -> None:
+        for state in content["optimizer_states"][0]["state"].values():
+            state["momentum_buffer"] = change(state["momentum_buffer"])
+
+    return apply
+
+
+def _without(key: str) -> Callable[[Content], None]:
+    return lambda content: content.pop(key)
+
+
+# A change to `resumable` with which no training can be resumed.
+UNRESUMABLE: dict[str, Callable[[Content], None]] = {
+    "no step": _without("global_step"),
+    "a step below 0": _set("global_step", value=-1),
+    "a step of text": _set("global_step", value="x"),
+    "a step of NaN": _set("global_step", value=NAN),
+    "no loops": _without("loops"),
+    "loops of text": _set("loops", value="x"),
+    "loops without a fit": _set("loops", value={}),
+    "progress of text": _set("loops", "fit_loop", "epoch_progress", value="x"),
+    "no optimizer": _without("optimizer_states"),
+    "optimizers of nothing": _set("optimizer_states", value=None),
+    "an optimizer without groups": _set("optimizer_states", value=[{"state": {}}]),
+    "an optimizer of text": _set("optimizer_states", value=["x"]),
+    "momenta of another shape": _momentum(lambda tensor: torch.zeros(7, 7)),
+    "momenta that are expanded": _momentum(lambda tensor: _expanded(*tensor.shape)),
+    "momenta of 1e12 numbers": _momentum(lambda tensor: _expanded(10**6, 10**6)),
+    "sparse momenta": _momentum(lambda tensor: tensor.to_sparse()),
+    "momenta without values": _momentum(lambda tensor: tensor.to("meta")),
+    "schedulers of text": _set("lr_schedulers", value="x"),
+    "callbacks of text": _set("callbacks", value="x"),
+}
+
 STOCK: dict[str, object] = {
     "none": None,
     "text": "x",

@@ -85,6 +85,7 @@ def unknown_name(
     Args:
         what: the words of the list are, such as "model".
     """
+    given = brief(given)
     hint = did_you_mean(given.lower(), allowed)
     shown = listed(given.lower(), allowed)
     text = f"{argument}={given}: there is no such {what}; {hint}allowed are {shown}"

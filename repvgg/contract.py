@@ -19,6 +19,7 @@ METADATA_KEY = "repvgg"
 INPUTS = ("float32", "uint8")
 OUTPUTS = ("logits", "probabilities")
 MOST_PIXELS = 2**27  # of an image; 11,585 x 11,585
+LEAST_STD = 1e-30  # in float32 a smaller one is 0, or makes infinite images
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # Pillow's
 
 
@@ -55,7 +56,7 @@ class DataContract:
                 ("classes", _are(self.classes, str) and len(self.classes) > 0),
                 ("image_size", _are(self.image_size, int, length=2, above=0, pixels=True)),
                 ("mean", _are(self.mean, int | float, length=self.in_channels)),
-                ("std", _are(self.std, int | float, length=self.in_channels, above=0)),
+                ("std", _are(self.std, int | float, length=self.in_channels, above=LEAST_STD)),
                 ("interpolation", self.interpolation in INTERPOLATIONS),
                 (
                     "resize_size",

@@ -7,9 +7,11 @@ float64 reference (`probe.safetensors`), and the checksums of all files (`SHA256
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from repvgg import verify, whole
+from repvgg.checks import brief
 from repvgg.contract import to_float
 from repvgg.deploy.folder import HTML, PAGE, PROBE, REPORT, check_sums, write_sums
 from repvgg.deploy.report import Report
@@ -89,17 +91,12 @@ def check(folder: Path, *, network: Factory | None = None, trust: bool = False) 
     Raises:
         ValueError: this is not a deployed folder, or a file is missing, changed or new.
     """
-    from safetensors.torch import load_file
-
     present = check_sums(folder)
     try:
-        report = Report.from_json((folder / REPORT).read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder}: its report is damaged: {error}") from error
-    try:
-        recorded = Recorded(**load_file(folder / PROBE))
-    except TypeError as error:
-        raise ValueError(f"{folder}: {PROBE} is damaged: {error}") from error
+        report = Report.from_json((folder / REPORT).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{folder}: its report is damaged: {brief(error)}") from error
+    recorded = _recorded(folder)
     verified = {name: file.verified for name, file in report.files.items() if file.verified}
     listed = report.files.keys() == present - {
         REPORT,
@@ -107,7 +104,7 @@ def check(folder: Path, *, network: Factory | None = None, trust: bool = False) 
         HTML,
         PROBE,
     }  # version 0.1 wrote no HTML
-    if not verified or not listed or not len(recorded.images):
+    if not verified or not listed:
         raise ValueError(f"{folder}: its report does not list the files of the folder")
     unopened = [name for name in verified if format_of(folder / name).runs_code and not trust]
     verdicts = {
@@ -123,9 +120,37 @@ def check(folder: Path, *, network: Factory | None = None, trust: bool = False) 
     return Checked(verdicts, unopened)
 
 
+def _recorded(folder: Path) -> Recorded:
+    """Read the probe batch.
+
+    Raises:
+        ValueError: it is damaged, or its tensors do not belong together.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        recorded = Recorded(**load_file(folder / PROBE))
+    except (TypeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: {PROBE} is damaged: {brief(error)}") from error
+    images, scores = recorded.images, recorded.scores
+    if (
+        images.dtype != torch.uint8
+        or images.dim() != 4
+        or images.numel() == 0
+        or not scores.is_floating_point()
+        or scores.dim() != 2
+        or len(scores) != len(images)
+        or recorded.int8.shape not in (scores.shape, scores[:0].shape, (0,))
+        or recorded.int8.is_complex()
+    ):
+        raise ValueError(f"{folder}: {PROBE} is damaged: its images and scores do not fit")
+    return recorded
+
+
 def _compare(artifact: Predictor, precision: str, recorded: Recorded, bound: float) -> Verdict:
     images = to_float(recorded.images)
-    if precision == "int8":
+    if precision == "int8" and len(recorded.int8):
         same = verify.agreement(recorded.int8, artifact(images))
         return Verdict(1 - same, 1.0 / len(images), same)
     return verify.compare(lambda _: recorded.scores, artifact, images, tolerance=bound)

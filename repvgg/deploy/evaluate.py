@@ -63,7 +63,7 @@ def run(settings: EvaluateSettings, say: Say) -> None:
             folder = stack.enter_context(
                 new_folder(settings.out, overwrite=settings.overwrite, check=check_replaceable)
             )
-            say(f"model     {escape(settings.ckpt)} ({opened.title}), on {opened.device}")
+            say(f"model     {escape(settings.ckpt)} ({escape(opened.title)}), on {opened.device}")
             name = config.get("name") or str(config["_target_"]).rpartition(".")[2]
             say(f"data      {name}, {settings.split}: {images:,} images")
             for note in notes:

@@ -1,6 +1,6 @@
 """Open a network from any file: a checkpoint, a deployed file, or third-party weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from repvgg import checkpoint, cli
-from repvgg.checkpoint.tensors import read
-from repvgg.contract import DataContract
+from repvgg.checkpoint.tensors import METADATA, read
+from repvgg.contract import METADATA_KEY, DataContract
 from repvgg.deploy.evaluate_settings import check_file
 from repvgg.deploy.run import find_factory
 from repvgg.export.artifact import Artifact
@@ -56,7 +56,7 @@ def open_any(
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda: torch finds no GPU; pass device=cpu")
     factory = find_factory(network)
-    described = path.suffix == ".safetensors" and checkpoint.description(read(path)) is not None
+    described = path.suffix == ".safetensors" and METADATA_KEY in _metadata(path)
     if path.suffix in ENGINES or described:
         return _deployed(path, device, factory, trust=trust)
     if device == "auto":
@@ -71,6 +71,11 @@ def open_any(
         bool(opened.origin) and [*opened.data.classes] == numbers,
         device,
     )
+
+
+def _metadata(path: Path) -> Mapping[object, object]:
+    said = read(path).get(METADATA)
+    return said if isinstance(said, Mapping) else {}
 
 
 def _deployed(path: Path, device: str, factory: Factory | None, *, trust: bool) -> Opened:

@@ -41,7 +41,7 @@ def label(
         top: classes for each image.
 
     Raises:
-        ValueError: the network takes other images than files hold.
+        ValueError: the network takes other images than files hold, or computes NaN or inf.
     """
     contract = network.data
     if contract.in_channels not in MODES:
@@ -61,6 +61,8 @@ def label(
         found: dict[Path, list[Prediction]] = {}
         if batch:
             shares = network.predict(torch.stack(pixels)).softmax(1)
+            if not shares.isfinite().all():
+                raise ValueError(f"{batch[0]}: the network's logits are NaN or infinite here")
             found = dict(zip(batch, most_likely(shares, contract.classes, top), strict=True))
         for path in images[start : start + batch_size]:
             yield Labelled(path, found.get(path, []), errors.get(path, ""))

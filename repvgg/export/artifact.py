@@ -4,14 +4,14 @@ A program is the preprocessing, the folded network and, if wanted, a softmax. Th
 never folded into the stem: the border is padded with zeros after it.
 """
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from repvgg.checks import brief, wrong_value
 from repvgg.contract import METADATA_KEY, Description, Normalize, to_float
 
 
@@ -52,21 +52,53 @@ class Artifact:
         """Predict: images (N, C, H, W), float32 in [0, 1], of any memory layout -> (N, K)."""
         return self.run(self.description.encode(images))
 
+    def guarded(self, path: Path) -> "Artifact":
+        """The same, but errors of the engine and outputs that do not fit become one line."""
+
+        def run(images: Tensor) -> Tensor:
+            try:
+                scores = self.run(images)
+            except Exception as error:  # every engine has its own types
+                raise ValueError(f"'{path}' fails on images: {brief(error)}") from error
+            shape = (len(images), len(self.description.data.classes))
+            if not scores.is_floating_point() or scores.shape != shape:
+                raise ValueError(
+                    f"'{path}' computes {scores.dtype} {brief(tuple(scores.shape))}, its "
+                    f"description needs {self.description.output} {shape}"
+                )
+            return scores
+
+        return replace(self, run=run)
+
 
 def described(path: Path, text: str | None) -> Description:
     """Parse the metadata of a file.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: there is none, it is damaged, or it contradicts itself.
     """
     if not text:
         raise ValueError(
             f"'{path}' has no entry '{METADATA_KEY}' in its metadata: this package did not write it"
         )
     try:
-        return Description.from_json(text)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"'{path}' has a damaged description: {error!r}") from error
+        found = Description.from_json(text)
+        if not isinstance(found.config, Mapping) or not isinstance(found.config.get("name"), str):
+            raise wrong_value(
+                "model", found.config, "must be arguments, with the name of a network"
+            )
+        for key, count in (
+            ("in_channels", found.data.in_channels),
+            ("num_classes", len(found.data.classes)),
+        ):
+            if found.config.get(key, count) != count:
+                raise ValueError(
+                    f"{key} is {brief(found.config[key])} in one place, {count} in one"
+                )
+        return found
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"'{path}' has a damaged description: {brief(said)}") from error
 
 
 def without_grad(program: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from repvgg.checks import ArgumentError, require
+from repvgg.checks import ArgumentError, escape, require
 from repvgg.contract import METADATA_KEY, Description
 from repvgg.export.archive import check_archive
 from repvgg.export.artifact import (
@@ -25,6 +25,7 @@ from repvgg.export.artifact import (
     layer_counts,
     without_grad,
 )
+from repvgg.export.graphs import check_openvino, read_onnx, require_ir
 from repvgg.models.forms import is_deployed
 from repvgg.models.libraries import Factory
 from repvgg.models.rebuild import rebuild
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 ONNX_OPSET = 18  # the lowest that torch's exporter writes
+MOST_SAID = 300  # characters of an engine's message
 METADATA_FILE = "repvgg.json"  # inside a .pt2 archive
 
 
@@ -195,18 +197,17 @@ def load_onnx(path: Path, *, spin: bool = False) -> Artifact:
     Raises:
         ValueError: the file has no description.
     """
-    import onnx
-
+    model, description = read_onnx(path)
+    types = [node.op_type for node in model.graph.node]
+    del model  # onnxruntime reads the file itself
     session = open_session(path, spin=spin)
 
     def run(images: Tensor) -> Tensor:
         (scores,) = session.run(None, {"images": images.numpy()})
         return torch.from_numpy(scores)
 
-    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-    types = [node.op_type for node in onnx.load(path).graph.node]
     layers = layer_counts(types.count("Conv"), types.count("BatchNormalization"))
-    return Artifact(described(path, text), run, layers)
+    return Artifact(description, run, layers)
 
 
 def open_session(model: Path | bytes, *, spin: bool = False) -> "onnxruntime.InferenceSession":
@@ -216,7 +217,7 @@ def open_session(model: Path | bytes, *, spin: bool = False) -> "onnxruntime.Inf
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
-    options.log_severity_level = 3  # errors
+    options.log_severity_level = 4  # errors are raised too
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
@@ -245,15 +246,16 @@ def load_openvino(path: Path, *, precision: str = "f32") -> Artifact:
         ValueError: the file has no description.
     """
     openvino = require("openvino")
-    graph = openvino.Core().read_model(path)
     if path.suffix == ".onnx":
-        import onnx
-
-        entries = onnx.load(path, load_external_data=False).metadata_props
-        text = next((entry.value for entry in entries if entry.key == METADATA_KEY), None)
+        _, description = read_onnx(path)
+        graph = openvino.Core().read_model(path)
     else:
+        require_ir(path)
+        graph = openvino.Core().read_model(path)
         known = graph.has_rt_info(METADATA_KEY)
         text = graph.get_rt_info(METADATA_KEY).value if known else None
+        description = described(path, text)
+        check_openvino(path, graph, description)
     compiled = openvino.compile_model(
         graph,
         "CPU",
@@ -269,9 +271,7 @@ def load_openvino(path: Path, *, precision: str = "f32") -> Artifact:
 
     types = [node.get_type_name() for node in graph.get_ops()]
     convolutions = types.count("Convolution") + types.count("GroupConvolution")
-    return Artifact(
-        described(path, text), run, layer_counts(convolutions, types.count("BatchNormInference"))
-    )
+    return Artifact(description, run, layer_counts(convolutions, types.count("BatchNormInference")))
 
 
 def save_aoti(model: nn.Module, path: Path, description: Description) -> None:
@@ -345,12 +345,14 @@ def open_artifact(
             "trust",
         )
     try:
-        return known.open(path, network=network)
+        return known.open(path, network=network).guarded(path)
     except (ImportError, ValueError):
         raise
     except Exception as error:  # every engine has its own types
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"'{path}' cannot be opened: {first}") from error
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        said = next((line for line in lines if not line.startswith("Exception from")), None)
+        said = escape(said or type(error).__name__)[:MOST_SAID]
+        raise ValueError(f"'{path}' cannot be opened: {said}") from error
 
 
 def format_of(path: Path) -> Format:

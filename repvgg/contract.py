@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import UnionType
@@ -16,10 +15,10 @@ Plain = None | bool | int | float | str | Sequence["Plain"] | Mapping[str, "Plai
 ModelConfig = Mapping[str, Plain]  # the arguments of `repvgg.models.registry.build_model`
 
 METADATA_KEY = "repvgg"
+FLOAT32 = torch.finfo(torch.float32)
 INPUTS = ("float32", "uint8")
 OUTPUTS = ("logits", "probabilities")
 MOST_PIXELS = 2**27  # of an image; 11,585 x 11,585
-LEAST_STD = 1e-30  # in float32 a smaller one is 0, or makes infinite images
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # Pillow's
 
 
@@ -56,7 +55,7 @@ class DataContract:
                 ("classes", _are(self.classes, str) and len(self.classes) > 0),
                 ("image_size", _are(self.image_size, int, length=2, above=0, pixels=True)),
                 ("mean", _are(self.mean, int | float, length=self.in_channels)),
-                ("std", _are(self.std, int | float, length=self.in_channels, above=LEAST_STD)),
+                ("std", _are(self.std, int | float, length=self.in_channels, above=FLOAT32.tiny)),
                 ("interpolation", self.interpolation in INTERPOLATIONS),
                 (
                     "resize_size",
@@ -80,10 +79,10 @@ def _are(
     kind: type | UnionType,
     *,
     length: int | None = None,
-    above: float = -math.inf,
+    above: float = FLOAT32.min,
     pixels: bool = False,
 ) -> bool:
-    """Whether values are a sequence of a kind, of a length, each finite and above a bound.
+    """Whether values are a sequence of a kind, of a length, above a bound and finite in float32.
 
     Args:
         pixels: their product is of at most MOST_PIXELS.
@@ -93,7 +92,7 @@ def _are(
         and not isinstance(values, str)
         and all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
         and (length is None or len(values) == length)
-        and (kind is str or all(above < value < sys.float_info.max for value in values))
+        and (kind is str or all(above < value < FLOAT32.max for value in values))
         and (not pixels or math.prod(values) <= MOST_PIXELS)
     )
 

@@ -3,6 +3,7 @@
 RepVGG (Ding et al., 2021, arXiv:2101.03697), section 3.3. A branch is an affine map, given as
 `Affine(kernel, bias)`; folding, padding and merging turn affine maps into affine maps. All
 functions are differentiable, compute in float64, and return the dtype and device of their inputs.
+A result that is too large for that dtype is a ValueError.
 To chain several without rounding in between, pass float64 tensors and cast the result once, as
 `RepVGGBlock.equivalent_kernel_bias` does.
 
@@ -37,6 +38,19 @@ class Affine(NamedTuple):
 def bare_affine(kernel: Tensor, bias: Tensor | None = None) -> Affine:
     """A convolution without BatchNorm as an affine map; without a bias it gets zeros."""
     return Affine(kernel, kernel.new_zeros(kernel.shape[0]) if bias is None else bias)
+
+
+def rounded(kernel: Tensor, bias: Tensor, dtype: torch.dtype) -> Affine:
+    """Cast a kernel and bias in float64 to a dtype; NaN and inf stay.
+
+    Raises:
+        ValueError: a finite number is too large for the dtype.
+    """
+    narrow = Affine(kernel.to(dtype), bias.to(dtype))
+    for wide, cast in zip((kernel, bias), narrow, strict=True):
+        if dtype != wide.dtype and not wide.is_meta and (cast.isinf() & wide.isfinite()).any():
+            raise ValueError(f"the folded weights are too large for {dtype}")
+    return narrow
 
 
 def fold_bn(kernel: Tensor, bias: Tensor | None, bn: nn.modules.batchnorm._BatchNorm) -> Affine:
@@ -101,7 +115,7 @@ def scale_output(kernel: Tensor, bias: Tensor | None, scale: Tensor, shift: Tens
     if bias is not None:
         shift = shift.double() + bias.double() * scale.double()
     folded = kernel.double() * scale.double().reshape(-1, *[1] * (kernel.ndim - 1))
-    return Affine(folded.to(kernel.dtype), shift.to(kernel.dtype))
+    return rounded(folded, shift, kernel.dtype)
 
 
 def scale_input(
@@ -130,7 +144,7 @@ def scale_input(
     total = (wide * by_output(shift)).flatten(1).sum(1)
     if bias is not None:
         total = total + bias.double()
-    return Affine((wide * by_output(scale)).to(kernel.dtype), total.to(kernel.dtype))
+    return rounded(wide * by_output(scale), total, kernel.dtype)
 
 
 def transpose_kernel(kernel: Tensor, groups: int) -> Tensor:
@@ -212,4 +226,4 @@ def merge(*branches: Affine) -> Affine:
     for branch in branches[1:]:  # a stack of them all would be copied first
         kernel = kernel + branch.kernel.double()
         bias = bias + branch.bias.double()
-    return Affine(kernel.to(dtype), bias.to(dtype))
+    return rounded(kernel, bias, dtype)

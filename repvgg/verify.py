@@ -63,10 +63,11 @@ class Verdict:
 def relative_error(reference: Tensor, candidate: Tensor) -> float:
     """Largest absolute difference over the largest absolute reference value, in float64.
 
-    Infinite if the candidate has another shape, NaN or inf; 0 for empty tensors.
+    Infinite if the shapes differ, or a value of either is NaN or inf; 0 for empty tensors.
     """
     reference, candidate = reference.double(), candidate.double()
-    if reference.shape != candidate.shape or not candidate.isfinite().all():
+    finite = reference.isfinite().all() and candidate.isfinite().all()
+    if reference.shape != candidate.shape or not finite:
         return math.inf
     if reference.numel() == 0:
         return 0.0
@@ -84,6 +85,11 @@ def agreement(expected: Tensor, given: Tensor) -> float:
     return (same & known).double().mean().item()
 
 
+def _require_images(images: Tensor) -> None:
+    if not len(images):
+        raise ValueError(f"images of shape {tuple(images.shape)}: there is nothing to compare")
+
+
 @torch.no_grad()
 def compare(
     reference: Predictor, candidate: Predictor, images: Tensor, *, tolerance: float | None = None
@@ -98,10 +104,11 @@ def compare(
             1e-5 for float32 and 1e-10 for float64.
 
     Raises:
-        ValueError: there are no images.
+        ValueError: there are no images, or no tolerance for their dtype.
     """
-    if not len(images):
-        raise ValueError(f"images of shape {tuple(images.shape)}: there is nothing to compare")
+    _require_images(images)
+    if tolerance is None and images.dtype not in TOLERANCE:
+        raise ValueError(f"images are {images.dtype}: pass float32 or float64, or a tolerance")
     images = images.contiguous()
     expected, given = reference(images.double()), candidate(images)
     error = relative_error(expected, given)
@@ -123,7 +130,11 @@ def compare_blocks(reference: nn.Module, candidate: nn.Module, images: Tensor) -
 
     Returns:
         the relative error of each block's output, by the block's name.
+
+    Raises:
+        ValueError: there are no images.
     """
+    _require_images(images)
     dtype = next(candidate.parameters()).dtype
     blocks = dict(candidate.named_modules())
     errors: dict[str, float] = {}

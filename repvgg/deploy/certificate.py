@@ -112,7 +112,7 @@ def check(folder: Path, *, network: Factory | None = None, trust: bool = False) 
             open_artifact(folder / name, network=network, trust=trust),
             precision,
             recorded,
-            report.float32_bound,
+            min(report.float32_bound, verify.LARGEST_BOUND),
         )
         for name, precision in verified.items()
         if name not in unopened

@@ -164,8 +164,9 @@ def compare_accuracy(
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
-    """Share of rows whose largest entry is the label's."""
-    return (scores.argmax(1) == labels).double().mean().item()
+    """Share of rows whose largest entry is the label's; a row with NaN counts as wrong."""
+    right = (scores.argmax(1) == labels) & ~scores.isnan().any(1)
+    return right.double().mean().item()
 
 
 def measure_accuracies(

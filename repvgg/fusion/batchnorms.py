@@ -141,8 +141,8 @@ class Folding:
             shift = found.scale * passing.shift + found.shift - passing.shift
             inner = replace(found, shift=shift / passing.scale)
             value = foldable.fold_following(self._value(source), inner)
-            if not foldable.fits(module, value):
-                return f"{source}: the folded weights overflow {module.weight.dtype}"
+            if misfit := foldable.misfit(module, value):
+                return f"{source}: {misfit}"
             values[source] = value
         if len(ndims) > 1:
             return "it is fed by convolutions of different dimensions"
@@ -225,8 +225,8 @@ class Folding:
         if self._mismatch(module, found, foldable.in_channels(module)) is not None:
             return "the convolution does not fit"
         value = foldable.fold_preceding(module, self._value(target), found)
-        if not foldable.fits(module, value):
-            return "the folded weights overflow"
+        if misfit := foldable.misfit(module, value):
+            return misfit
         ndim = self._ndim(module)
         self._replace(name, found, calls, {target: value}, ndim, [(name, target)])
         return None

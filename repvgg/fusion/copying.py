@@ -58,7 +58,7 @@ def require_network(model: object) -> None:
 
 
 def require_images(images: object) -> None:
-    """Raise a ValueError unless `images` is None or a tensor of finite numbers."""
+    """Raise a ValueError unless `images` is None or a tensor of finite numbers, not empty."""
     if images is None:
         return
     if not isinstance(images, Tensor):
@@ -66,6 +66,8 @@ def require_images(images: object) -> None:
             f"images is a {type(images).__name__}: pass an input tensor of the network, such as "
             "(N, C, H, W)"
         )
+    if not images.numel():
+        raise ValueError(f"images has shape {tuple(images.shape)}: there is nothing to compare")
     if images.is_floating_point() and not images.isfinite().all():
         raise ValueError("images contains NaN or inf, on which no outputs can be compared")
 

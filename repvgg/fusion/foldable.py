@@ -181,10 +181,12 @@ def in_format_of(old: Tensor, kernel: Tensor) -> Tensor:
     return torch.empty_like(old, requires_grad=False).copy_(kernel)
 
 
-def fits(module: Linear, value: Affine) -> bool:
-    """Whether a kernel and bias stay finite in the dtype of a layer."""
+def misfit(module: Linear, value: Affine) -> str | None:
+    """Why a kernel and bias cannot be written in the dtype of a layer, or None."""
     dtype = module.weight.dtype
-    return all(part.is_meta or bool(part.to(dtype).isfinite().all()) for part in value)
+    if all(part.is_meta or bool(part.to(dtype).isfinite().all()) for part in value):
+        return None
+    return f"the folded weights are NaN or too large for {dtype}"
 
 
 def fold_following(value: Affine, found: Normalization) -> Affine:

@@ -138,7 +138,7 @@ def merge_sums(
         other = _Sums(model, owner, name, graph, flow, dict(values), check_values, inlined_names)
         return other.merge() == merged
 
-    cases = _obstacle(own) or own.cases(base, merges_alike)
+    cases = sums.misfit() or _obstacle(own) or own.cases(base, merges_alike)
     if isinstance(cases, str):
         report.unmerged[name] = cases
         return []
@@ -386,6 +386,15 @@ class _Sums:
             for check in checks[:1]:
                 node = self.graph.call_module(str(check.target), (node,))
         return node
+
+    def misfit(self) -> str | None:
+        """Why a sum cannot be written in the dtype of its convolution, or None."""
+        for name, total in self.totals.items():
+            module = self.model.get_submodule(name)
+            assert isinstance(module, _ConvNd)
+            if reason := foldable.misfit(module, total):
+                return f"{name}: {reason}"
+        return None
 
     def write(self) -> None:
         """Put the merged convolutions in place, and identities for the other branches."""

@@ -38,7 +38,7 @@ from repvgg.models.branches import (
     read_branch,
     read_identity,
 )
-from repvgg.reparam import Affine, bare_affine, merge
+from repvgg.reparam import Affine, bare_affine, merge, rounded
 
 KERNEL_SIZE = 3
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -191,14 +191,14 @@ class RepVGGBlock(nn.Module):
         Raises:
             ValueError: a branch is not linear in eval mode or cannot be folded. Its normalization
                 has no running statistics or is not a BatchNorm, a layer has hooks or overrides
-                torch's code, or stride, padding or channels do not match the 3x3 branch.
+                torch's code, or stride, padding or channels do not match the 3x3 branch. Or the
+                result is too large for the dtype.
         """
         if self.reparam is not None:
             return bare_affine(self.reparam.weight, self.reparam.bias)
         assert self.branch_3x3 is not None
         dtype = self.branch_3x3.conv.weight.dtype
-        kernel, bias = self._merged()
-        return Affine(kernel.to(dtype), bias.to(dtype))
+        return rounded(*self._merged(), dtype)
 
     def branch_affines(self) -> dict[str, Affine]:
         """Compute the part of every branch in the folded convolution.
@@ -223,8 +223,8 @@ class RepVGGBlock(nn.Module):
         continues, switch a copy (`repvgg.switch_to_deploy`).
 
         Raises:
-            ValueError: as `equivalent_kernel_bias`, or the folded weights are not finite in the
-                dtype of the block; the block is then unchanged.
+            ValueError: as `equivalent_kernel_bias`, or the folded weights are NaN or infinite;
+                the block is then unchanged.
         """
         if self.reparam is None:
             with torch.inference_mode(False), torch.no_grad():
@@ -297,9 +297,8 @@ class RepVGGBlock(nn.Module):
         kernel, bias = self.equivalent_kernel_bias()
         if not kernel.is_meta and not (kernel.isfinite().all() and bias.isfinite().all()):
             raise ValueError(
-                f"the folded weights are NaN or too large for {kernel.dtype}: a weight or a "
-                "statistic of a branch is NaN or infinite, a variance is negative, or a scale is "
-                "huge"
+                "the folded weights are NaN or infinite: a weight or a statistic of a branch is "
+                "so or huge, or a variance is negative"
             )
         format = torch.contiguous_format
         if not conv.weight.is_contiguous() and conv.weight.is_contiguous(

@@ -41,7 +41,7 @@ def switch_to_train(model: Model, images: Tensor) -> Model:
     Raises:
         ValueError: the network has no RepVGG block, or a multi-branch one, or one whose convolution
             was changed so that no 1x1 branch fits; there are fewer than 2 images; the network
-            cannot run on them, or its outputs are NaN or inf.
+            cannot run on them, its outputs are NaN or inf, or their variance overflows.
     """
     with torch.inference_mode(False), torch.no_grad():
         return _switched(cast(Model, copied(model)).eval(), images)
@@ -215,3 +215,8 @@ def _set(bn: nn.Module | None, moments: _Moments, scale: Tensor, shift: Tensor) 
     # From the stored statistics, which are rounded.
     bn.weight.copy_(scale * (bn.running_var.double() + bn.eps).sqrt())
     bn.bias.copy_(shift + scale * bn.running_mean.double())
+    if not all(tensor.isfinite().all() for tensor in bn.state_dict().values()):
+        raise ValueError(
+            f"the outputs of a branch on these images are too large for {bn.weight.dtype}: their "
+            "variance overflows"
+        )

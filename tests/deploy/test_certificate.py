@@ -123,6 +123,22 @@ def test_an_artifact_with_other_weights_fails_though_its_sum_fits(folder):
     }
 
 
+@pytest.mark.parametrize("bound", [float("inf"), float("nan"), 1e9])
+def test_a_bound_that_is_too_wide_lets_no_other_weights_pass(bound, folder):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({k: 2 * v for k, v in load_file(path).items()}, path, metadata=metadata)
+    seal(folder, lambda report: report.update(float32_bound=bound))
+
+    verdicts, _ = certificate.check(folder)
+
+    assert not verdicts["model.safetensors"].passed
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -603,7 +603,7 @@ def half():
         (hooked_conv, "conv: it has hooks"),
         (hooked_bn, "it has hooks"),
         (lambda: settle(Pair()).to("meta"), "meta device"),
-        (half, "overflow torch.float16"),
+        (half, "too large for torch.float16"),
     ],
 )
 def test_bad_input_is_kept_by_name(network, reason):

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import repvgg
-from repvgg import losses, verify
+from repvgg import losses, reparam, verify
+from repvgg.contract import DataContract
+from repvgg.deploy.verification import accuracy
+from repvgg.reparam import Affine
 from tests.support.networks import settle
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -62,7 +65,7 @@ def test_a_block_folds_rightly_or_says_why_not(branch, kind, dtype):
         block.switch_to_deploy()
         check_channels(expected, block(images), ALLOWED[dtype])
     else:
-        with pytest.raises(ValueError, match="folded weights are NaN or too large for"):
+        with pytest.raises(ValueError, match="folded weights are NaN or infinite"):
             block.switch_to_deploy()
         assert block.reparam is None
 
@@ -79,7 +82,7 @@ def test_folded_weights_beyond_a_dtype_are_an_error(dtype):
         block.branch_3x3.bn.eps = 1e-12
     assert all(tensor.isfinite().all() for tensor in block.state_dict().values())
 
-    with pytest.raises(ValueError, match=f"too large for {dtype}"):
+    with pytest.raises(ValueError, match=f"weights are (too large for {dtype}|NaN or infinite)"):
         block.switch_to_deploy()
 
 
@@ -100,7 +103,9 @@ def test_any_network_is_fused_rightly_or_says_why_not(kind, dtype):
     if possible:
         check_channels(expected, fused(images), ALLOWED[dtype])
     else:
-        assert list(found.kept.values()) == [f"0: the folded weights overflow {dtype}"]
+        assert list(found.kept.values()) == [
+            f"0: the folded weights are NaN or too large for {dtype}"
+        ]
 
 
 def test_branches_that_cancel_are_measured_by_the_certificate():
@@ -124,6 +129,53 @@ def test_branches_that_cancel_are_measured_by_the_certificate():
 
     assert own > 1e-4
     assert verify.relative_error(expected, block(images)) < 1e-6
+
+
+def conv(weight: float, size: int) -> nn.Conv2d:
+    made = nn.Conv2d(2, 2, size, padding=size // 2)
+    nn.init.constant_(made.weight, weight)
+    nn.init.zeros_(made.bias)
+    return made
+
+
+class Sum(nn.Module):
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.dense, self.point = conv(weight, 3), conv(weight, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense(x) + self.point(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_branches_of_any_network_whose_sum_is_beyond_a_dtype_stay(dtype):
+    network = Sum(0.75 * LARGEST[dtype]).to(dtype).eval()
+    images = torch.full((1, 2, 4, 4), 1e-3).to(dtype)
+    expected = network(images)
+
+    fused, found = repvgg.fuse_conv_bn(network)
+
+    assert expected.isfinite().all()
+    assert found.unmerged == {"": f"dense: the folded weights are NaN or too large for {dtype}"}
+    assert torch.equal(fused(images), expected)
+
+
+FOLDS: dict[str, Callable[[Tensor, Tensor], Affine]] = {
+    "scale_output": lambda kernel, scale: reparam.scale_output(kernel, None, scale, 0 * scale),
+    "scale_input": lambda kernel, scale: reparam.scale_input(kernel, None, scale, 0 * scale),
+    "merge": lambda kernel, _: reparam.merge(*[reparam.bare_affine(kernel)] * 4),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("fold", FOLDS)
+def test_the_algebra_returns_no_number_beyond_its_dtype(fold, dtype):
+    scale = torch.full((2,), 4.0, dtype=torch.float64)
+    small, large = (torch.full((2, 2, 3, 3), share * LARGEST[dtype]) for share in (0.2, 0.4))
+
+    assert all(part.isfinite().all() for part in FOLDS[fold](small.to(dtype), scale))
+    with pytest.raises(ValueError, match=f"the folded weights are too large for {dtype}"):
+        FOLDS[fold](large.to(dtype), scale)
 
 
 NOT_EQUAL: dict[str, tuple[float, float]] = {
@@ -155,9 +207,43 @@ def test_zeros_equal_zeros():
     assert verify.compare(lambda _: torch.zeros(1, 2), lambda _: torch.zeros(1, 2), IMAGES).passed
 
 
-def test_nothing_is_compared_with_nothing():
+NOTHING: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "compare": lambda model, images: verify.compare(model, model, images),
+    "compare_blocks": lambda model, images: verify.compare_blocks(model, model, images),
+    "switch_to_deploy": repvgg.switch_to_deploy,
+    "fuse_conv_bn": repvgg.fuse_conv_bn,
+}
+
+
+@pytest.mark.parametrize("way", NOTHING)
+def test_no_images_prove_nothing(way):
     with pytest.raises(ValueError, match="there is nothing to compare"):
-        verify.compare(lambda images: images, lambda images: images, torch.rand(0, 3))
+        NOTHING[way](network(), torch.rand(0, 3, 16, 16))
+
+
+def test_images_without_a_tolerance_are_refused():
+    with pytest.raises(ValueError, match="pass float32 or float64, or a tolerance"):
+        verify.compare(lambda images: images, lambda images: images, torch.rand(1, 3).half())
+
+
+def test_one_call_with_nan_is_not_hidden_by_a_right_one():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.part(x) + 0 * self.part(x * math.nan).nan_to_num()
+
+    errors = verify.compare_modules(Twice(), Twice(), [torch.rand(1, 3)])
+
+    assert errors == {"part": math.inf, "": 0.0}
+
+
+def test_a_row_with_nan_is_never_right():
+    rows = torch.tensor([[math.nan, 1.0], [1.0, 0.0], [math.nan, math.nan]])
+
+    assert accuracy(rows, torch.tensor([0, 0, 0])) == pytest.approx(1 / 3)
 
 
 def test_rows_of_nan_agree_with_none():
@@ -232,3 +318,50 @@ def test_statistics_of_images_that_are_no_numbers_are_refused(value):
         repvgg.switch_to_train(repvgg.switch_to_deploy(model), images)
 
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("scale", [1e15, 1e19, 1e25])
+def test_branches_come_back_rightly_or_not_at_all(scale):
+    """The outputs are finite in float32, their variance is not."""
+    folded, images = repvgg.switch_to_deploy(network()), torch.rand(4, 3, 16, 16)
+    with torch.no_grad():
+        folded.stages[0][0].reparam.weight.mul_(scale)
+    assert folded(images).isfinite().all()
+
+    if scale < 1e20:
+        branches = repvgg.switch_to_train(folded, images).eval()
+        assert verify.compare(copy.deepcopy(folded).double(), branches, images).passed
+    else:
+        with pytest.raises(ValueError, match="their variance overflows"):
+            repvgg.switch_to_train(folded, images)
+
+
+@pytest.mark.parametrize("kind", CONDITIONS)
+def test_over_parameterized_layers_are_right_or_not_restored(kind):
+    torch.manual_seed(0)
+    model = settle(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))).eval()
+    name, value, possible = CONDITIONS[kind]
+    with torch.no_grad():
+        getattr(model[1], name)[0] = value
+    images = torch.rand(2, 3, 6, 6)
+    expected = copy.deepcopy(model).double()(images.double())
+    blocks = repvgg.over_parameterize(model).eval()
+
+    if possible:
+        check_channels(expected, blocks(images), 1e-5)
+        check_channels(expected, repvgg.switch_to_deploy(blocks)(images), 1e-5)
+    else:
+        with pytest.raises(ValueError, match="0: the folded weights are NaN or infinite"):
+            repvgg.switch_to_deploy(blocks)
+
+
+@pytest.mark.parametrize("values", [0.0, -1.0, 1e-40, 1e-310, 1e39, math.inf, math.nan])
+def test_images_are_not_divided_by_what_float32_cannot_hold(values):
+    with pytest.raises(ValueError, match="not a description of images"):
+        DataContract(["a"], 1, [8, 8], [0.5], [values], "bilinear")
+
+
+@pytest.mark.parametrize("values", [1e39, -1e39, math.inf, math.nan])
+def test_means_that_float32_cannot_hold_are_refused(values):
+    with pytest.raises(ValueError, match="not a description of images"):
+        DataContract(["a"], 1, [8, 8], [values], [0.5], "bilinear")

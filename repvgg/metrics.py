@@ -3,8 +3,10 @@
 All are means over images, whatever the batches and devices.
 """
 
+import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
@@ -45,8 +47,19 @@ def named(metrics: nn.ModuleDict) -> dict[str, Metric]:
     return {name: metric for name, metric in metrics.items() if isinstance(metric, Metric)}
 
 
+def wrong_where_nan(logits: Tensor, classes: Tensor) -> Tensor:
+    """Logits whose rows with NaN are a wrong prediction; `argmax` would choose a class of them.
+
+    Args:
+        logits: (N, K).
+        classes: (N,).
+    """
+    wrong = torch.zeros_like(logits).scatter(1, classes[:, None], -math.inf)
+    return wrong.where(logits.isnan().any(1, keepdim=True), logits)
+
+
 def update(metrics: Mapping[str, Metric], logits: Tensor, targets: Tensor) -> None:
-    """Add a batch to the metrics of `classification`.
+    """Add a batch to the metrics of `classification`. NaN is a wrong prediction and a loss of NaN.
 
     Args:
         logits: (N, K).
@@ -54,6 +67,7 @@ def update(metrics: Mapping[str, Metric], logits: Tensor, targets: Tensor) -> No
     """
     classes = targets.argmax(1) if targets.ndim == 2 else targets
     metrics["loss"].update(F.cross_entropy(logits, targets, reduction="none"))
+    logits = wrong_where_nan(logits, classes)
     metrics["calibration_error"].update(logits.softmax(1), classes)
     for name in metrics.keys() & {"accuracy", "accuracy_top5"}:
         metrics[name].update(logits, classes)

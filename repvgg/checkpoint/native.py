@@ -113,6 +113,9 @@ def describe(
 
     Returns:
         the entry to store under `KEY` beside the `state_dict`.
+
+    Raises:
+        ValueError: the logits of the probe batch are NaN or infinite.
     """
     return {
         "format": FORMAT,
@@ -123,7 +126,11 @@ def describe(
 
 
 def record_probe(model: nn.Module, data: DataContract, images: Tensor, labels: Tensor) -> Probe:
-    """Run a network once on the probe images; its mode and the random state stay."""
+    """Run a network once on the probe images; its mode and the random state stay.
+
+    Raises:
+        ValueError: its logits are NaN or infinite.
+    """
     device = next(model.parameters()).device
     normalize = Normalize(data.mean, data.std).to(device)
     with (
@@ -133,6 +140,8 @@ def record_probe(model: nn.Module, data: DataContract, images: Tensor, labels: T
         torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
     ):
         logits = model(normalize(to_float(images.to(device)))).float().cpu()
+    if not logits.isfinite().all():  # no file with them could be loaded
+        raise ValueError("the network's logits on the probe batch are NaN or infinite")
     # Copies: torch saves the whole storage of a slice.
     return Probe(images.cpu().clone(), labels.cpu().clone(), logits)
 

@@ -20,7 +20,7 @@ def run(
     out: Path | None,
     overwrite: bool,
 ) -> None:
-    """Label images. Those that cannot be read are reported; the others are labelled.
+    """Label images. Those that cannot be labelled are reported; the others are labelled.
 
     Args:
         network: the dotted name of what builds the network, if it is the user's own.
@@ -28,7 +28,7 @@ def run(
 
     Raises:
         ValueError: there is no image, the model cannot be opened, `out` cannot be written, or, at
-            the end, images could not be read.
+            the end, images could not be labelled.
     """
     if out is not None:
         check_out(out, overwrite=overwrite)
@@ -52,7 +52,7 @@ def run(
         write(found, out)
         print(f"written to {out}: {len(found):,} images")
     if unreadable:
-        raise ValueError(f"{unreadable:,} of {len(paths):,} images could not be read")
+        raise ValueError(f"{unreadable:,} of {len(paths):,} images could not be labelled")
 
 
 def line(image: Labelled) -> str:

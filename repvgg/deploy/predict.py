@@ -21,10 +21,10 @@ from repvgg.deploy.tables import Prediction, cells, header, most_likely
 
 @dataclass(frozen=True)
 class Labelled:
-    """An image and its most likely classes; no classes if it could not be read.
+    """An image and its most likely classes.
 
     Attributes:
-        error: why it could not be read.
+        error: why it could not be read or labelled.
     """
 
     path: Path
@@ -60,10 +60,11 @@ def label(
                 errors[path] = str(error)
         found: dict[Path, list[Prediction]] = {}
         if batch:
-            shares = network.predict(torch.stack(pixels)).softmax(1)
-            if not shares.isfinite().all():
-                raise ValueError(f"{batch[0]}: the network's logits are NaN or infinite here")
-            found = dict(zip(batch, most_likely(shares, contract.classes, top), strict=True))
+            logits = network.predict(torch.stack(pixels))
+            rows = most_likely(logits.softmax(1), contract.classes, top)
+            found = dict(zip(batch, rows, strict=True))
+            for row in (~logits.isfinite().all(1)).nonzero().flatten().tolist():
+                errors[batch[row]] = f"{batch[row]}: its logits are NaN or infinite"
         for path in images[start : start + batch_size]:
             yield Labelled(path, found.get(path, []), errors.get(path, ""))
 

@@ -114,6 +114,7 @@ def quantize(
             )
     sources = {False: build_onnx(model, description)}
     expected = run(sources[False], description, held_out)
+    _require_finite(expected)
     if isinstance(model, RepVGG) and can_equalize(model):
         sources[True] = build_onnx(equalize(model), description)
     histograms = {key: measure(proto, description, images) for key, proto in sources.items()}
@@ -188,8 +189,7 @@ def measure(
     for values in batches():
         low = [min(old, float(value.min())) for old, value in zip(low, values, strict=True)]
         high = [max(old, float(value.max())) for old, value in zip(high, values, strict=True)]
-    if not all(map(math.isfinite, low + high)):
-        raise ValueError("model computes NaN or inf on images")
+    _require_finite(torch.tensor(low + high))
     counts = [torch.zeros(BINS, dtype=torch.float64) for _ in names]
     for values in batches():
         for i, value in enumerate(values):
@@ -320,7 +320,13 @@ def run(proto: "onnx.ModelProto", description: Description, images: Tensor) -> T
     return torch.from_numpy(np.concatenate(scores))
 
 
+def _require_finite(values: Tensor) -> None:
+    if not values.isfinite().all():
+        raise ValueError("model computes NaN or inf on images")
+
+
 def _change(expected: Tensor, given: Tensor) -> float:
     """Root mean square of the change, relative to that of the expected outputs."""
     difference = (given.double() - expected.double()).square().mean()
-    return (difference / expected.double().square().mean()).sqrt().item()
+    scale = expected.double().square().mean()
+    return (difference / scale.clamp_min(torch.finfo(scale.dtype).tiny)).sqrt().item()

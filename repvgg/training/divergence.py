@@ -1,4 +1,4 @@
-"""Stops a run whose loss or weights are NaN or infinite, before a checkpoint holds them."""
+"""Stops a run whose loss, weights or statistics are NaN or infinite, before they are saved."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ NEVER = torch.iinfo(torch.int64).max
 
 
 class Diverged(ValueError):  # noqa: N818 - as torch and the field call it
-    """The loss or a weight is NaN or infinite.
+    """The loss, a weight or a running statistic is NaN or infinite.
 
     Attributes:
         step: the optimizer step at which it was found.
@@ -32,6 +32,8 @@ class Diverged(ValueError):  # noqa: N818 - as torch and the field call it
 
 class StopOnDivergence(Callback):
     """Raises `Diverged` on a loss that is NaN or infinite, and before such weights are saved.
+
+    No file with such weights or running statistics could be loaded.
 
     One process on a CPU checks every step. On a GPU a check would wait for the step, and several
     devices must stop together. There the first bad step is noted, and checked when metrics are
@@ -69,9 +71,10 @@ class StopOnDivergence(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         assert isinstance(pl_module, Classifier)
-        if not all(torch.isfinite(parameter).all() for parameter in pl_module.net.parameters()):
-            step = trainer.global_step
-            raise Diverged(step, pl_module.learning_rate(step), "a weight")
+        net, step = pl_module.net, trainer.global_step
+        for what, tensors in (("a weight", net.parameters()), ("a statistic", net.buffers())):
+            if not all(torch.isfinite(tensor).all() for tensor in tensors):
+                raise Diverged(step, pl_module.learning_rate(step), what)
 
     def _check(self, trainer: L.Trainer, pl_module: Classifier) -> None:
         if self._first is None:

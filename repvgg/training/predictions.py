@@ -59,7 +59,8 @@ class Predictions:
             targets: classes (N,), or mixtures (N, K), whose class is the one with the most weight.
         """
         classes = targets.argmax(1) if targets.ndim == 2 else targets
-        confidence, predicted = logits.float().softmax(1).max(1)
+        logits = metrics.wrong_where_nan(logits.float(), classes)
+        confidence, predicted = logits.softmax(1).max(1)
         self._parts.append((classes, predicted, confidence))
         # Without a transfer to the CPU, which would wait for the GPU in every batch.
         wrong = confidence.where(predicted != classes, -1)

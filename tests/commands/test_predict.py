@@ -135,7 +135,7 @@ def test_unreadable_images_are_reported_and_the_others_labelled(out, home, tmp_p
     assert done.returncode == 1
     first, last = done.stderr.splitlines()
     assert "bad.png: cannot be read as an image" in first
-    assert last == "repvgg predict: 1 of 2 images could not be read"
+    assert last == "repvgg predict: 1 of 2 images could not be labelled"
     labelled = (tmp_path / out).read_text() if out else done.stdout
     assert "good.png" in labelled
     assert "bad.png" not in labelled

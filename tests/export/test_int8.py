@@ -192,6 +192,11 @@ def test_a_network_that_computes_inf_is_rejected():
         quantize(model, description, images(4), held_out=images(4))
 
 
+def test_held_out_images_that_are_no_numbers_are_an_error(exported):
+    with pytest.raises(ValueError, match="computes NaN or inf on images"):
+        quantize(*exported[:2], images(4), held_out=images(4) * float("nan"))
+
+
 def test_a_network_that_adds_concatenates_and_computes_shapes_is_quantized():
     torch.manual_seed(0)
     network = nn.Sequential(

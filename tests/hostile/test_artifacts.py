@@ -135,7 +135,7 @@ def test_labels_are_not_made_of_nan(tmp_path):
 
     done = run("predict", "model=model.onnx", "images=x.png", cwd=tmp_path)
 
-    assert "x.png: the network's logits are NaN or infinite here" in done.stderr
+    assert "x.png: its logits are NaN or infinite" in done.stderr
     assert done.returncode == 1
 
 

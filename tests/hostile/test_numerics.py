@@ -6,13 +6,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import repvgg
-from repvgg import losses, reparam, verify
+from repvgg import losses, metrics, reparam, verify
+from repvgg.checkpoint.native import record_probe
 from repvgg.contract import DataContract
+from repvgg.deploy.opening import Opened
+from repvgg.deploy.predict import label
 from repvgg.deploy.verification import accuracy
+from repvgg.export.int8 import _change
 from repvgg.reparam import Affine
+from repvgg.training.predictions import Predictions
 from tests.support.networks import settle
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -365,3 +371,68 @@ def test_images_are_not_divided_by_what_float32_cannot_hold(values):
 def test_means_that_float32_cannot_hold_are_refused(values):
     with pytest.raises(ValueError, match="not a description of images"):
         DataContract(["a"], 1, [8, 8], [values], [0.5], "bilinear")
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_an_image_with_nan_is_a_mistake_of_every_metric(classes):
+    """Nothing else is known of it; `argmax` would choose the class of the first NaN."""
+    logits = torch.eye(classes)[[0, 0, 0, 0]]
+    logits[:3] = math.nan
+    logits[1, 1:] = 0.0  # the NaN is one of several numbers
+    targets = torch.tensor([0, 0, classes - 1, 0])
+    measured = metrics.named(metrics.classification(classes))
+
+    metrics.update(measured, logits, targets)
+    found = {name: metric.compute().item() for name, metric in measured.items()}
+
+    assert found["accuracy"] == 0.25
+    assert found.get("accuracy_top5", 0.25) == 0.25
+    assert math.isnan(found["loss"])
+    assert math.isfinite(found["calibration_error"])
+
+
+def test_an_image_with_nan_hides_no_mistake_from_the_pictures():
+    collected = Predictions(num_shown=1)
+    logits = torch.tensor([[math.nan, math.nan, math.nan], [0.0, 9.0, 0.0], [9.0, 0.0, 0.0]])
+
+    collected.add(torch.arange(3.0).reshape(3, 1, 1, 1), logits, torch.tensor([0, 0, 0]))
+
+    classes, predicted, confidence = collected.all()
+    assert (classes == predicted).tolist() == [False, False, True]
+    assert confidence.isfinite().all()
+    assert collected.mistakes().images.item() == 1.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_an_image_without_finite_logits_gets_no_label(bad, tmp_path):
+    paths = [tmp_path / name for name in ("a.png", "b.png")]
+    for path in paths:
+        Image.new("RGB", (8, 8)).save(path)
+    data = DataContract(["x", "y"], 3, [8, 8], [0.5] * 3, [0.5] * 3, "bilinear")
+    logits = torch.tensor([[0.0, 1.0], [0.0, bad]])
+    opened = Opened(lambda _: logits, data, "", False, "cpu")
+
+    good, wrong = label(paths, opened, batch_size=2)
+
+    assert (good.error, good.predictions[0].name) == ("", "y")
+    assert wrong.error == f"{paths[1]}: its logits are NaN or infinite"
+
+
+def test_a_probe_batch_without_finite_logits_is_not_recorded():
+    """No checkpoint that holds one could be loaded."""
+    model = network()
+    with torch.no_grad():
+        model.linear.weight.fill_(3e38)
+    data = DataContract(["x", "y", "z"], 3, [8, 8], [0.5] * 3, [0.5] * 3, "bilinear")
+    images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+
+    with pytest.raises(ValueError, match="logits on the probe batch are NaN or infinite"):
+        record_probe(model, data, images, torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("given", [0.0, 1e-30, 1.0])
+def test_the_change_of_int8_is_a_number(given):
+    outputs = torch.full((2, 3), given)
+
+    assert _change(outputs, outputs) == 0.0
+    assert _change(outputs, outputs + 1) >= 1.0

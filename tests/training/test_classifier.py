@@ -492,13 +492,17 @@ def test_a_loss_that_is_checked_when_metrics_are_logged_still_names_its_step():
         watched([1.0, float("nan"), 2.0, 3.0], log_every=4)
 
 
-def test_weights_that_are_not_finite_are_not_saved():
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [("conv.weight", "a weight"), ("bn.running_var", "a statistic"), ("bn.running_mean", "a stat")],
+)
+def test_what_is_not_finite_is_not_saved(key, what):
     module, watch = plain(), StopOnDivergence()
     trainer = SimpleNamespace(global_step=7)
     watch.on_save_checkpoint(trainer, module, {})
-    module.net.stem.branch_3x3.conv.weight.data[0, 0, 0, 0] = float("nan")
+    module.net.state_dict()[f"stem.branch_3x3.{key}"].view(-1)[0] = float("inf")
 
-    with pytest.raises(Diverged, match="a weight is NaN or infinite at step 7"):
+    with pytest.raises(Diverged, match=f"{what}.* is NaN or infinite at step 7"):
         watch.on_save_checkpoint(trainer, module, {})
 
 

@@ -41,10 +41,13 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0
         a scalar, in nats.
 
     Raises:
-        ValueError: the targets are not classes or probabilities of these logits. Values are only
-            checked on the CPU, as on a GPU that would stall each step. There a wrong index is an
-            error of the GPU, and NaN gives a loss of NaN.
+        ValueError: `label_smoothing` is out of range, or the targets are not classes or
+            probabilities of these logits. Values are only checked on the CPU, as on a GPU that
+            would stall each step. There a wrong index is an error of the GPU, and NaN gives a loss
+            of NaN.
     """
+    if not 0 <= label_smoothing < 1:  # torch takes NaN for 0
+        raise ValueError(f"label_smoothing={label_smoothing}: must be at least 0 and below 1")
     _check_targets(logits, targets)
     return F.cross_entropy(at_least_float32(logits), targets, label_smoothing=label_smoothing)
 
@@ -54,7 +57,7 @@ def symmetric_kl(logits1: Tensor, logits2: Tensor) -> Tensor:
 
     1/2 (KL(p1 || p2) + KL(p2 || p1)), averaged over the batch. Both directions carry gradient. All
     is computed from log-probabilities, in float32 at least. So neither probabilities that underflow
-    nor half-precision autocast give NaN.
+    nor half-precision autocast give NaN. Nor do classes whose logits are -inf in both predictions.
 
     Args:
         logits1: (N, K).
@@ -72,6 +75,8 @@ def symmetric_kl(logits1: Tensor, logits2: Tensor) -> Tensor:
         )
     log_p = F.log_softmax(at_least_float32(logits1), dim=1)
     log_q = F.log_softmax(at_least_float32(logits2), dim=1)
+    impossible = log_p.detach().maximum(log_q.detach()) == -math.inf  # 0 log 0 is 0, not NaN
+    log_p, log_q = (values.masked_fill(impossible, 0.0) for values in (log_p, log_q))
     forward = F.kl_div(log_q, log_p, reduction="none", log_target=True)  # KL(p || q), by class
     backward = F.kl_div(log_p, log_q, reduction="none", log_target=True)  # KL(q || p)
     return ((forward + backward).sum(1) / 2).mean()

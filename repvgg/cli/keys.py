@@ -9,7 +9,14 @@ from typing import NamedTuple, cast
 
 from repvgg.checks import did_you_mean, wrong_value
 from repvgg.cli import habits
-from repvgg.cli.mistakes import FULL_ERROR, Config, end_if_stopped, fail, one_line
+from repvgg.cli.mistakes import (
+    FULL_ERROR,
+    Config,
+    end_if_stopped,
+    fail,
+    not_enough_memory,
+    one_line,
+)
 from repvgg.cli.names import subcommand
 from repvgg.signals import end_at_once, end_on_signals
 from repvgg.targets import is_from_user_code
@@ -55,11 +62,12 @@ def script(job: Callable[[dict[str, object]], None], text: str, defaults: Config
         end_if_stopped([signal.SIGINT])
     except Exception as error:
         end_if_stopped(arrived)
-        if not isinstance(error, ValueError | OSError | ImportError):
+        message = not_enough_memory(error)
+        if isinstance(error, ValueError | OSError | ImportError):
+            message = one_line(error)
+        if message is None or os.environ.get(FULL_ERROR) == "1" or is_from_user_code(error):
             raise
-        if os.environ.get(FULL_ERROR) == "1" or is_from_user_code(error):
-            raise
-        fail(one_line(error))
+        fail(message)
 
 
 def given_path(settings: Config, key: str, example: str) -> Path:

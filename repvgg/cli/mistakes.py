@@ -106,7 +106,20 @@ def explain(error: Exception, config: Path, settings: Mapping[str, object]) -> s
         return name_keys(error, settings)
     if isinstance(error, ValueError | OSError):
         return name_keys(error, settings)
-    return None
+    return not_enough_memory(error)
+
+
+def not_enough_memory(error: Exception) -> str | None:
+    """One line if memory could not be allocated, on the CPU or a GPU; None for other errors."""
+    text = str(error)
+    of_torch = "can't allocate memory" in text or "out of memory" in text
+    if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and of_torch):
+        return None
+    size = re.search(r"allocate ([\d.]+ \w+)", text)
+    return (
+        f"there is not enough memory{f' for {size[1]}' if size else ''}: pass a smaller "
+        "batch_size, or smaller images"
+    )
 
 
 def _unknown_key(given: str, value: str, config: Path) -> str:

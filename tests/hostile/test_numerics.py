@@ -3,15 +3,18 @@
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 import repvgg
-from repvgg import losses, metrics, reparam, verify
+from repvgg import cli, losses, metrics, reparam, verify
 from repvgg.checkpoint.native import record_probe
+from repvgg.cli import keys
 from repvgg.contract import DataContract
 from repvgg.deploy.opening import Opened
 from repvgg.deploy.predict import label
@@ -276,6 +279,35 @@ def test_losses_of_extreme_logits_and_their_gradients_are_finite(scale, dtype):
         assert logits.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_class_that_is_impossible_in_both_predictions_adds_nothing(dtype):
+    """Logits of -inf: a masked class. The others are as without it."""
+    rows = [[[-1.0, 2.0, 0.5]], [[0.5, -2.0, 1.0]]]
+    plain = [torch.tensor(row).to(dtype).requires_grad_() for row in rows]
+    masked = [torch.tensor([[*row[0], -math.inf]]).to(dtype).requires_grad_() for row in rows]
+
+    wanted, found = losses.symmetric_kl(*plain), losses.symmetric_kl(*masked)
+    wanted.backward()
+    found.backward()
+
+    torch.testing.assert_close(found, wanted)
+    for with_mask, without in zip(masked, plain, strict=True):
+        torch.testing.assert_close(with_mask.grad[:, :3], without.grad)
+        assert with_mask.grad[0, 3] == 0
+
+
+def test_a_class_that_is_impossible_in_one_prediction_is_no_number():
+    first, second = torch.tensor([[0.0, -math.inf]]), torch.tensor([[0.0, 0.0]])
+
+    assert not losses.symmetric_kl(first, second).isfinite()  # it is infinite
+
+
+@pytest.mark.parametrize("smoothing", [math.nan, math.inf, -0.1, 1.0])
+def test_smoothing_that_is_no_share_is_refused(smoothing):
+    with pytest.raises(ValueError, match=r"label_smoothing=.* must be at least 0 and below 1"):
+        losses.cross_entropy(torch.rand(1, 2), torch.tensor([0]), label_smoothing=smoothing)
+
+
 def network() -> nn.Module:
     torch.manual_seed(0)
     return settle(repvgg.create_model("repvgg_tiny", num_classes=3)).eval()
@@ -436,3 +468,31 @@ def test_the_change_of_int8_is_a_number(given):
 
     assert _change(outputs, outputs) == 0.0
     assert _change(outputs, outputs + 1) >= 1.0
+
+
+def raise_on_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+
+TOO_LARGE: dict[str, tuple[Callable[[], object], str]] = {
+    "torch": (lambda: torch.empty(2**50, dtype=torch.uint8), " for 1125899906842624 bytes"),
+    "numpy": (lambda: np.empty(2**50, np.uint8), " for 1.00 PiB"),
+    "python": (lambda: bytearray(2**50), ""),
+    "a GPU": (raise_on_a_gpu, " for 2.00 GiB"),
+}
+
+
+@pytest.mark.parametrize("kind", TOO_LARGE)
+def test_memory_that_is_not_there_is_one_line(kind, monkeypatch, capsys):
+    allocate, size = TOO_LARGE[kind]
+    line = f"there is not enough memory{size}: pass a smaller batch_size, or smaller images"
+    monkeypatch.setattr("sys.argv", ["x"])
+    monkeypatch.setattr(keys, "end_on_signals", lambda: None)
+    with pytest.raises((MemoryError, RuntimeError)) as caught:
+        allocate()
+
+    with pytest.raises(SystemExit):
+        keys.script(lambda _: allocate(), "", {})
+
+    assert cli.explain(caught.value, Path("train.yaml"), {}) == line
+    assert capsys.readouterr().err.rstrip().endswith(line)

@@ -175,9 +175,10 @@ def _serve(work: Callable[[Task], Result], connection: "Connection[Any, Any]") -
                 return
             except Exception as error:  # nothing was sent
                 reason = " ".join(str(error).split())
-                message = (
-                    f"a worker process cannot send a batch, as if /dev/shm were full: {reason}"
-                )
+                cause = "as if /dev/shm were full"
+                if "start new thread" in reason:
+                    cause = "as if the limit of processes (ulimit -u) were reached"
+                message = f"a worker process cannot send a batch, {cause}: {reason}"
                 connection.send((ticket, WorkersDied(message)))
 
 

@@ -4,7 +4,6 @@ import os
 import random
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -161,7 +160,8 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.temporary = Path(tempfile.mkdtemp(prefix="lines-"))
+        self.temporary = folder.with_name(f"{folder.name}-temporary")
+        self.temporary.mkdir(parents=True)
         self.fill()
 
     def fill(self) -> None:

@@ -12,6 +12,7 @@ import re
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, cast
@@ -48,6 +49,7 @@ def explain(error: Exception, config: Path, settings: Mapping[str, object]) -> s
         OverrideParseException,
     )
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     if is_from_user_code(error):
         return None
@@ -87,8 +89,10 @@ def explain(error: Exception, config: Path, settings: Mapping[str, object]) -> s
         if missing := re.search(r"Could not delete from config\. '([^']+)' does not exist", text):
             hint = did_you_mean(missing[1], known_keys(config))
             return f"~{missing[1]}: there is no such key; {hint}".rstrip("; ")
-    if "Config group override must be a string" in str(error):
+    if "Config group override must be a string" in str(error) or _is_of_defaults(error):
         return _not_a_choice(config, sys.argv[1:])
+    if isinstance(error, YAMLError):  # of --shell-completion, which reads arguments as YAML
+        return " ".join(str(error).split())
     cause = error.__cause__
     if isinstance(error, HydraException | OmegaConfBaseException):
         if "does not support sweep type" in str(error):
@@ -163,13 +167,23 @@ def _passed_choice(missing: str, arguments: Iterable[str]) -> tuple[str, str]:
 
 
 def _not_a_choice(config: Path, arguments: Iterable[str]) -> str:
-    """The line for true, false or null in the place of a group's choice, which Hydra rejects."""
+    """The line for what is no name in the place of a group's choice, which Hydra rejects."""
     for argument in arguments:
         group, _, given = argument.partition("=")
         choices = sorted(path.stem for path in (config.parent / group).glob("*.yaml"))
         if given.lower() in ("true", "false", "null") and choices:
             return f"{argument}: must be one of {', '.join(choices)}; ~{group} leaves the group out"
-    return "true, false and null are no choices of a group; pass a name"
+        if given.startswith("[") and choices:
+            return f"{argument}: must be names; allowed are {listed('', choices)}"
+    return "true, false, null and lists of lists are no choices of a group; pass names"
+
+
+def _is_of_defaults(error: Exception) -> bool:
+    """Whether Hydra failed while it looked for the chosen configurations."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, TypeError | AttributeError) and any(
+        frame.filename.endswith("defaults_list.py") for frame in frames[-2:]
+    )
 
 
 def name_keys(error: BaseException, config: Mapping[str, object]) -> str:

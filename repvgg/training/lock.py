@@ -13,12 +13,13 @@ NAME = ".lock"
 def hold(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder; the lock ends with the process.
 
-    A missing folder is created. If nothing else was written, the folder is left empty.
+    A missing folder is created. If nothing else was written, the lock is removed.
 
     Raises:
         ValueError: another run holds the folder, or it is deleted or moved meanwhile.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    before = {path.name for path in folder.iterdir()}
     lock = FileLock(folder / NAME, blocking=False)
     try:
         lock.acquire()
@@ -38,6 +39,7 @@ def hold(folder: Path) -> Iterator[None]:
         ) from error
     finally:
         with contextlib.suppress(OSError):  # the folder is gone; Windows keeps open files
-            if [path.name for path in folder.iterdir()] == [NAME]:
+            after = {path.name for path in folder.iterdir()}
+            if {NAME} in (after, after - before):
                 (folder / NAME).unlink()
         lock.release()

@@ -155,6 +155,10 @@ def _changed(words: list[str], keys: Sequence[str], configured: bool, draw: rand
     return [*words[:at], option, *words[at:]]
 
 
+# What a sweep writes whose jobs all failed: the table that says why.
+SWEPT = re.compile(r"runs(/[^/]+-sweep(/(multirun\.yaml|results\.csv))?)?")
+
+
 class Place:
     """A folder with what the command lines name, which a refused one must not change."""
 
@@ -259,5 +263,6 @@ class Place:
             name
             for name in self.before.keys() | self.state().keys()
             if self.before.get(name) != self.state().get(name)
+            and not (sweep and SWEPT.fullmatch(name))
         }
         return f"left behind: {', '.join(sorted(changed)[:5])}" if changed else ""

@@ -7,9 +7,16 @@ A result that is too large for that dtype is a ValueError.
 To chain several without rounding in between, pass float64 tensors and cast the result once, as
 `RepVGGBlock.equivalent_kernel_bias` does.
 
-Kernels are (O, I / groups, *size) with one, two or three spatial dimensions.
+A `Convolution` is an affine map with its geometry. Four functions make one out of every block of
+the field: `scale_output` (a normalization or a factor behind it), `compose` (one after another),
+`embed` (in a larger kernel) and `merge` (the sum).
+
+Kernels are (O, I / groups, *size) with one, two or three spatial dimensions, or none: a linear
+layer.
 """
 
+import itertools
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -33,6 +40,41 @@ class Affine(NamedTuple):
 
     kernel: Tensor
     bias: Tensor
+
+
+class Geometry(NamedTuple):
+    """Kernel size, stride, dilation and padding of a convolution, by spatial dimension.
+
+    Attributes:
+        before: padding on the low side.
+        after: padding on the high side.
+        mode: of the padding, as torch names it.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    mode: str = "zeros"
+
+    @property
+    def pads(self) -> bool:
+        return any(self.before + self.after)
+
+
+def point_geometry(dims: int, stride: int = 1) -> Geometry:
+    """The geometry of a 1x1 convolution without padding."""
+    ones, zeros = (1,) * dims, (0,) * dims
+    return Geometry(ones, (stride,) * dims, ones, zeros, zeros)
+
+
+class Convolution(NamedTuple):
+    """An affine map with the geometry and the groups by which it reads its input."""
+
+    affine: Affine
+    geometry: Geometry
+    groups: int
 
 
 def bare_affine(kernel: Tensor, bias: Tensor | None = None) -> Affine:
@@ -141,10 +183,158 @@ def scale_input(
         return rows.reshape(out, width, *ones)
 
     wide = kernel.double()
-    total = (wide * by_output(shift)).flatten(1).sum(1)
+    total = _through(wide, shift.double(), groups)
     if bias is not None:
         total = total + bias.double()
     return rounded(wide * by_output(scale), total, kernel.dtype)
+
+
+def compose(first: Convolution, second: Convolution) -> Convolution:
+    """Write a sequence of two convolutions as one.
+
+    y[n] = sum over v of W2[v] z[s2 n + d2 v - p2], where z[m] = sum over u of W1[u] x[s1 m + d1 u -
+    p1]. So the taps lie at s1 d2 v + d1 u, the stride is s1 s2 and the padding p1 + s1 p2 (Ding et
+    al., 2021, arXiv:2103.13425, section 3.2, for a 1x1 before a k x k). Groups that are equal stay;
+    others become their greatest common divisor.
+
+    Returns:
+        a kernel in the dtype of the first one; of k1 + k2 - 1 taps if nothing is strided or
+        dilated.
+
+    Raises:
+        ValueError: the channels do not fit, or the sequence is no convolution at its border: see
+            `border`.
+    """
+    (kernel1, bias1), own, groups1 = first
+    (kernel2, bias2), other, groups2 = second
+    width = kernel2.shape[1] * groups2
+    if kernel1.shape[0] != width or kernel1.ndim != kernel2.ndim:
+        raise ValueError(
+            f"cannot compose kernels of shapes {tuple(kernel1.shape)} and {tuple(kernel2.shape)}: "
+            f"the second one reads {width} channels"
+        )
+    if reason := border(own, other, biased=bias1.is_meta or bool(bias1.any())):
+        raise ValueError(f"the sequence is no convolution at its border: {reason}")
+    steps = [s * d for s, d in zip(own.stride, other.dilation, strict=True)]
+    # The taps of both kernels lie on a grid, whose step is the dilation of the result.
+    dilation, size = [], []
+    for i, (k1, k2) in enumerate(zip(own.kernel, other.kernel, strict=True)):
+        grid = math.gcd(own.dilation[i] if k1 > 1 else 0, steps[i] if k2 > 1 else 0) or 1
+        reach = own.dilation[i] * (k1 - 1) + steps[i] * (k2 - 1)
+        dilation.append(grid)
+        size.append(reach // grid + 1)
+    groups = math.gcd(groups1, groups2)
+    left = _dense(kernel2.double(), groups2, groups).reshape(
+        groups, len(kernel2) // groups, kernel1.shape[0] // groups, -1
+    )
+    right = _dense(kernel1.double(), groups1, groups)
+    total = left.new_zeros(*left.shape[:2], right.shape[2], *size)
+    for number, taps in enumerate(itertools.product(*map(range, other.kernel))):
+        spans = []
+        for i, (v, k1) in enumerate(zip(taps, own.kernel, strict=True)):
+            at, step = steps[i] * v // dilation[i], max(1, own.dilation[i] // dilation[i])
+            spans.append(slice(at, at + step * (k1 - 1) + 1, step))
+        # A tap of the second kernel, (groups, O / groups, T / groups), shifts and mixes the first.
+        total[:, :, :, *spans] += torch.einsum("got,gt...->go...", left[..., number], right)
+    kernel = total.flatten(0, 1)
+    shift = _through(kernel2.double(), bias1.double(), groups2) + bias2.double()
+    before, after = (
+        tuple(p1 + s * p2 for p1, s, p2 in zip(inner, own.stride, outer, strict=True))
+        for inner, outer in ((own.before, other.before), (own.after, other.after))
+    )
+    stride = tuple(s1 * s2 for s1, s2 in zip(own.stride, other.stride, strict=True))
+    mode = other.mode if other.pads else own.mode
+    geometry = Geometry(tuple(size), stride, tuple(dilation), before, after, mode)
+    return Convolution(rounded(kernel, shift, kernel1.dtype), geometry, groups)
+
+
+def border(first: Geometry, second: Geometry, *, biased: bool) -> str | None:
+    """Why two convolutions in sequence are no convolution at the border, or None if they are one.
+
+    The second one pads what the first one gave: a zero there is the value 0. The kernel of both
+    pads the input instead, where a zero becomes the bias of the first.
+
+    Args:
+        biased: whether the first one has a bias that is not zero.
+    """
+    if not second.pads:
+        return None
+    padded = [bool(before or after) for before, after in zip(*second[3:5], strict=True)]
+    if second.mode == "zeros":
+        if biased:
+            return "the first convolution has a bias, and the second pads with zeros"
+        reads_past = [
+            inner and (k > 1 or before or after)
+            for inner, k, before, after in zip(
+                padded, first.kernel, first.before, first.after, strict=True
+            )
+        ]
+        if any(reads_past) or (first.pads and first.mode != "zeros"):
+            return "both read beyond the border"
+        return None
+    if first.pads or any(k > 1 for k in first.kernel) or any(s > 1 for s in first.stride):
+        return f"the second one pads by mode {second.mode}, so the first must be 1x1 of stride 1"
+    return None
+
+
+def _dense(kernel: Tensor, groups: int, blocks: int) -> Tensor:
+    """(O, I / groups, *size) -> (blocks, O / blocks, I / blocks, *size): zeros between groups."""
+    out, width, *size = kernel.shape
+    inside = groups // blocks
+    split = kernel.reshape(blocks, inside, out // groups, width, *size)
+    wide = kernel.new_zeros(blocks, inside, out // groups, inside, width, *size)
+    each = torch.arange(inside, device=kernel.device)
+    wide[:, each, :, each] = split.transpose(0, 1)
+    return wide.reshape(blocks, out // blocks, inside * width, *size)
+
+
+def _through(kernel: Tensor, values: Tensor, groups: int) -> Tensor:
+    """The outputs of a kernel for an input that is constant in each channel: (I,) -> (O,)."""
+    out, width = kernel.shape[:2]
+    rows = values.reshape(groups, width).repeat_interleave(out // groups, 0)
+    return (kernel.reshape(out, width, -1).sum(2) * rows).sum(1)
+
+
+def embedding(own: Geometry, target: Geometry) -> list[tuple[int, int]] | None:
+    """For each dimension the first tap and the step by which a kernel lies in another one.
+
+    A step above 1 spreads a dilated kernel over a dense one (Ding et al., 2023, arXiv:2311.15599,
+    section 3.1). None if the outputs would differ in size or position, or at the border.
+    """
+    if len(own.kernel) != len(target.kernel) or own.stride != target.stride:
+        return None
+    if own.pads and own.mode != target.mode:
+        return None
+    places = []
+    for i, (size, large) in enumerate(zip(own.kernel, target.kernel, strict=True)):
+        grid = target.dilation[i]
+        step, between = divmod(own.dilation[i], grid) if size > 1 else (1, 0)
+        first, odd = divmod(target.before[i] - own.before[i], grid)
+        left = large - 1 - first - step * (size - 1)
+        if between or odd or first < 0 or left < 0:
+            return None
+        if target.after[i] - own.after[i] != left * grid:
+            return None
+        places.append((first, step))
+    return places
+
+
+def embed(kernel: Tensor, own: Geometry, target: Geometry) -> Tensor | None:
+    """Write a kernel with the geometry of another one: zeros around its taps, and between them.
+
+    Returns:
+        (O, I / groups, *size) of the target, or None as `embedding`.
+    """
+    places = embedding(own, target)
+    if places is None:
+        return None
+    wide = kernel.new_zeros(*kernel.shape[:2], *target.kernel)
+    spans = [
+        slice(first, first + step * (size - 1) + 1, step)
+        for (first, step), size in zip(places, own.kernel, strict=True)
+    ]
+    wide[:, :, *spans] = kernel
+    return wide
 
 
 def transpose_kernel(kernel: Tensor, groups: int) -> Tensor:

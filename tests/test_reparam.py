@@ -1,3 +1,7 @@
+import contextlib
+import random
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -5,8 +9,13 @@ from torch.nn import functional as F
 
 from repvgg.reparam import (
     Affine,
+    Convolution,
+    Geometry,
     bare_affine,
     bn_affine,
+    border,
+    compose,
+    embed,
     fold_bn,
     identity_kernel,
     merge,
@@ -216,3 +225,195 @@ def test_a_kernel_is_made_where_the_weights_are():
 
 def test_an_identity_has_no_groups_unless_they_are_passed():
     assert identity_kernel(4).shape == (4, 4, 1, 1)
+
+
+def convolution(conv: nn.Module) -> Convolution:
+    """A layer of torch as a convolution of the algebra."""
+    padding = conv.padding
+    geometry = Geometry(
+        conv.kernel_size, conv.stride, conv.dilation, padding, padding, conv.padding_mode
+    )
+    return Convolution(bare_affine(conv.weight, conv.bias), geometry, conv.groups)
+
+
+def run(whole: Convolution, x: torch.Tensor) -> torch.Tensor:
+    """Run a convolution of the algebra as torch does."""
+    affine, geometry, groups = whole
+    pads = zip(geometry.before[::-1], geometry.after[::-1], strict=True)
+    mode = "constant" if geometry.mode == "zeros" else geometry.mode
+    x = F.pad(x, [amount for pair in pads for amount in pair], mode=mode)
+    function = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.ndim]
+    return function(x, *affine, geometry.stride, 0, geometry.dilation, groups)
+
+
+def _pick(draw: random.Random, dims: int, *values: int) -> tuple[int, ...]:
+    return tuple(draw.choice(values) for _ in range(dims))
+
+
+def sequences() -> list[object]:
+    """Pairs of random layers, of which many are one convolution."""
+    draw, pairs = random.Random(0), []
+    for number in range(150):
+        dims = draw.choice([1, 2, 2, 2, 3])
+        pick = partial(_pick, draw, dims)
+        first, second = draw.choice([(1, 1), (2, 4), (4, 6), (12, 1), (3, 3), (1, 4), (12, 12)])
+        layers = []
+        for groups in (first, second):
+            size = pick(1, 2, 3)
+            layers.append(
+                CONV[dims](
+                    *(12, 12),
+                    draw.choice([size, (1,) * dims, (3,) * dims]),
+                    stride=pick(1, 1, 2, 3),
+                    dilation=pick(1, 1, 2, 3),
+                    padding=draw.choice([(0,) * dims, pick(0, 1, 2)]),
+                    groups=groups,
+                    bias=draw.random() < 0.5,
+                ).double()
+            )
+        pairs.append(pytest.param(*layers, id=str(number)))
+    return pairs
+
+
+@pytest.mark.parametrize(("first", "second"), sequences())
+def test_a_sequence_is_one_convolution_or_an_error(first, second):
+    """Of sizes that strides divide and of those that they do not."""
+    dims = first.weight.ndim - 2
+    outputs = [(x, second(first(x))) for x in (images(2, 12, *[n] * dims) for n in (21, 22, 23))]
+    if border(*(convolution(layer).geometry for layer in (first, second)), biased=_biased(first)):
+        with pytest.raises(ValueError, match="no convolution at its border"):
+            compose(convolution(first), convolution(second))
+        return
+    whole = compose(convolution(first), convolution(second))
+    for x, expected in outputs:
+        assert relative_error(expected, run(whole, x)) < 1e-12
+
+
+def _biased(layer: nn.Module) -> bool:
+    return layer.bias is not None
+
+
+def test_most_sequences_are_one_convolution():
+    count = 0
+    for case in sequences():
+        with contextlib.suppress(ValueError):
+            compose(*map(convolution, case.values))
+            count += 1
+
+    assert 60 < count < 140
+
+
+BORDERS = {  # the second layer pads; the first is 1x1 unless said
+    "zeros, no bias": ({"bias": False}, {"padding": 1}, True),
+    "zeros, a bias": ({"bias": True}, {"padding": 1}, False),
+    "no padding, a bias": ({"bias": True}, {"padding": 0}, True),
+    "a padded 1x1": ({"bias": True, "padding": 1}, {"padding": 0}, True),
+    "both padded": ({"bias": False, "padding": 1}, {"padding": 1}, False),
+    "a 3x3 first": ({"bias": False, "kernel_size": 3}, {"padding": 1}, False),
+    "1x3, then 3x1": (
+        {"bias": False, "kernel_size": (1, 3), "padding": (0, 1)},
+        {"kernel_size": (3, 1), "padding": (1, 0)},
+        True,
+    ),
+    "1x3, then 3x1, a bias": (
+        {"bias": True, "kernel_size": (1, 3), "padding": (0, 1)},
+        {"kernel_size": (3, 1), "padding": (1, 0)},
+        False,
+    ),
+    "reflect": ({"bias": True}, {"padding": 1, "padding_mode": "reflect"}, True),
+    "circular": ({"bias": True}, {"padding": 1, "padding_mode": "circular"}, True),
+    "reflect, strided": (
+        {"bias": True, "stride": 2},
+        {"padding": 1, "padding_mode": "reflect"},
+        False,
+    ),
+    "reflect first": (
+        {"bias": True, "kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+        {"kernel_size": 1, "padding": 0},
+        True,
+    ),
+    "reflect, then zeros": (
+        {"bias": False, "kernel_size": (1, 3), "padding": (0, 1), "padding_mode": "reflect"},
+        {"kernel_size": (3, 1), "padding": (1, 0)},
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BORDERS)
+def test_the_border_decides_whether_a_sequence_is_a_convolution(kind):
+    own, other, exact = BORDERS[kind]
+    first = nn.Conv2d(**{"in_channels": 4, "out_channels": 6, "kernel_size": 1} | own).double()
+    second = nn.Conv2d(**{"in_channels": 6, "out_channels": 5, "kernel_size": 3} | other).double()
+    x = images(2, 4, 9, 11)
+    if not exact:
+        with pytest.raises(ValueError, match="no convolution at its border"):
+            compose(convolution(first), convolution(second))
+        return
+
+    whole = compose(convolution(first), convolution(second))
+
+    assert relative_error(second(first(x)), run(whole, x)) < 1e-12
+
+
+def test_linear_layers_compose_as_convolutions_without_dimensions():
+    none = Geometry((), (), (), (), ())
+    first, second = nn.Linear(5, 7).double(), nn.Linear(7, 3).double()
+    whole = compose(*(Convolution(Affine(m.weight, m.bias), none, 1) for m in (first, second)))
+    x = images(4, 5)
+
+    assert relative_error(second(first(x)), F.linear(x, *whole.affine)) < 1e-12
+
+
+def test_gradients_reach_both_layers_of_a_sequence():
+    first = nn.Conv2d(4, 6, 1, groups=2, bias=False).double()
+    second = nn.Conv2d(6, 4, 3, groups=2, padding=1).double()
+    x = images(2, 4, 6, 6)
+    direct = torch.autograd.grad(
+        second(first(x)).square().sum(), [first.weight, second.weight, second.bias]
+    )
+
+    whole = compose(convolution(first), convolution(second))
+    folded = torch.autograd.grad(
+        run(whole, x).square().sum(), [first.weight, second.weight, second.bias]
+    )
+
+    assert all(relative_error(a, b) < 1e-12 for a, b in zip(direct, folded, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("own", "target", "fits"),
+    [
+        ({"kernel_size": 3, "dilation": 2, "padding": 2}, {"kernel_size": 7, "padding": 3}, True),
+        ({"kernel_size": 3, "dilation": 4, "padding": 4}, {"kernel_size": 9, "padding": 4}, True),
+        (
+            {"kernel_size": 3, "dilation": 4, "padding": 4},
+            {"kernel_size": 5, "dilation": 2, "padding": 4},
+            True,
+        ),
+        ({"kernel_size": 2, "dilation": 2, "padding": 1}, {"kernel_size": 3, "padding": 1}, True),
+        (
+            {"kernel_size": 3, "dilation": 3, "padding": 3},
+            {"kernel_size": 5, "dilation": 2, "padding": 4},
+            False,
+        ),
+        ({"kernel_size": 3, "dilation": 2, "padding": 1}, {"kernel_size": 5, "padding": 2}, False),
+        ({"kernel_size": 3, "dilation": 3, "padding": 3}, {"kernel_size": 5, "padding": 2}, False),
+        ({"kernel_size": 1}, {"kernel_size": 3, "padding": 1}, True),
+        ({"kernel_size": 1}, {"kernel_size": 3}, False),
+        ({"kernel_size": (1, 3), "padding": (0, 1)}, {"kernel_size": 3, "padding": 1}, True),
+    ],
+)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_kernel_is_embedded_in_a_larger_one_if_it_fits(own, target, fits, stride):
+    small = nn.Conv2d(4, 6, stride=stride, groups=2, **own).double()
+    large = nn.Conv2d(4, 6, stride=stride, groups=2, **target).double()
+    inner, outer = convolution(small), convolution(large)
+
+    kernel = embed(small.weight, inner.geometry, outer.geometry)
+
+    assert (kernel is not None) is fits
+    if kernel is not None:
+        whole = outer._replace(affine=Affine(kernel, small.bias))
+        for x in (images(2, 4, 9, 11), images(2, 4, 12, 10)):
+            assert relative_error(small(x), run(whole, x)) < 1e-12

@@ -1,13 +1,11 @@
-"""The geometry of a branch, and whether its kernel fits into that of another branch.
+"""The geometry and the kernel of a branch, read from its layer.
 
-A smaller kernel is a larger one with zeros around it (RepVGG, Ding et al., 2021, arXiv:2101.03697,
-figure 4). An identity or a normalization is a kernel of size 1. Average pooling is a kernel of
-equal taps (Ding et al., 2021, arXiv:2103.13425, section 3.2).
+An identity or a normalization is a kernel of size 1. Average pooling is a kernel of equal taps
+(Ding et al., 2021, arXiv:2103.13425, section 3.2).
 """
 
 from collections.abc import Sequence
 from operator import getitem
-from typing import NamedTuple
 
 import torch
 from torch import fx, nn
@@ -15,20 +13,16 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from repvgg.fusion import foldable
 from repvgg.fusion.normalizations import is_normalization, read_normalization
-from repvgg.reparam import Affine, bare_affine, identity_kernel, scale_output
+from repvgg.reparam import (
+    Affine,
+    Geometry,
+    bare_affine,
+    identity_kernel,
+    point_geometry,
+    scale_output,
+)
 
 POOLS = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
-
-
-class Geometry(NamedTuple):
-    """Kernel size, stride, dilation and padding of a branch, by spatial dimension."""
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    before: tuple[int, ...]  # padding on the low side
-    after: tuple[int, ...]
-    mode: str
 
 
 def read_subsampling(node: object, dims: int) -> tuple[fx.Node, int] | None:
@@ -113,29 +107,5 @@ def read_geometry(module: nn.Module | None, like: _ConvNd | None = None) -> Geom
         ones = (1,) * dims
         return Geometry(each(module.kernel_size), each(module.stride), ones, pad, pad, "zeros")
     if module is None or is_normalization(module):
-        ones = (1,) * (2 if like is None else len(like.kernel_size))
-        zeros = (0,) * len(ones)
-        return Geometry(ones, ones, ones, zeros, zeros, "zeros")
+        return point_geometry(2 if like is None else len(like.kernel_size))
     return None
-
-
-def embedding(own: Geometry, target: Geometry) -> list[tuple[int, int]] | None:
-    """Zeros to add before and after a kernel so that it has the geometry of another one.
-
-    None if that is impossible: the outputs would differ in size or position, or at the border.
-    """
-    if len(own.kernel) != len(target.kernel) or own.stride != target.stride:
-        return None
-    if any(own.before + own.after) and own.mode != target.mode:
-        return None
-    padding = []
-    for i, (size, large) in enumerate(zip(own.kernel, target.kernel, strict=True)):
-        step = target.dilation[i]
-        if size > 1 and own.dilation[i] != step:
-            return None
-        before, odd = divmod(target.before[i] - own.before[i], step)
-        after = large - size - before
-        if odd or before < 0 or after < 0 or target.after[i] - own.after[i] != after * step:
-            return None
-        padding.append((before, after))
-    return padding

@@ -21,13 +21,13 @@ from repvgg.fusion.batchnorms import FusionReport
 from repvgg.fusion.bytecode import is_decorated
 from repvgg.fusion.dataflow import Dataflow, Flags, uses
 from repvgg.fusion.flags import global_flags
-from repvgg.fusion.geometry import POOLS, embedding, read_geometry, read_subsampling, small_kernel
+from repvgg.fusion.geometry import POOLS, read_geometry, read_subsampling, small_kernel
 from repvgg.fusion.hooks import has_hooks
 from repvgg.fusion.kinds import target_home
 from repvgg.fusion.normalizations import is_normalization, read_normalization
 from repvgg.fusion.own_forward import OwnForward, inlined_children
 from repvgg.fusion.surgery import put, set_forward
-from repvgg.reparam import Affine, merge
+from repvgg.reparam import Affine, embed, merge
 
 ADDITIONS = (add, iadd, torch.add, "add", "add_")
 
@@ -310,15 +310,15 @@ class _Sums:
         assert isinstance(conv, _ConvNd)
         target, own = read_geometry(conv), read_geometry(branch.module, conv)
         assert target is not None
-        padding = own and embedding(
+        small = small_kernel(branch.module, conv, self.values.get(branch.name))
+        if own is None or small is None:
+            return None
+        wide = embed(
+            small.kernel,
             own._replace(stride=tuple(s * branch.subsampling for s in own.stride)),
             target._replace(stride=tuple(s * main.subsampling for s in target.stride)),
         )
-        small = small_kernel(branch.module, conv, self.values.get(branch.name))
-        if padding is None or small is None:
-            return None
-        taps = [amount for pair in reversed(padding) for amount in pair]  # last dimension first
-        return Affine(nn.functional.pad(small.kernel, taps), small.bias)
+        return None if wide is None else Affine(wide, small.bias)
 
     def _is_disturbed(self, root: fx.Node, nodes: set[fx.Node], group: list[Term]) -> bool:
         """Whether a node may overwrite a value between its first use and the sum."""

@@ -32,7 +32,7 @@ from repvgg.models.branches import (
     DropRows,
     check_drop,
     convolution_like,
-    embed,
+    embed_branch,
     normalize,
     pair,
     read_branch,
@@ -331,10 +331,10 @@ class RepVGGBlock(nn.Module):
         point = read_branch("branch_1x1", self.branch_1x1)
         stride = tuple(self.stride * step for step in point.geometry.stride)
         point = point._replace(geometry=point.geometry._replace(stride=stride))
-        branches = {"3x3": dense.affine, "1x1": embed("branch_1x1", point, dense)}
+        branches = {"3x3": dense.affine, "1x1": embed_branch("branch_1x1", point, dense)}
         if self.branch_identity is not None:
             same = read_identity("branch_identity", self.branch_identity, dense)
-            branches["identity"] = embed("branch_identity", same, dense)
+            branches["identity"] = embed_branch("branch_identity", same, dense)
         return branches
 
     def _forward(self, x: Tensor) -> Tensor:

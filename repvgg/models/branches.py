@@ -5,7 +5,6 @@ changed. If a layer cannot be folded, a ValueError names it.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +20,20 @@ from repvgg.fusion.copying import (
     present_value,
 )
 from repvgg.fusion.foldable import Rows, is_linear
-from repvgg.fusion.geometry import Geometry, embedding
 from repvgg.fusion.hooks import HOOKS
 from repvgg.fusion.normalizations import is_normalization, read_normalization
 from repvgg.fusion.source import has_own_code
-from repvgg.reparam import Affine, bare_affine, bn_affine, identity_kernel, scale_output
+from repvgg.reparam import (
+    Affine,
+    Convolution,
+    Geometry,
+    bare_affine,
+    bn_affine,
+    embed,
+    identity_kernel,
+    point_geometry,
+    scale_output,
+)
 
 
 class DropRows(nn.Module):
@@ -69,16 +77,8 @@ class Branch(nn.Module):
         return y
 
 
-class Linear(NamedTuple):
-    """A branch in eval mode as one convolution, in float64."""
-
-    affine: Affine
-    geometry: Geometry
-    groups: int
-
-
-def read_branch(name: str, branch: nn.Module) -> Linear:
-    """Fold a convolution and its BatchNorm.
+def read_branch(name: str, branch: nn.Module) -> Convolution:
+    """Fold a convolution and its BatchNorm, in float64.
 
     Raises:
         ValueError: the branch or one of its layers cannot be folded.
@@ -111,10 +111,10 @@ def read_branch(name: str, branch: nn.Module) -> Linear:
         )
     wide = bare_affine(weight.double(), None if bias is None else bias.double())
     affine = normalize(f"{name}.bn", wide, branch.bn, weight.dtype)
-    return Linear(affine, conv_geometry(conv), conv.groups)
+    return Convolution(affine, conv_geometry(conv), conv.groups)
 
 
-def read_identity(name: str, module: nn.Module, dense: Linear) -> Linear:
+def read_identity(name: str, module: nn.Module, dense: Convolution) -> Convolution:
     """Fold an identity branch, with or without a BatchNorm, as a 1x1 convolution."""
     kernel = dense.affine.kernel
     out, width = kernel.shape[0], kernel.shape[1] * dense.groups
@@ -124,9 +124,7 @@ def read_identity(name: str, module: nn.Module, dense: Linear) -> Linear:
             "branch_3x3: replace it by None, or let branch_3x3.conv have as many"
         )
     eye = bare_affine(identity_kernel(width, dense.groups, device=kernel.device))
-    one, zero = (1, 1), (0, 0)
-    geometry = Geometry(one, one, one, zero, zero, "zeros")
-    return Linear(normalize(name, eye, module), geometry, dense.groups)
+    return Convolution(normalize(name, eye, module), point_geometry(2), dense.groups)
 
 
 def normalize(
@@ -168,7 +166,7 @@ def normalize(
     return scale_output(value.kernel, value.bias, scale, shift)
 
 
-def embed(name: str, branch: Linear, dense: Linear) -> Affine:
+def embed_branch(name: str, branch: Convolution, dense: Convolution) -> Affine:
     """Write a branch as a convolution with the geometry of the 3x3 branch."""
     kernel, target = branch.affine.kernel, dense.affine.kernel
     channels = (kernel.shape[0], kernel.shape[1] * branch.groups, branch.groups)
@@ -178,15 +176,14 @@ def embed(name: str, branch: Linear, dense: Linear) -> Affine:
             f"{name} has {channels[1]} input channels, {channels[0]} output channels and "
             f"{channels[2]} groups; branch_3x3 has {wanted[1]}, {wanted[0]} and {wanted[2]}"
         )
-    taps = embedding(branch.geometry, dense.geometry)
-    if taps is None:
+    wide = embed(kernel, branch.geometry, dense.geometry)
+    if wide is None:
         raise ValueError(
             f"{name} ({_described(branch.geometry)}) does not fit into branch_3x3 "
             f"({_described(dense.geometry)}): give both the same stride and padding mode, and "
             "branch_3x3 a padding equal to its dilation"
         )
-    padding = [amount for pair in reversed(taps) for amount in pair]
-    return Affine(F.pad(kernel, padding), branch.affine.bias)
+    return Affine(wide, branch.affine.bias)
 
 
 def convolution_like(conv: nn.Conv2d, kernel: Tensor) -> nn.Conv2d:

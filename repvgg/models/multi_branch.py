@@ -9,16 +9,14 @@ from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from repvgg.fusion.copying import copied, plain_weights
 from repvgg.fusion.foldable import is_linear
-from repvgg.fusion.geometry import Geometry, embedding
 from repvgg.fusion.hooks import has_hooks
 from repvgg.models.block import QARepVGGBlock, RepVGGBlock
 from repvgg.models.branches import conv_geometry, convolution_like
 from repvgg.models.forms import is_deployed
-from repvgg.reparam import bare_affine, identity_kernel
+from repvgg.reparam import bare_affine, embed, embedding, identity_kernel, point_geometry
 
 Model = TypeVar("Model", bound=nn.Module)
 BATCH = 64  # images in a forward
@@ -93,20 +91,19 @@ class _Branches:
         self.folded = conv = owner.reparam
         geometry = conv_geometry(conv)
         stride = geometry.stride[0]
-        taps = embedding(
-            Geometry((1, 1), (stride, stride), (1, 1), (0, 0), (0, 0), "zeros"), geometry
-        )
+        point = point_geometry(2, stride)
+        places = embedding(point, geometry)
         if not is_linear(conv) or has_hooks(conv):
             raise ValueError(
                 f"its convolution, a {type(conv).__name__}, has hooks or its own code: remove them "
                 "first"
             )
-        if taps is None:
+        if places is None:
             raise ValueError(
                 f"its convolution has stride {geometry.stride} and padding {geometry.before}, so "
                 "no 1x1 branch fits beside it; it needs one stride, and its dilation as padding"
             )
-        self.taps = [amount for pair in reversed(taps) for amount in pair]
+        self.places, self.geometries = places, (point, geometry)
         kind = QARepVGGBlock if isinstance(owner, QARepVGGBlock) else RepVGGBlock
         with torch.device("meta"):  # draws no random numbers: all are replaced below
             block = kind(
@@ -165,7 +162,7 @@ class _Branches:
     def _divide(self, kernel: Tensor) -> None:
         assert self.dense is not None
         assert self.point is not None
-        left, _, top, _ = self.taps
+        (top, _), (left, _) = self.places
         center = kernel[..., top : top + 1, left : left + 1]
         same = torch.zeros_like(center)  # the identity branch, as a 1x1 convolution
         if self.block.branch_identity is not None:
@@ -175,7 +172,9 @@ class _Branches:
         self.share = same.flatten(1).sum(1)
         point = (center - same) / 2
         self.point.conv.weight.copy_(point)
-        self.dense.conv.weight.copy_(kernel - F.pad(point + same, self.taps))
+        wide = embed(point + same, *self.geometries)
+        assert wide is not None
+        self.dense.conv.weight.copy_(kernel - wide)
 
 
 class _Moments:

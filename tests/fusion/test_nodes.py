@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from repvgg.fusion.geometry import Geometry, embedding, read_geometry, read_subsampling
+from repvgg.fusion.geometry import read_geometry, read_subsampling
 from repvgg.fusion.kinds import either, is_finite_number, kind_of
 from repvgg.fusion.pass_through import PassThrough, read_pass_through, source_of
+from repvgg.reparam import Geometry, embedding
 
 
 def last_node(function) -> fx.Node:
@@ -344,15 +345,15 @@ def test_an_identity_is_a_kernel_of_size_1(like):
     ("own", "target", "expected"),
     [
         (geometry(1), geometry(3, before=1), [(1, 1)]),
-        (geometry(1), geometry(4, before=1, after=2), [(1, 2)]),
-        (geometry(3, before=1), geometry(3, before=1), [(0, 0)]),
+        (geometry(1), geometry(4, before=1, after=2), [(1, 1)]),
+        (geometry(3, before=1), geometry(3, before=1), [(0, 1)]),
         (geometry(1), geometry(3, dilation=2, before=2), [(1, 1)]),
         (geometry(1, dilation=3), geometry(3, before=1), [(1, 1)]),
         (geometry(1), geometry(3, before=1, mode="circular"), [(1, 1)]),
-        (geometry(3, dilation=2, before=2), geometry(5, before=2), None),
+        (geometry(3, dilation=2, before=2), geometry(5, before=2), [(0, 2)]),
         (geometry(1), geometry(3, dilation=2, before=1), None),
         (geometry(1), geometry(3), None),
-        (geometry(1), geometry(3, before=2, after=0), [(2, 0)]),
+        (geometry(1), geometry(3, before=2, after=0), [(2, 1)]),
         (geometry(1), geometry(3, before=1, after=2), None),
         (geometry(5, before=2), geometry(3, before=1), None),
         (geometry(1, before=1), geometry(3, before=0, after=4), None),

@@ -165,7 +165,9 @@ class Place:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.temporary = folder.with_name(f"{folder.name}-temporary")
-        self.temporary.mkdir(parents=True)
+        self.home = folder.with_name(f"{folder.name}-home")
+        for path in (self.temporary, self.home):
+            path.mkdir(parents=True)
         self.fill()
 
     def fill(self) -> None:
@@ -210,7 +212,7 @@ class Place:
         """Run a command line as a program, up to where its work begins."""
         start = time.monotonic()
         environment = os.environ.copy()
-        os.environ["TMPDIR"] = str(self.temporary)
+        os.environ |= {"TMPDIR": str(self.temporary), "HOME": str(self.home)}
         try:
             program = Process(
                 "-m",

@@ -70,11 +70,20 @@ def point_geometry(dims: int, stride: int = 1) -> Geometry:
 
 
 class Convolution(NamedTuple):
-    """An affine map with the geometry and the groups by which it reads its input."""
+    """An affine map with the geometry and the groups by which it reads its input.
+
+    Attributes:
+        biased: whether its bias may be other than zero.
+    """
 
     affine: Affine
     geometry: Geometry
     groups: int
+    biased: bool = True
+
+    @property
+    def in_channels(self) -> int:
+        return self.affine.kernel.shape[1] * self.groups
 
 
 def bare_affine(kernel: Tensor, bias: Tensor | None = None) -> Affine:
@@ -205,15 +214,14 @@ def compose(first: Convolution, second: Convolution) -> Convolution:
         ValueError: the channels do not fit, or the sequence is no convolution at its border: see
             `border`.
     """
-    (kernel1, bias1), own, groups1 = first
-    (kernel2, bias2), other, groups2 = second
-    width = kernel2.shape[1] * groups2
-    if kernel1.shape[0] != width or kernel1.ndim != kernel2.ndim:
+    (kernel1, bias1), own, groups1, biased = first
+    (kernel2, bias2), other, groups2, _ = second
+    if kernel1.shape[0] != second.in_channels or kernel1.ndim != kernel2.ndim:
         raise ValueError(
             f"cannot compose kernels of shapes {tuple(kernel1.shape)} and {tuple(kernel2.shape)}: "
-            f"the second one reads {width} channels"
+            f"the second one reads {second.in_channels} channels"
         )
-    if reason := border(own, other, biased=bias1.is_meta or bool(bias1.any())):
+    if reason := border(own, other, biased=biased):
         raise ValueError(f"the sequence is no convolution at its border: {reason}")
     steps = [s * d for s, d in zip(own.stride, other.dilation, strict=True)]
     # The taps of both kernels lie on a grid, whose step is the dilation of the result.
@@ -245,7 +253,13 @@ def compose(first: Convolution, second: Convolution) -> Convolution:
     stride = tuple(s1 * s2 for s1, s2 in zip(own.stride, other.stride, strict=True))
     mode = other.mode if other.pads else own.mode
     geometry = Geometry(tuple(size), stride, tuple(dilation), before, after, mode)
-    return Convolution(rounded(kernel, shift, kernel1.dtype), geometry, groups)
+    affine = rounded(kernel, shift, kernel1.dtype)
+    return Convolution(affine, geometry, groups, biased or second.biased)
+
+
+def regroup(kernel: Tensor, groups: int, fewer: int) -> Tensor:
+    """Write a kernel with fewer groups, which hold whole groups of it: zeros between those."""
+    return _dense(kernel, groups, fewer).flatten(0, 1)
 
 
 def border(first: Geometry, second: Geometry, *, biased: bool) -> str | None:

@@ -233,12 +233,13 @@ def convolution(conv: nn.Module) -> Convolution:
     geometry = Geometry(
         conv.kernel_size, conv.stride, conv.dilation, padding, padding, conv.padding_mode
     )
-    return Convolution(bare_affine(conv.weight, conv.bias), geometry, conv.groups)
+    affine = bare_affine(conv.weight, conv.bias)
+    return Convolution(affine, geometry, conv.groups, conv.bias is not None)
 
 
 def run(whole: Convolution, x: torch.Tensor) -> torch.Tensor:
     """Run a convolution of the algebra as torch does."""
-    affine, geometry, groups = whole
+    affine, geometry, groups, _ = whole
     pads = zip(geometry.before[::-1], geometry.after[::-1], strict=True)
     mode = "constant" if geometry.mode == "zeros" else geometry.mode
     x = F.pad(x, [amount for pair in pads for amount in pair], mode=mode)

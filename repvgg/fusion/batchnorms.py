@@ -30,6 +30,9 @@ class FusionReport:
         kept: every normalization that was not folded, and why.
         unmerged: modules whose forward adds branches that were not merged, and why.
         untraced: modules whose forward could not be traced, and why. Less is folded inside them.
+        layers: new layers in the place of functions of a forward (OREPA's convolution, say).
+        costlier: layers that stay although they could be merged with the one before or beside
+            them, since that would take more multiplications.
     """
 
     fused: list[tuple[str, str]] = field(default_factory=list)
@@ -37,6 +40,8 @@ class FusionReport:
     kept: dict[str, str] = field(default_factory=dict)
     unmerged: dict[str, str] = field(default_factory=dict)
     untraced: dict[str, str] = field(default_factory=dict)
+    layers: list[str] = field(default_factory=list)
+    costlier: dict[str, str] = field(default_factory=dict)
 
     @property
     def moved(self) -> set[str]:
@@ -85,7 +90,7 @@ class Folding:
             for fold in (self._fold_into_inputs, self._fold_into_output):
                 for name in list(pending):
                     found = readings[name]
-                    reason = found if isinstance(found, str) else self._obstacle(name)
+                    reason = found if isinstance(found, str) else self.obstacle(name)
                     if reason is None and isinstance(found, Normalization):
                         reason = fold(name, found)
                     if reason is None:
@@ -117,7 +122,7 @@ class Folding:
             if feed is None or source is None or not isinstance(module, nn.Linear | _ConvNd):
                 return self._not_a_layer(given if feed is None else [feed.origin])
             if not foldable.is_linear(module):
-                return f"{source}: {self._obstacle(source) or 'its class overrides code of torch'}"
+                return f"{source}: {self.obstacle(source) or 'its class overrides code of torch'}"
             feeds.setdefault(source, []).append(feed)
         values = {}
         ndims = set()
@@ -132,7 +137,7 @@ class Folding:
             if len({feed.passing for feed in routes}) > 1:
                 return f"{source}: its outputs are scaled or reshaped in several ways"
             passing = routes[0].passing
-            if passing.ndim is not None and isinstance(module, nn.Linear):
+            if passing.from_last != (isinstance(module, nn.Linear) and passing.ndim is not None):
                 return f"{source}: its output is reshaped, but its number of axes is unknown"
             if passing.dtype not in (None, module.weight.dtype):
                 return f"{source}: its output is cast to {passing.dtype}"
@@ -140,7 +145,7 @@ class Folding:
             # The nodes in between stay: p(inner(y)) = norm(p(y)) for their scale and shift p.
             shift = found.scale * passing.shift + found.shift - passing.shift
             inner = replace(found, shift=shift / passing.scale)
-            value = foldable.fold_following(self._value(source), inner)
+            value = foldable.fold_following(self.value(source), inner)
             if misfit := foldable.misfit(module, value):
                 return f"{source}: {misfit}"
             values[source] = value
@@ -186,12 +191,15 @@ class Folding:
                 return _Feed(node, user, total) if total == PassThrough() else None
             if None not in (passing.dtype, total.dtype) and passing.dtype != total.dtype:
                 return None
+            if total.from_last and passing.ndim is not None:
+                return None
             # Later nodes come first here: total(passing(y)).
             total = PassThrough(
                 total.scale * passing.scale,
                 total.scale * passing.shift + total.shift,
                 total.ndim or passing.ndim,
                 total.dtype or passing.dtype,
+                total.from_last or passing.from_last,
             )
             user, node = node, source
 
@@ -209,7 +217,7 @@ class Folding:
             target = names.pop() if len(names) == 1 else None
             if target is None or not foldable.is_linear(self.modules[target]):
                 return "its output is not used by a convolution alone"
-            if any(self._is_overwritten_between(call, user) for user in users):
+            if any(self.is_overwritten_between(call, user) for user in users):
                 return "a node in between may overwrite its input"
             targets[target] = None
         if len(targets) > 1:
@@ -218,13 +226,13 @@ class Folding:
         module = self.modules[target]
         assert foldable.is_linear(module)
         fed = {user for call in calls for user in dataflow.uses(call)}
-        if target in self.flow.reached or self._obstacle(target) is not None:
+        if target in self.flow.reached or self.obstacle(target) is not None:
             return "the convolution cannot be folded"
         if set(self.flow.calls[target]) != fed or foldable.pads_with_zeros(module):
             return "the convolution has other inputs, or pads its border with zeros"
         if self._mismatch(module, found, foldable.in_channels(module)) is not None:
             return "the convolution does not fit"
-        value = foldable.fold_preceding(module, self._value(target), found)
+        value = foldable.fold_preceding(module, self.value(target), found)
         if misfit := foldable.misfit(module, value):
             return misfit
         ndim = self._ndim(module)
@@ -244,12 +252,12 @@ class Folding:
         }
         if others:
             return f"its output is also used by {self._names(others)}"
-        return self._obstacle(source)
+        return self.obstacle(source)
 
-    def _obstacle(self, name: str) -> str | None:
+    def obstacle(self, name: str) -> str | None:
         return foldable.obstacle(self.modules[name], values=self.check_values)
 
-    def _is_overwritten_between(self, first: fx.Node, last: fx.Node) -> bool:
+    def is_overwritten_between(self, first: fx.Node, last: fx.Node) -> bool:
         """Whether the input of the first node may have changed when the last one runs."""
         node = first.next
         while node is not last:
@@ -304,7 +312,7 @@ class Folding:
                 call.replace_all_uses_with(call.all_input_nodes[0])
                 call.graph.erase_node(call)
 
-    def _value(self, name: str) -> Affine:
+    def value(self, name: str) -> Affine:
         module = self.modules[name]
         assert foldable.is_linear(module)
         return self.values[name] if name in self.values else foldable.affine(module)

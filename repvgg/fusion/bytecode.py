@@ -18,6 +18,8 @@ from torch import fx, nn
 
 from repvgg.fusion.attributes import Wrapper, stored
 
+GENERATED = "<merged "  # begins the name of the file of a generated forward
+
 
 def functions_of(cls: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType]]:
     """The forward and the methods that it calls, by name, with their decorators."""
@@ -35,6 +37,8 @@ def functions_of(cls: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType
             yield name, function
             for code in _codes(inspect.unwrap(function)):
                 todo += code.co_names
+            if function.__code__.co_filename.startswith(GENERATED):
+                break  # it replaces those of the classes below
 
 
 def _codes(function: types.FunctionType) -> list[types.CodeType]:

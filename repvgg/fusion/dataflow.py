@@ -330,7 +330,8 @@ def equal(first: Dataflow, second: Dataflow, *, apart_from: Collection[str] = ()
     graphs: list[dict[str, list[CanonicalNodes]]] = [{}, {}]
     for flow, found in zip((first, second), graphs, strict=True):
         for graph, name in flow.graphs.items():
-            if counts(name):
+            empty = all(node.op in ("placeholder", "output") for node in graph.nodes)
+            if counts(name) and not empty:  # as of identities alone, which nothing calls now
                 found.setdefault(name, []).append(canonical(graph.nodes, flow))
     untraced = [set(filter(counts, flow.untraced)) for flow in (first, second)]
     return untraced[0] == untraced[1] and graphs[0] == graphs[1]

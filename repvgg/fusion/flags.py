@@ -91,7 +91,9 @@ def alternatives(module: nn.Module) -> list[tuple[str, object]]:
         elif isinstance(part, nn.ModuleList | nn.Sequential):
             keys |= set(range(len(part)))
     found: list[tuple[str, object]] = [
-        (name, True) for name in sorted(code.probed) if not has_attribute(module, name)
+        (name, True)
+        for name in sorted(code.probed)
+        if name.isidentifier() and not has_attribute(module, name)  # "0" is a child's, torch.fx's
     ]
     for path, value in plain_attributes(module).items():
         name = re.split(r"[.\[\]]", path.rstrip("]"))[-1]

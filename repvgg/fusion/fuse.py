@@ -4,13 +4,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from repvgg import verify
-from repvgg.fusion import dataflow, foldable, sums
+from repvgg.fusion import dataflow, foldable, functions, sums
 from repvgg.fusion.batchnorms import Folding, FusionReport
 from repvgg.fusion.copying import copied, plain_weights, require_images, require_network, unwrapped
 from repvgg.fusion.errors import in_a_line
 from repvgg.fusion.flags import Values, settings_to_try
+from repvgg.fusion.functions import Functions
 from repvgg.fusion.hooks import ArgumentGuard
 from repvgg.fusion.normalizations import is_normalization, read_once
+from repvgg.fusion.sequences import merge_sequences
+from repvgg.fusion.sums import Sums
 from repvgg.fusion.surgery import put
 from repvgg.reparam import Affine
 from repvgg.verify import SAME
@@ -145,6 +148,9 @@ def _fold_and_merge(
     flags = _flags(network, flow)
     if flags:
         flow = dataflow.trace(network, foldable.is_leaf, flags)
+    layered = _rewrite_all(Functions, network, flow, exact, report, values, flags)
+    if layered is not None:
+        network, flow = layered
     while True:
         report.untraced.clear()
         report.untraced.update(flow.untraced)
@@ -154,18 +160,24 @@ def _fold_and_merge(
         folded = dataflow.shared_copy(network)
         folds = FusionReport()
         kernels = dict(exact)
-        Folding(folded, flow, folds, kernels, check_values=values).run()
-        after = dataflow.trace(folded, foldable.is_leaf, flags) if folds.fused else flow
+        folding = Folding(folded, flow, folds, kernels, check_values=values)
+        folding.run()
+        merge_sequences(folding)
+        changed = folds.fused or folds.merged
+        after = dataflow.trace(folded, foldable.is_leaf, flags) if changed else flow
         if not dataflow.equal(flow, after):
             reason = "a forward depends on the class or the attributes of a layer to replace"
             folds = FusionReport(kept={n: folds.kept.get(n, reason) for n in _norms(network)})
             folded, after, kernels = network, flow, exact
         report.fused.extend(folds.fused)
+        report.merged.extend(folds.merged)
+        report.costlier.clear()
+        report.costlier.update(folds.costlier)
         report.kept.clear()
         report.kept.update(folds.kept)
         network, exact = folded, kernels
         report.unmerged.clear()
-        merged = _merge_all(network, after, exact, report, values, flags)
+        merged = _rewrite_all(Sums, network, after, exact, report, values, flags)
         if merged is None:
             break
         network, flow = merged
@@ -173,22 +185,24 @@ def _fold_and_merge(
     return network, report
 
 
-def _merge_all(
+def _rewrite_all(
+    rewriter: type[Sums | Functions],
     network: nn.Module,
     flow: dataflow.Dataflow,
     exact: dict[str, Affine],
     report: FusionReport,
     values: bool,
-    flags: dataflow.Flags,
+    flags: dict[str, list[Values]],
 ) -> tuple[nn.Module, dataflow.Dataflow] | None:
-    """Merge the sums of branches in every forward. Returns None if nothing was merged."""
+    """Rewrite every forward: merge its sums of branches. Returns None if nothing was merged."""
     merged = dataflow.shared_copy(network)
     kernels = dict(exact)
+    owners_of = functions.owners if rewriter is Functions else sums.owners
     merged_sums = [
         (owner, names)
-        for owner in sums.owners(flow, network)
-        for names in sums.merge_sums(
-            merged, owner, flow, kernels, report, check_values=values, flags=flags
+        for owner in owners_of(flow, network)
+        for names in sums.rewrite(
+            rewriter, merged, owner, flow, kernels, report, check_values=values, flags=flags
         )
     ]
     if not merged_sums:
@@ -205,12 +219,17 @@ def _merge_all(
         report.unmerged.update(dict.fromkeys(owners, "another forward depends on its class"))
         return None
     for _, names in merged_sums:
+        if rewriter is Functions:
+            report.layers.extend(names)
+            continue
         report.merged.append(names)
         for name in names[1:]:
             if report.kept.pop(name, None) is not None:
                 report.fused.append((names[0], name))
     exact.clear()
     exact.update(kernels)
+    for name in owners & flags.keys():
+        flags[name] = settings_to_try(merged.get_submodule(name))
     return merged, dataflow.trace(merged, foldable.is_leaf, flags)
 
 

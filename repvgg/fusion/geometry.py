@@ -1,26 +1,13 @@
-"""The geometry and the kernel of a branch, read from its layer.
-
-An identity or a normalization is a kernel of size 1. Average pooling is a kernel of equal taps
-(Ding et al., 2021, arXiv:2103.13425, section 3.2).
-"""
+"""The geometry of a layer, read from its attributes."""
 
 from collections.abc import Sequence
 from operator import getitem
 
-import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from repvgg.fusion import foldable
-from repvgg.fusion.normalizations import is_normalization, read_normalization
-from repvgg.reparam import (
-    Affine,
-    Geometry,
-    bare_affine,
-    identity_kernel,
-    point_geometry,
-    scale_output,
-)
+from repvgg.reparam import Geometry
 
 POOLS = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
 
@@ -40,44 +27,10 @@ def read_subsampling(node: object, dims: int) -> tuple[fx.Node, int] | None:
     return (source, step) if isinstance(step, int) and step > 0 else None
 
 
-def small_kernel(
-    module: nn.Module | None, conv: _ConvNd, value: Affine | None = None
-) -> Affine | None:
-    """The kernel of a branch, not yet padded, or None if its channels differ from those of `conv`.
-
-    Args:
-        value: the kernel of a convolution in float64, if its weights are a rounded copy.
-    """
-    weight = conv.weight
-    if isinstance(module, _ConvNd):
-        shape = (module.in_channels, module.out_channels, module.groups)
-        same = shape == (conv.in_channels, conv.out_channels, conv.groups) and (
-            module.weight.dtype == weight.dtype and module.weight.device == weight.device
-        )
-        if not same:
-            return None
-        return foldable.affine(module) if value is None else value
-    if conv.in_channels != conv.out_channels:
-        return None
-    dims = len(conv.kernel_size)
-    eye = identity_kernel(conv.in_channels, conv.groups, dims=dims, device=weight.device)
-    if module is None:
-        return bare_affine(eye)
-    if type(module) in POOLS:
-        geometry = read_geometry(module)
-        assert geometry is not None
-        size = torch.Size(geometry.kernel)
-        return bare_affine((eye / size.numel()).expand(*eye.shape[:2], *size))
-    found = read_normalization(module)
-    if isinstance(found, str) or found.tail or found.dims not in (None, dims):
-        return None
-    if len(found.scale) != len(eye) or found.scale.device != eye.device:
-        return None
-    return scale_output(eye, None, found.scale, found.shift)
-
-
-def read_geometry(module: nn.Module | None, like: _ConvNd | None = None) -> Geometry | None:
-    """The geometry of a module, or None if it is no branch."""
+def read_geometry(module: nn.Module | None) -> Geometry | None:
+    """The geometry of a convolution, linear layer or average pool; None for other modules."""
+    if isinstance(module, nn.Linear):
+        return Geometry((), (), (), (), ()) if foldable.is_linear(module) else None
     if isinstance(module, _ConvNd):
         known = foldable.is_linear(module)
         if isinstance(module, _ConvTransposeNd) or not known:
@@ -106,6 +59,4 @@ def read_geometry(module: nn.Module | None, like: _ConvNd | None = None) -> Geom
         pad = each(module.padding)
         ones = (1,) * dims
         return Geometry(each(module.kernel_size), each(module.stride), ones, pad, pad, "zeros")
-    if module is None or is_normalization(module):
-        return point_geometry(2 if like is None else len(like.kernel_size))
     return None

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from torch import fx, nn
 
@@ -59,6 +59,18 @@ def inlined_children(owner: nn.Module) -> set[nn.Module]:
         if only_calls and not tracer.failures and not tracer.switches_context and len(calls) > 0:
             inlined.add(module)
     return inlined
+
+
+def is_own(flow: Dataflow, path: str, owner: str, inlined: Collection[str]) -> bool:
+    """Whether all calls of a module stand in the forward of `owner`, or in an inlined child."""
+    calls = flow.calls.get(path, [])
+    for call in calls:
+        callers = list(flow.callers[call])
+        if owner not in callers:
+            return False
+        if not set(callers[callers.index(owner) + 1 :]) - {path} <= set(inlined):
+            return False
+    return bool(calls)
 
 
 class OwnForward:

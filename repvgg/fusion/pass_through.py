@@ -37,12 +37,14 @@ class PassThrough(NamedTuple):
         ndim: number of axes of the result, if the node changes it. The second axis stays that of
             the channels.
         dtype: the only dtype that the node does not round.
+        from_last: whether the second axis of the result is the last one of the input.
     """
 
     scale: float = 1.0
     shift: float = 0.0
     ndim: int | None = None
     dtype: torch.dtype | None = None
+    from_last: bool = False
 
 
 def source_of(node: fx.Node) -> fx.Node | None:
@@ -81,6 +83,8 @@ def read_pass_through(
         return None
     if name in _DROPOUTS:
         return PassThrough() if _is_off(node) else None
+    if node.target is torch.permute and len(node.args) == 2 and not node.kwargs:
+        return _permute(node.args[1])
     if name == "flatten" and node.target is torch.flatten:
         return _flatten(*_start_and_end(node.args[1:], node.kwargs))
     return _read_arithmetic(node)
@@ -96,6 +100,8 @@ def _read_method(node: fx.Node, name: str, source: fx.Node, channels: int) -> Pa
         return PassThrough(dtype=rest[0])
     if name == "flatten":
         return _flatten(*_start_and_end(rest, node.kwargs))
+    if name == "permute" and not node.kwargs:
+        return _permute(rest[0] if len(rest) == 1 else rest)
     if name in ("view", "reshape") and not node.kwargs:
         sizes = rest[0] if len(rest) == 1 and isinstance(rest[0], tuple | list) else rest
         if len(sizes) < 2 or not _is_size(sizes[0], source, 0):
@@ -144,6 +150,13 @@ def _flatten(start: object, end: object) -> PassThrough | None:
     if end != -1 or not isinstance(start, int) or start not in (1, 2):
         return None
     return PassThrough(ndim=start + 1)
+
+
+def _permute(axes: object) -> PassThrough | None:
+    """Axes of which the last one becomes the second, as from (N, H, W, C) to (N, C, H, W)."""
+    if not isinstance(axes, tuple | list) or len(axes) < 3:
+        return None
+    return PassThrough(ndim=len(axes), from_last=True) if axes[1] in (-1, len(axes) - 1) else None
 
 
 def _start_and_end(args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[object, object]:

@@ -4,11 +4,13 @@ import hashlib
 import importlib
 import linecache
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 
 from torch import fx, nn
 
+from repvgg.fusion.bytecode import GENERATED
+from repvgg.fusion.dataflow import Dataflow
 from repvgg.fusion.flags import Values, expression
 
 Case = tuple[Values, fx.Graph]  # values of flags, and the graph for them
@@ -20,6 +22,45 @@ def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for name, child in list(parent._modules.items()):
             if child is old:
                 parent._modules[name] = new
+
+
+def erase_unused(root: fx.Node) -> None:
+    """Remove a node, and those before it, that nothing uses any more."""
+    todo, erased = [root], set[fx.Node]()
+    while todo:
+        node = todo.pop()
+        if not node.users and node.op != "placeholder" and node not in erased:
+            erased.add(node)
+            todo += node.all_input_nodes
+            node.graph.erase_node(node)
+
+
+def is_used_elsewhere(
+    holder: nn.Module, key: str, flow: Dataflow, owner: str, names: Mapping[nn.Module, str]
+) -> bool:
+    """Whether a layer uses a tensor of its own, or a forward other than that of `owner` does."""
+    if holder not in names or names[holder] in flow.calls:
+        return True
+    name = f"{names[holder]}.{key}".removeprefix(".")
+    readers = [node for node, read in flow.names.items() if read.removeprefix(".") == name]
+    return any([*flow.callers[node]][-1] != owner for node in readers)
+
+
+def drop_tensors(
+    owner: nn.Module,
+    targets: Iterable[str],
+    flow: Dataflow,
+    name: str,
+    names: Mapping[nn.Module, str],
+) -> None:
+    """Remove parameters and buffers that the new forward of a module does not read."""
+    for target in targets:
+        path, _, key = target.rpartition(".")
+        holder = owner.get_submodule(path)
+        if not is_used_elsewhere(holder, key, flow, name, names):
+            for tensors in (holder._parameters, holder._buffers):
+                if key in tensors:
+                    tensors[key] = None
 
 
 def set_forward(owner: nn.Module, cases: Sequence[Case], fixed: dict[str, object]) -> None:
@@ -92,7 +133,7 @@ def _specialized(base: type[nn.Module], source: str, names: dict[str, object]) -
     }
     namespace["__name__"] = base.__module__
     # torch.jit.script and tracebacks look for the source here.
-    place = f"<merged {base.__name__} {hashlib.sha1(source.encode()).hexdigest()[:12]}>"
+    place = f"{GENERATED}{base.__name__} {hashlib.sha1(source.encode()).hexdigest()[:12]}>"
     linecache.cache[place] = (len(source), None, source.splitlines(keepends=True), place)
     exec(compile(source, place, "exec"), namespace)
 

@@ -332,15 +332,6 @@ def test_the_geometry_of_a_pool_has_both_axes(size):
     assert found == Geometry(kernel, (2, 2), (1, 1), (1, 1), (1, 1), "zeros")
 
 
-@pytest.mark.parametrize("like", [None, nn.Conv2d(2, 2, 3), nn.Conv3d(2, 2, 3)])
-def test_an_identity_is_a_kernel_of_size_1(like):
-    ones = (1,) * (2 if like is None else len(like.kernel_size))
-
-    expected = Geometry(ones, ones, ones, (0,) * len(ones), (0,) * len(ones), "zeros")
-
-    assert read_geometry(None, like) == expected
-
-
 @pytest.mark.parametrize(
     ("own", "target", "expected"),
     [

@@ -1,0 +1,369 @@
+"""Turns what a forward computes with its own tensors into layers, which can be folded.
+
+- A convolution that is called as a function, whose weights follow from parameters alone (OREPA, Hu
+  et al., 2022, arXiv:2204.00826; ECBSR's fixed filters), becomes a layer with those weights.
+- A normalization or convolution whose output is padded by its own value for an input of zeros (DBB,
+  Ding et al., 2021, arXiv:2103.13425) pads its input with zeros instead: a 1x1 layer with padding.
+- A leaky ReLU of slope 1 (VanillaNet at the end of its training) disappears.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from repvgg.fusion import foldable
+from repvgg.fusion.attributes import tensor_of
+from repvgg.fusion.dataflow import Dataflow
+from repvgg.fusion.kinds import target_home, target_name
+from repvgg.fusion.normalizations import is_normalization, read_normalization
+from repvgg.fusion.own_forward import is_own
+from repvgg.fusion.surgery import drop_tensors, erase_unused, is_used_elsewhere, put
+from repvgg.reparam import (
+    Affine,
+    Convolution,
+    Geometry,
+    bare_affine,
+    identity_kernel,
+    point_geometry,
+    scale_output,
+)
+
+FUNCTIONS: dict[object, Callable[..., _ConvNd]] = {
+    torch.conv1d: nn.Conv1d,
+    torch.conv2d: nn.Conv2d,
+    torch.conv3d: nn.Conv3d,
+}
+ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+PURE = frozenset(  # functions and methods that give the same for the same tensors
+    """
+    add sub mul div truediv neg pow matmul mm bmm einsum getitem view reshape flatten unsqueeze
+    squeeze expand expand_as permute transpose t contiguous clone detach sqrt rsqrt reciprocal abs
+    sum mean stack cat flip repeat conv1d conv2d conv3d pad
+    """.split()  # noqa: SIM905
+)
+EQUAL = 1e-6  # of a padding and the value that it must be; the network computes in float32
+
+
+class Functions:
+    """The functional layers in one graph of a module's forward, a `sums.Rewriter`."""
+
+    of_numbers: ClassVar = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        owner: nn.Module,
+        name: str,
+        graph: fx.Graph,
+        flow: Dataflow,
+        values: dict[str, Affine],
+        check_values: bool,
+        inlined: set[str],
+    ) -> None:
+        self.model = model
+        self.owner = owner
+        self.name = name
+        self.graph = graph
+        self.flow = flow
+        self.values = values
+        self.check_values = check_values
+        self.inlined = inlined
+        self.names = {module: path for path, module in model.named_modules()}
+        self.layers: dict[str, nn.Module] = {}  # new ones, by their names in the owner
+        self.totals: dict[str, Affine] = {}
+        self.costlier: dict[str, str] = {}
+        self.constants: dict[fx.Node, Tensor | None] = {}
+        self.replaced: list[nn.Module] = []  # normalizations
+
+    def merge(self) -> list[tuple[str, ...]]:
+        """Rewrite the graph; the names of the new layers. `write` adds them."""
+        found: list[tuple[str, ...]] = []
+        for node in list(self.graph.nodes):
+            if node.graph is not self.graph or not node.users:
+                continue
+            if _is_straight(node):
+                node.replace_all_uses_with(node.all_input_nodes[0])
+                erase_unused(node)
+                found.append((self.name, "leaky_relu"))
+                continue
+            layer = self._functional(node) or self._padded_layer(node)
+            if layer is not None:
+                found.append((self._put(node, *layer),))
+        return found
+
+    def _functional(
+        self, node: fx.Node
+    ) -> tuple[Convolution, Tensor, Callable[..., _ConvNd]] | None:
+        """A convolution called as a function with constant weights."""
+        kind = FUNCTIONS.get(node.target)
+        if node.op != "call_function" or kind is None:
+            return None
+        given: dict[str, Any] = dict(zip(ARGUMENTS, node.args, strict=False)) | node.kwargs
+        weight = self._constant(given.get("weight"))
+        shift = given.get("bias")
+        bias = None if shift is None else self._constant(shift)
+        if weight is None or (bias is None) != (shift is None):
+            return None
+        sources = self._sources([given["weight"], *([] if shift is None else [shift])])
+        if sources is None or len({(each.dtype, each.device) for each in sources}) != 1:
+            return None
+        dims = weight.ndim - 2
+        plain = [_each(given.get(key, least), dims) for key, least in _LEAST]
+        groups = given.get("groups", 1)
+        if None in plain or not isinstance(groups, int):
+            return None
+        stride, padding, dilation = (part for part in plain if part is not None)
+        geometry = Geometry(tuple(weight.shape[2:]), stride, dilation, padding, padding)
+        affine = bare_affine(weight.double(), None if bias is None else bias.double())
+        return Convolution(affine, geometry, groups, bias is not None), sources[0], kind
+
+    def _padded_layer(
+        self, node: fx.Node
+    ) -> tuple[Convolution, Tensor, Callable[..., _ConvNd]] | None:
+        """A normalization or layer whose output is padded by what it gives for zeros."""
+        if node.op != "call_module" or self._padding(node) is None:
+            return None
+        module = self.owner.get_submodule(str(node.target))
+        path = self.names[module]
+        called = [other for other in self.graph.nodes if other.target == node.target]
+        own = is_own(self.flow, path, self.name, self.inlined) and len(called) == 1
+        if not own or foldable.obstacle(module, values=self.check_values) is not None:
+            return None
+        if not is_normalization(module):
+            return None
+        found = read_normalization(module)
+        if isinstance(found, str) or found.tail or found.dims is None or found.dtype is not None:
+            return None
+        mean = tensor_of(module, "running_mean")
+        assert mean is not None
+        channels = len(found.scale)
+        eye = identity_kernel(channels, channels, dims=found.dims, device=found.scale.device)
+        affine = scale_output(eye, None, found.scale, found.shift)
+        kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[found.dims]
+        whole = Convolution(affine, point_geometry(found.dims), channels)
+        padding = self._padding(node)
+        assert padding is not None
+        if not self._pads_by(node, padding, whole):
+            return None
+        self.replaced.append(module)
+        return whole, mean, kind
+
+    def _put(
+        self, node: fx.Node, whole: Convolution, like: Tensor, kind: Callable[..., _ConvNd]
+    ) -> str:
+        """Call a new layer in the place of a node, and of the padding behind it."""
+        last = node
+        geometry = whole.geometry
+        padding = self._padding(node)
+        if padding is not None and self._pads_by(node, padding, whole):
+            amounts = [s * p for s, p in zip(geometry.stride, padding[1], strict=True)]
+            geometry = geometry._replace(before=tuple(amounts), after=tuple(amounts))
+            last = padding[0]
+        name = f"folded_{len(self.layers)}" if self.layers else "folded"
+        while hasattr(self.owner, name) and name not in self.layers:
+            name += "_"
+        kernel, bias = whole.affine
+        layer = kind(
+            whole.in_channels,
+            len(kernel),
+            geometry.kernel,
+            stride=geometry.stride,
+            padding=geometry.before,
+            dilation=geometry.dilation,
+            groups=whole.groups,
+            device="meta",
+        )
+        layer.weight = nn.Parameter(kernel.to(like, copy=True))
+        layer.bias = nn.Parameter(bias.to(like, copy=True)) if whole.biased else None
+        self.layers[name] = layer.eval()
+        full = f"{self.name}.{name}".removeprefix(".")
+        self.totals[full] = whole.affine
+        with self.graph.inserting_before(node):
+            call = self.graph.call_module(name, (node.args[0],))
+        for user in list(last.users):
+            if user.target is operator.setitem:
+                erase_unused(user)
+        last.replace_all_uses_with(call)
+        erase_unused(last)
+        return full
+
+    def _padding(self, node: fx.Node) -> tuple[fx.Node, list[int]] | None:
+        """The node that pads the output of another one on all sides, and by how much."""
+        users = list(node.users)
+        if len(users) != 1 or users[0].target is not F.pad or users[0].args[0] is not node:
+            return None
+        pad = users[0]
+        amounts = pad.args[1] if len(pad.args) > 1 else pad.kwargs.get("pad")
+        rest = (*pad.args[2:], *(v for k, v in pad.kwargs.items() if k != "pad"))
+        if any(value not in ("constant", None, 0, 0.0) for value in rest):
+            return None
+        if not isinstance(amounts, tuple | list) or not all(type(a) is int for a in amounts):
+            return None
+        low, high = list(amounts[::2])[::-1], list(amounts[1::2])[::-1]
+        if low != high or not all(amount > 0 for amount in low):
+            return None
+        return pad, [int(str(amount)) for amount in low]
+
+    def _pads_by(
+        self, node: fx.Node, padding: tuple[fx.Node, list[int]], whole: Convolution
+    ) -> bool:
+        """Whether the border of a padded output is set to what the layer gives for zeros."""
+        pad, amounts = padding
+        geometry = whole.geometry
+        if any(k > 1 for k in geometry.kernel) or geometry.pads:
+            return False
+        if len(amounts) != len(geometry.kernel):
+            return False
+        bias = whole.affine.bias
+        order = list(self.graph.nodes)
+        setting = [user for user in pad.users if user.target is operator.setitem]
+        reading = [user for user in pad.users if user not in setting]
+        if any(order.index(user) < order.index(last) for user in reading for last in setting):
+            return False
+        sides: set[tuple[int, bool]] = set()
+        for user in setting:
+            _, index, value = user.args
+            side = _side(index, amounts)
+            found = self._constant(value)
+            if user.users or side is None or found is None:
+                return False
+            shape = (1, len(bias), *[1] * len(amounts))
+            if tuple(found.shape) != shape:
+                return False
+            if self.check_values and not bias.is_meta:
+                scale = bias.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+                if (found.reshape(-1).double() - bias).abs().max() > EQUAL * scale:
+                    return False
+            sides.add(side)
+        return len(sides) == 2 * len(amounts)
+
+    def _constant(self, value: object) -> Tensor | None:
+        """The tensor of a node that follows from tensors of the network alone."""
+        if not isinstance(value, fx.Node):
+            return None
+        if value not in self.constants:
+            self.constants[value] = self._evaluate(value)
+        return self.constants[value]
+
+    def _sources(self, nodes: list[fx.Node]) -> list[Tensor] | None:
+        """The tensors from which nodes are computed; None if anything else uses one of them."""
+        found, todo = [], [*nodes]
+        while todo:
+            node = todo.pop()
+            todo += node.all_input_nodes
+            path, _, key = str(node.target).rpartition(".")
+            if node.op == "get_attr":
+                holder = self.owner.get_submodule(path)
+                tensor = tensor_of(holder, key)
+                if tensor is None or is_used_elsewhere(
+                    holder, key, self.flow, self.name, self.names
+                ):
+                    return None
+                found.append(tensor)
+        return found
+
+    def _evaluate(self, node: fx.Node) -> Tensor | None:
+        if node.op == "get_attr":
+            path, _, key = str(node.target).rpartition(".")
+            tensor = tensor_of(self.owner.get_submodule(path), key)
+            if tensor is None or not tensor.is_floating_point():
+                return None
+            return tensor.detach().double()
+        calls = node.op in ("call_function", "call_method")
+        if not calls or target_name(node) not in PURE or not node.all_input_nodes:
+            return None
+        home = target_home(node).split(".")[0]
+        if node.op == "call_function" and home not in _HOMES:
+            return None
+        inputs = {each: self._constant(each) for each in node.all_input_nodes}
+        if any(found is None for found in inputs.values()):
+            return None
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: inputs[each])
+        try:
+            if node.op == "call_method":
+                return _tensor(getattr(args[0], str(node.target))(*args[1:], **kwargs))
+            assert callable(node.target)
+            return _tensor(node.target(*args, **kwargs))
+        except Exception:  # whatever torch says of these arguments; the forward would say it too
+            return None
+
+    def misfit(self) -> str | None:
+        """Why a layer cannot be written in its dtype, or None."""
+        for name, total in self.totals.items():
+            layer = self.layers[name.removeprefix(f"{self.name}.")]
+            assert isinstance(layer, _ConvNd)
+            if reason := foldable.misfit(layer, total):
+                return f"{name}: {reason}"
+        return None
+
+    def write(self) -> None:
+        """Add the new layers, and remove the tensors and layers that only they replace."""
+        for name, layer in self.layers.items():
+            self.owner.add_module(name, layer)
+        self.values.update(self.totals)
+        for module in self.replaced:
+            put(self.model, module, nn.Identity())
+        kept = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        read = {str(node.target) for node in self.constants if node.op == "get_attr"}
+        drop_tensors(self.owner, read - kept, self.flow, self.name, self.names)
+
+
+_LEAST = (("stride", 1), ("padding", 0), ("dilation", 1))
+_HOMES = ("torch", "_operator", "_VariableFunctions", "_nn", "builtins")
+
+
+def _tensor(value: object) -> Tensor | None:
+    return value if isinstance(value, Tensor) else None
+
+
+def _each(value: object, dims: int) -> tuple[int, ...] | None:
+    """A setting for each dimension, or None if it is no number."""
+    numbers = (value,) * dims if isinstance(value, int) else value
+    if not isinstance(numbers, tuple | list) or not all(type(n) is int for n in numbers):
+        return None
+    return tuple(int(str(n)) for n in numbers) * (dims if len(numbers) == 1 < dims else 1)
+
+
+def _side(index: object, amounts: Sequence[int]) -> tuple[int, bool] | None:
+    """Which side of a padded tensor an index means: the dimension, and whether the low one."""
+    if not isinstance(index, tuple) or len(index) != 2 + len(amounts):
+        return None
+    sides = []
+    for axis, part in enumerate(index):
+        if part == slice(None):
+            continue
+        amount = amounts[axis - 2] if axis > 1 else math.nan
+        low, high = (slice(0, amount), slice(None, amount)), (slice(-amount, None),)
+        if part not in (*low, *high):
+            return None
+        sides.append((axis - 2, part in low))
+    return sides[0] if len(sides) == 1 else None
+
+
+def _is_straight(node: fx.Node) -> bool:
+    """Whether a node is a leaky ReLU of slope 1, which returns its input."""
+    if node.op != "call_function" or target_name(node) != "leaky_relu" or len(node.args) < 1:
+        return False
+    slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope")
+    return isinstance(slope, int | float) and slope == 1 and isinstance(node.args[0], fx.Node)
+
+
+def owners(flow: Dataflow, model: nn.Module) -> list[str]:
+    """Modules whose forward calls convolutions as functions, or sets the border of a padding."""
+    found = dict.fromkeys(
+        list(flow.callers[node])[-1]
+        for graph in flow.graphs
+        for node in graph.nodes
+        if node.target in FUNCTIONS or node.target is operator.setitem or _is_straight(node)
+    )
+    for name in list(found):  # a layer with code of its own stays one
+        module = model.get_submodule(name)
+        if isinstance(module, _ConvNd | nn.Linear) or is_normalization(module):
+            del found[name]
+    return sorted(found, key=lambda name: -name.count(".") if name else 1)

@@ -309,8 +309,9 @@ class Folding:
         put(self.model, old, self.modules[name])
         if not found.tail:
             for call in calls:
-                call.replace_all_uses_with(call.all_input_nodes[0])
-                call.graph.erase_node(call)
+                if isinstance(self.modules[name], foldable.Rows):
+                    self.flow.checked.update(call.all_input_nodes)
+                dataflow.erase(call)
 
     def value(self, name: str) -> Affine:
         module = self.modules[name]

@@ -15,7 +15,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from repvgg.fusion import foldable
 from repvgg.fusion.geometry import POOLS, read_geometry, read_subsampling
-from repvgg.fusion.normalizations import Normalization, is_normalization, read_normalization
+from repvgg.fusion.normalizations import (
+    Normalization,
+    is_normalization,
+    read_normalization,
+    read_scaling,
+)
 from repvgg.reparam import (
     Affine,
     Convolution,
@@ -99,7 +104,11 @@ def read_step(
         return None if found is None else Step(node, stride=found[1])
     module = get(node)
     plain = len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node)
-    known = read_geometry(module) is not None or is_normalization(module)
+    known = (
+        read_geometry(module) is not None
+        or is_normalization(module)
+        or read_scaling(module) is not None
+    )
     return Step(node, module) if plain and known else None
 
 
@@ -186,6 +195,13 @@ def _of_step(
             return None
         taps = (eye / math.prod(geometry.kernel)).expand(*eye.shape[:2], *geometry.kernel)
         return Convolution(bare_affine(taps), geometry, width, False)
+    factors = read_scaling(module)
+    if factors is not None:
+        if dims != 2 or factors.device != weight.device or len(factors) not in (1, width):
+            return None
+        factors = factors.flatten().expand(width)
+        affine = scale_output(eye, None, factors, torch.zeros_like(factors))
+        return Convolution(affine, point_geometry(dims), width, False)
     found = read_normalization(module)
     if isinstance(found, str) or not _fits(found, width, dims, weight):
         return None

@@ -51,6 +51,7 @@ class Dataflow:
             distinguishes the calls of one module.
         assumed: arguments of the network that must be tensors, because the forward could not be
             traced for others.
+        checked: nodes whose value a module checks that has no node (`Transparent`).
         names: for each node that calls a module or reads a tensor, the name of that.
     """
 
@@ -61,6 +62,7 @@ class Dataflow:
     inspected: set[str] = field(default_factory=set)
     callers: dict[fx.Node, dict[str, str]] = field(default_factory=dict)
     assumed: set[str] = field(default_factory=set)
+    checked: set[fx.Node] = field(default_factory=set)
     names: dict[fx.Node, str] = field(default_factory=dict)
 
     def called(self, node: fx.Node) -> str | None:
@@ -247,6 +249,8 @@ class _Tracing:
             if node.op == "call_module":
                 module = scope.get_submodule(node.target)
                 if is_transparent(node, module):
+                    if isinstance(module, Transparent):
+                        flow.checked.update(node.all_input_nodes)
                     erase(node)
                     continue
                 flow.calls.setdefault(self.names[module], []).append(node)
@@ -402,7 +406,13 @@ def is_metadata(node: fx.Node) -> bool:
 
 def uses(node: fx.Node) -> list[fx.Node]:
     """The nodes that need the values of this one."""
-    return [user for user in node.users if not is_metadata(user)]
+    return [user for user in node.users if not (is_metadata(user) or _reads_shape(user, node))]
+
+
+def _reads_shape(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a node gives another tensor the shape of this one."""
+    reshapes = user.op == "call_method" and user.target in ("reshape_as", "view_as")
+    return reshapes and user.args[0] is not node
 
 
 def _has_forward(module: nn.Module) -> bool:

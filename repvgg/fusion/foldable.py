@@ -22,6 +22,7 @@ from repvgg.fusion.normalizations import (
     is_never_updated,
     is_normalization,
     read_normalization,
+    read_scaling,
 )
 from repvgg.fusion.source import has_own_code, is_of_torch
 from repvgg.reparam import Affine, bare_affine, scale_input, scale_output
@@ -107,7 +108,8 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether a module is one node of the dataflow, because its function is known."""
     if is_normalization(module):
         return isinstance(read_normalization(module), Normalization)
-    return is_linear(module) or isinstance(module, Tail | Rows)
+    known = is_linear(module) or isinstance(module, Tail | Rows)
+    return known or read_scaling(module) is not None
 
 
 def obstacle(module: nn.Module, *, values: bool = True) -> str | None:

@@ -10,7 +10,7 @@
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -50,8 +50,23 @@ PURE = frozenset(  # functions and methods that give the same for the same tenso
 EQUAL = 1e-6  # of a padding and the value that it must be; the network computes in float32
 
 
+class NewLayer(NamedTuple):
+    """A layer to make.
+
+    Attributes:
+        like: a tensor of its dtype and device.
+        trains: whether its weights require gradients.
+        kind: its class.
+    """
+
+    whole: Convolution
+    like: Tensor
+    trains: bool
+    kind: Callable[..., _ConvNd]
+
+
 class Functions:
-    """The functional layers in one graph of a module's forward, a `sums.Rewriter`."""
+    """The functional layers in one graph of a module's forward, a `rewriting.Rewriter`."""
 
     of_numbers: ClassVar = True
 
@@ -90,20 +105,21 @@ class Functions:
             if _is_straight(node):
                 node.replace_all_uses_with(node.all_input_nodes[0])
                 erase_unused(node)
-                found.append((self.name, "leaky_relu"))
+                found.append(())
                 continue
             layer = self._functional(node) or self._padded_layer(node)
             if layer is not None:
-                found.append((self._put(node, *layer),))
+                found.append((self._put(node, layer),))
         return found
 
-    def _functional(
-        self, node: fx.Node
-    ) -> tuple[Convolution, Tensor, Callable[..., _ConvNd]] | None:
-        """A convolution called as a function with constant weights."""
+    def _functional(self, node: fx.Node) -> NewLayer | None:
+        """A convolution of a value, called as a function with constant weights."""
         kind = FUNCTIONS.get(node.target)
-        if node.op != "call_function" or kind is None:
+        if node.op != "call_function" or kind is None or not node.args:
             return None
+        value = node.args[0]
+        if not isinstance(value, fx.Node) or self._constant(value) is not None:
+            return None  # a kernel that is computed from another one
         given: dict[str, Any] = dict(zip(ARGUMENTS, node.args, strict=False)) | node.kwargs
         weight = self._constant(given.get("weight"))
         shift = given.get("bias")
@@ -121,12 +137,11 @@ class Functions:
         stride, padding, dilation = (part for part in plain if part is not None)
         geometry = Geometry(tuple(weight.shape[2:]), stride, dilation, padding, padding)
         affine = bare_affine(weight.double(), None if bias is None else bias.double())
-        return Convolution(affine, geometry, groups, bias is not None), sources[0], kind
+        whole = Convolution(affine, geometry, groups, bias is not None)
+        return NewLayer(whole, sources[0], any(each.requires_grad for each in sources), kind)
 
-    def _padded_layer(
-        self, node: fx.Node
-    ) -> tuple[Convolution, Tensor, Callable[..., _ConvNd]] | None:
-        """A normalization or layer whose output is padded by what it gives for zeros."""
+    def _padded_layer(self, node: fx.Node) -> NewLayer | None:
+        """A normalization whose output is padded by what it gives for zeros."""
         if node.op != "call_module" or self._padding(node) is None:
             return None
         module = self.owner.get_submodule(str(node.target))
@@ -152,12 +167,12 @@ class Functions:
         if not self._pads_by(node, padding, whole):
             return None
         self.replaced.append(module)
-        return whole, mean, kind
+        trains = any(parameter.requires_grad for parameter in module.parameters())
+        return NewLayer(whole, mean, trains, kind)
 
-    def _put(
-        self, node: fx.Node, whole: Convolution, like: Tensor, kind: Callable[..., _ConvNd]
-    ) -> str:
+    def _put(self, node: fx.Node, new: NewLayer) -> str:
         """Call a new layer in the place of a node, and of the padding behind it."""
+        whole = new.whole
         last = node
         geometry = whole.geometry
         padding = self._padding(node)
@@ -169,7 +184,7 @@ class Functions:
         while hasattr(self.owner, name) and name not in self.layers:
             name += "_"
         kernel, bias = whole.affine
-        layer = kind(
+        layer = new.kind(
             whole.in_channels,
             len(kernel),
             geometry.kernel,
@@ -179,8 +194,9 @@ class Functions:
             groups=whole.groups,
             device="meta",
         )
-        layer.weight = nn.Parameter(kernel.to(like, copy=True))
-        layer.bias = nn.Parameter(bias.to(like, copy=True)) if whole.biased else None
+        layer.weight = nn.Parameter(kernel.to(new.like, copy=True), new.trains)
+        shift = nn.Parameter(bias.to(new.like, copy=True), new.trains)
+        layer.bias = shift if whole.biased else None
         self.layers[name] = layer.eval()
         full = f"{self.name}.{name}".removeprefix(".")
         self.totals[full] = whole.affine

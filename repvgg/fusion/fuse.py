@@ -1,5 +1,7 @@
 """Folds the BatchNorms and merges the parallel branches of any network."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -12,6 +14,7 @@ from repvgg.fusion.flags import Values, settings_to_try
 from repvgg.fusion.functions import Functions
 from repvgg.fusion.hooks import ArgumentGuard
 from repvgg.fusion.normalizations import is_normalization, read_once
+from repvgg.fusion.rewriting import rewrite
 from repvgg.fusion.sequences import merge_sequences
 from repvgg.fusion.sums import Sums
 from repvgg.fusion.surgery import put
@@ -130,26 +133,38 @@ def fuse_any(model: nn.Module, *, values: bool) -> tuple[nn.Module, FusionReport
         values: whether the numbers matter, or only the architecture (meta device).
     """
     with torch.inference_mode(False), torch.no_grad():
-        network = copied(model)
-        plain_weights(network)
-        modes = {name: module.training for name, module in network.named_modules()}
-        network = _with_one_graph(network.eval())
-        with read_once():
-            return _fold_and_merge(network, modes, values)
+        modes = {name: module.training for name, module in model.named_modules()}
+        spared: set[str] = set()
+        while True:
+            network = copied(model)
+            plain_weights(network)
+            network = _with_one_graph(network.eval())
+            with read_once():
+                fused, report = _fold_and_merge(network, modes, values, spared)
+            used = {name for names in (*report.fused, *report.merged) for name in names}
+            owners = {name: name.rpartition(".")[0] for name in report.layers}
+            useful = {owners[name] for name in report.layers if name in used}
+            if not set(owners.values()) - useful:
+                return fused, report
+            spared |= set(owners.values()) - useful
 
 
 def _fold_and_merge(
-    network: nn.Module, modes: dict[str, bool], values: bool
+    network: nn.Module, modes: dict[str, bool], values: bool, spared: set[str]
 ) -> tuple[nn.Module, FusionReport]:
-    """Fold pairs and merge sums in turn, until nothing changes."""
+    """Fold pairs and merge sums in turn, until nothing changes.
+
+    Args:
+        spared: modules whose functions stay, as nothing is folded into them.
+    """
     report = FusionReport()
     exact: dict[str, Affine] = {}  # kernels in float64, by the names of their layers
     flow = dataflow.trace(network, foldable.is_leaf)
     flags = _flags(network, flow)
     if flags:
         flow = dataflow.trace(network, foldable.is_leaf, flags)
-    layered = _rewrite_all(Functions, network, flow, exact, report, values, flags)
-    if layered is not None:
+    # Inner forwards first; the others see them changed in the next round.
+    while layered := _rewrite_all(Functions, network, flow, exact, report, values, flags, spared):
         network, flow = layered
     while True:
         report.untraced.clear()
@@ -178,9 +193,12 @@ def _fold_and_merge(
         network, exact = folded, kernels
         report.unmerged.clear()
         merged = _rewrite_all(Sums, network, after, exact, report, values, flags)
-        if merged is None:
+        if merged is not None:
+            network, flow = merged
+        elif folds.fused or folds.merged:  # which may have made others possible
+            flow = after
+        else:
             break
-        network, flow = merged
     _guard(network, flow)
     return network, report
 
@@ -193,6 +211,7 @@ def _rewrite_all(
     report: FusionReport,
     values: bool,
     flags: dict[str, list[Values]],
+    spared: Collection[str] = (),
 ) -> tuple[nn.Module, dataflow.Dataflow] | None:
     """Rewrite every forward: merge its sums of branches. Returns None if nothing was merged."""
     merged = dataflow.shared_copy(network)
@@ -201,7 +220,8 @@ def _rewrite_all(
     merged_sums = [
         (owner, names)
         for owner in owners_of(flow, network)
-        for names in sums.rewrite(
+        if owner not in spared
+        for names in rewrite(
             rewriter, merged, owner, flow, kernels, report, check_values=values, flags=flags
         )
     ]
@@ -222,15 +242,17 @@ def _rewrite_all(
         if rewriter is Functions:
             report.layers.extend(names)
             continue
-        report.merged.append(names)
+        if names:
+            report.merged.append(names)
         for name in names[1:]:
             if report.kept.pop(name, None) is not None:
                 report.fused.append((names[0], name))
     exact.clear()
     exact.update(kernels)
-    for name in owners & flags.keys():
-        flags[name] = settings_to_try(merged.get_submodule(name))
-    return merged, dataflow.trace(merged, foldable.is_leaf, flags)
+    plain = dataflow.trace(merged, foldable.is_leaf)
+    flags.clear()
+    flags.update(_flags(merged, plain))  # those of a new forward are others
+    return merged, dataflow.trace(merged, foldable.is_leaf, flags) if flags else plain
 
 
 def _flags(network: nn.Module, flow: dataflow.Dataflow) -> dict[str, list[Values]]:

@@ -79,6 +79,43 @@ def is_never_updated(module: nn.Module) -> bool:
     return not counted and not mean.any() and bool((variance == 1).all())
 
 
+def read_scaling(module: nn.Module | None) -> Tensor | None:
+    """The factors by channel of a module that only multiplies images by its one parameter.
+
+    As layer scale does (Touvron et al., 2021, arXiv:2103.17239, section 2).
+
+    Returns:
+        (C, 1, 1), in float64; None for any other module.
+    """
+    if module is None or type(module).__module__.startswith("torch.") or has_hooks(module):
+        return None
+    parameters, rest = list(module.parameters()), [*module.children(), *module.buffers()]
+    if len(parameters) != 1 or rest or not parameters[0].is_floating_point():
+        return None
+    module = copied(module).eval()
+    try:
+        graph = Tracer(set()).trace(module)
+    except Exception:  # whatever the code of the module raises
+        return None
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    users = uses(inputs[0]) if len(inputs) == 1 else []
+    if len(users) != 1 or not _scales_and_shifts(users[0], inputs[0], {inputs[0], users[0]}):
+        return None
+    if [user.op for user in users[0].users] != ["output"]:
+        return None
+    if users[0].target not in (operator.mul, torch.mul):
+        return None
+    ones = torch.ones(1, parameters[0].numel(), 1, 1, dtype=torch.float64)
+    ones = ones.to(parameters[0].device)
+    with torch.no_grad():
+        try:
+            scaled = fx.GraphModule(module.double(), graph)(ones)
+        except Exception:
+            return None
+    found = isinstance(scaled, Tensor) and scaled.shape == ones.shape
+    return scaled[0] if found else None
+
+
 _Key = tuple[type[nn.Module], object, tuple[int, ...]]
 _read: dict[_Key, tuple[list[Tensor | None], Normalization | str]] | None = None
 

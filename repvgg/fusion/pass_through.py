@@ -147,6 +147,8 @@ def _affine(name: str, number: float) -> PassThrough | None:
 
 
 def _flatten(start: object, end: object) -> PassThrough | None:
+    if start == 0 and end == 1:  # (N, L, C), or the normalization raises
+        return PassThrough(ndim=2, from_last=True)
     if end != -1 or not isinstance(start, int) or start not in (1, 2):
         return None
     return PassThrough(ndim=start + 1)

@@ -37,7 +37,9 @@ def _before(folding: Folding, name: str) -> str | None:
     if before is None or not isinstance(modules.get(before), Layer):
         return None
     inputs = flow.calls.get(before, [])
-    plain = all(len(call.args) == 1 and not call.kwargs for call in inputs)
+    plain = all(
+        len(call.args) == 1 and not call.kwargs and call not in flow.checked for call in inputs
+    )
     used = {user for call in inputs for user in dataflow.uses(call) or [call]}
     free = all(
         each not in flow.reached

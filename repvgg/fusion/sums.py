@@ -6,19 +6,14 @@ The dataflow must prove that the terms have the same input. The sum is code of a
 module of that forward gets a new one, generated from its graph.
 """
 
-import inspect
-import operator
 from collections.abc import Callable
 from operator import add
-from typing import ClassVar, Protocol
+from typing import ClassVar, cast
 
-import torch
 from torch import fx, nn
 
 from repvgg.fusion import foldable
 from repvgg.fusion.attributes import has_trainable_bias, tensor_of
-from repvgg.fusion.batchnorms import FusionReport
-from repvgg.fusion.bytecode import is_decorated
 from repvgg.fusion.chains import (
     Factor,
     Layer,
@@ -35,20 +30,14 @@ from repvgg.fusion.chains import (
     read_step,
     widest,
 )
-from repvgg.fusion.dataflow import Dataflow, Flags, uses
-from repvgg.fusion.flags import global_flags
-from repvgg.fusion.hooks import has_hooks
-from repvgg.fusion.kinds import is_finite_number, target_home
-from repvgg.fusion.normalizations import is_normalization, read_normalization
-from repvgg.fusion.own_forward import OwnForward, inlined_children, is_own
-from repvgg.fusion.surgery import drop_tensors, erase_unused, put, set_forward
+from repvgg.fusion.dataflow import Dataflow, uses
+from repvgg.fusion.kinds import is_finite_number
+from repvgg.fusion.normalizations import is_normalization, read_normalization, read_scaling
+from repvgg.fusion.own_forward import is_own
+from repvgg.fusion.surgery import drop_tensors, erase_unused, put
+from repvgg.fusion.terms import adds_zero, is_sum, read_factor, read_terms
 from repvgg.reparam import Affine, Convolution, merge
 
-ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
-SUBTRACTIONS = (operator.sub, torch.sub, "sub")
-PRODUCTS = (operator.mul, torch.mul, "mul")
-QUOTIENTS = (operator.truediv, torch.div, "div")
-NEGATIONS = (operator.neg, torch.neg, "neg")
 Found = tuple[Term, Convolution]
 
 
@@ -63,7 +52,7 @@ def owners(flow: Dataflow, model: nn.Module) -> list[str]:
         list(flow.callers[node])[-1]
         for graph in flow.graphs
         for node in graph.nodes
-        if _is_sum(node) and _adds_branches(node, get)
+        if is_sum(node) and (adds_zero(node) or _adds_branches(node, get))
     )
     return sorted(found, key=lambda name: -name.count(".") if name else 1)
 
@@ -72,7 +61,12 @@ def _adds_branches(root: fx.Node, get: Callable[[fx.Node], nn.Module | None]) ->
     """Whether a sum contains a layer and another term of the same input."""
     layered: list[set[fx.Node]] = []
     met: list[set[fx.Node]] = []
-    for node, _ in _terms(root, lambda _: 1.0)[1]:
+
+    def factor(value: object) -> Factor | None:
+        calls = isinstance(value, fx.Node) and value.op == "call_module"
+        return None if calls and read_scaling(get(cast(fx.Node, value))) is None else 1.0
+
+    for node, _ in read_terms(root, factor)[1]:
         passed, behind, convolves = {node}, set[fx.Node](), False
         while (step := _next_step(node, get)) is not None:
             convolves = convolves or is_layer(step.module)
@@ -92,136 +86,6 @@ def _next_step(node: fx.Node, get: Callable[[fx.Node], nn.Module | None]) -> Ste
     if type(module) is foldable.Rows:
         return Step(node)
     return read_step(node, get, 2)
-
-
-class Rewriter(Protocol):
-    """Rewrites one graph of a module's forward, and then its modules.
-
-    Attributes:
-        of_numbers: whether numbers of the module are constants at once. Otherwise they are only if
-            nothing is merged without them, as factors; then they must not change any more.
-        costlier: as in `FusionReport`.
-        totals: kernels in float64 of the layers that the graph then calls, by name.
-    """
-
-    of_numbers: ClassVar[bool]
-    costlier: dict[str, str]
-    totals: dict[str, Affine]
-
-    def __init__(
-        self,
-        model: nn.Module,
-        owner: nn.Module,
-        name: str,
-        graph: fx.Graph,
-        flow: Dataflow,
-        values: dict[str, Affine],
-        check_values: bool,
-        inlined: set[str],
-    ) -> None: ...
-
-    def merge(self) -> list[tuple[str, ...]]: ...
-
-    def misfit(self) -> str | None: ...
-
-    def write(self) -> None: ...
-
-
-def rewrite(
-    rewriter: type[Rewriter],
-    model: nn.Module,
-    name: str,
-    flow: Dataflow,
-    values: dict[str, Affine],
-    report: FusionReport,
-    *,
-    check_values: bool = True,
-    flags: Flags | None = None,
-) -> list[tuple[str, ...]]:
-    """Rewrite the forward of one module, in place, as to merge its sums.
-
-    The module gets a forward that is generated from its graph, with one graph for each value of its
-    flags. If that is impossible, the module does not change.
-
-    Args:
-        model: the network of `flow`.
-        name: of the module in it.
-        values: kernels in float64 that are rounded in `model`, by name. Merged ones are added.
-        report: its `unmerged` gets the reason if nothing is merged.
-        check_values: as `values` in `repvgg.fusion.foldable.obstacle`.
-        flags: those of the trace that made `flow`.
-
-    Returns:
-        for each sum the names of the merged modules, first the one that remains.
-    """
-    owner = model.get_submodule(name)
-    if not _takes_one_input(owner) or name in flow.inspected or name in flow.untraced:
-        return []
-    inlined = inlined_children(owner)
-    names = {module: path for path, module in model.named_modules()}
-    inlined_names = {names[module] for module in inlined}
-    own = OwnForward(owner, model, name, flow, flags or {}, inlined)
-    if not own.is_consistent():
-        return []
-    for reads in ([],) if rewriter.of_numbers else (own.reads, []):
-        own.reads = reads
-        base = own.graph(())
-        if base is None:
-            return []
-        sums = rewriter(model, owner, name, base, flow, values, check_values, inlined_names)
-        merged = sums.merge()
-        if merged:
-            break
-    assert base is not None
-    report.costlier.update(sums.costlier)
-    # The code of a graph turns `x += y` into `x = x + y`.
-    if not merged or any(_is_augmented(node) for node in base.nodes):
-        return []
-
-    def merges_alike(graph: fx.Graph) -> bool:
-        other = rewriter(model, owner, name, graph, flow, dict(values), check_values, inlined_names)
-        return other.merge() == merged and _are_equal(other.totals, sums.totals)
-
-    cases = sums.misfit() or _obstacle(own) or own.cases(base, merges_alike)
-    if isinstance(cases, str):
-        report.unmerged[name] = cases
-        return []
-    sums.write()
-    set_forward(owner, cases, own.fixed())
-    return merged
-
-
-def _are_equal(first: dict[str, Affine], second: dict[str, Affine]) -> bool:
-    """Whether two graphs call layers with the same numbers; without values, of the same shapes."""
-    return first.keys() == second.keys() and all(
-        part.shape == other.shape and (part.is_meta or torch.equal(part, other))
-        for name, total in first.items()
-        for part, other in zip(total, second[name], strict=True)
-    )
-
-
-def _takes_one_input(module: nn.Module) -> bool:
-    """Whether a call of a module runs the forward of its class, of one argument, and no hooks."""
-    plain_call = type(module).__call__ is nn.Module.__call__ or isinstance(module, fx.GraphModule)
-    if has_hooks(module) or not plain_call or "forward" in vars(module):
-        return False
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    return len(parameters) == 1 and parameters[0].kind is parameters[0].POSITIONAL_OR_KEYWORD
-
-
-def _obstacle(own: OwnForward) -> str | None:
-    """Why a graph does not show everything that a forward may do, or None."""
-    if own.switches_context:
-        return "its forward switches gradients, inference mode or autocast"
-    if is_decorated(own.owner):
-        return "its forward is decorated, and the graph does not show what the decorator does"
-    if own.has_side_effects:
-        return "its forward changes something outside of the network"
-    if switches := global_flags(own.owner):
-        return f"its forward reads {', '.join(switches)} of its Python module, which may change"
-    if own.queries:
-        return f"its forward calls {', '.join(sorted(own.queries))}, whose answer may change"
-    return None
 
 
 class Sums:
@@ -252,6 +116,7 @@ class Sums:
         self.costlier: dict[str, str] = {}  # layers that stay, and why
         self.replaced: dict[nn.Module, nn.Module] = {}
         self.order: dict[fx.Node, int] = {}
+        self.scalings: list[tuple[fx.Node, nn.Module]] = []
         self.read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
         self.names = {module: path for path, module in model.named_modules()}
         self.calls: dict[nn.Module, int] = {}
@@ -262,21 +127,28 @@ class Sums:
 
     def merge(self) -> list[tuple[str, ...]]:
         """Merge the sums of the graph. `write` changes the modules."""
-        merged = []
-        for node in [node for node in self.graph.nodes if _is_sum(node)]:
-            if node.graph is self.graph and not self._is_inner(node):
+        merged: list[tuple[str, ...]] = []
+        for node in [node for node in self.graph.nodes if adds_zero(node)]:
+            (term,) = node.all_input_nodes
+            made = is_layer(self._module(term)) or is_normalization(self._module(term))
+            if made and len(term.users) == 1:  # so nothing else holds its value
+                node.replace_all_uses_with(term)
+                self.graph.erase_node(node)
+                merged.append(())
+        for node in [node for node in self.graph.nodes if is_sum(node)]:
+            if not self._is_inner(node):
                 merged += self._merge_sum(node)
         return merged
 
     def _is_inner(self, node: fx.Node) -> bool:
         """Whether a sum is a term of another sum."""
         users = uses(node)
-        while len(users) == 1 and _read_factor(users[0], self._factor) is not None:
+        while len(users) == 1 and read_factor(users[0], self._factor) is not None:
             users = uses(users[0])
-        return len(users) == 1 and _is_sum(users[0])
+        return len(users) == 1 and is_sum(users[0])
 
     def _merge_sum(self, root: fx.Node) -> list[tuple[str, ...]]:
-        nodes, parts = _terms(root, self._factor)
+        nodes, parts = read_terms(root, self._factor)
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         terms = [self._term(node, factors) for node, factors in parts]
         merged = []
@@ -346,7 +218,13 @@ class Sums:
         return self.owner.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def _factor(self, value: object) -> Factor | None:
-        """A number, or a tensor of the module, as a factor."""
+        """A number, a tensor of the module, or a layer that scales, as a factor."""
+        if isinstance(value, fx.Node) and value.op == "call_module":
+            step = self._step(value, 2)
+            scale = None if step is None else read_scaling(step.module)
+            if step is not None and step.module is not None and scale is not None:
+                self.scalings.append((value, step.module))
+            return scale
         if is_finite_number(value):
             return float(value)
         if not isinstance(value, fx.Node) or value.op != "get_attr":
@@ -460,69 +338,8 @@ class Sums:
             put(self.model, old, new.eval())
             self.values.pop(self.names[old], None)
         self.values.update(self.totals)
+        for node, module in self.scalings:
+            if node not in self.graph.nodes:
+                put(self.model, module, nn.Identity())
         left = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
         drop_tensors(self.owner, self.read - left, self.flow, self.name, self.names)
-
-
-def _terms(
-    root: fx.Node, factor: Callable[[object], Factor | None]
-) -> tuple[set[fx.Node], list[tuple[fx.Node, tuple[Factor, ...]]]]:
-    """The nodes of a sum, and its terms with the factors by which it multiplies them."""
-    nodes: set[fx.Node] = set()
-    terms: list[tuple[fx.Node, tuple[Factor, ...]]] = []
-    todo: list[tuple[object, tuple[Factor, ...]]] = [(root, ())]
-    while todo:
-        node, factors = todo.pop(0)
-        if not isinstance(node, fx.Node):
-            continue
-        inner = node is root or len(node.users) == 1
-        if inner and _is_sum(node):
-            nodes.add(node)
-            first, second = node.args
-            sign = (-1.0,) if node.target in SUBTRACTIONS else ()
-            todo = [(first, factors), (second, (*sign, *factors)), *todo]
-        elif inner and (scaled := _read_factor(node, factor)) is not None:
-            nodes.add(node)
-            todo.insert(0, (scaled[0], (scaled[1], *factors)))
-        else:
-            terms.append((node, factors))
-    return nodes, terms
-
-
-def _is_sum(node: fx.Node) -> bool:
-    return (
-        node.op in ("call_function", "call_method")
-        and node.target in (*ADDITIONS, *SUBTRACTIONS)
-        and len(node.args) == 2
-        and not node.kwargs
-        and all(isinstance(a, fx.Node) or (isinstance(a, int) and a == 0) for a in node.args)
-        and (isinstance(node.args[0], fx.Node) or node.target not in SUBTRACTIONS)
-    )
-
-
-def _read_factor(
-    node: fx.Node, factor: Callable[[object], Factor | None]
-) -> tuple[fx.Node, Factor] | None:
-    """The value that a node multiplies, and by what."""
-    if node.op not in ("call_function", "call_method") or node.kwargs:
-        return None
-    if node.target in NEGATIONS and len(node.args) == 1 and isinstance(node.args[0], fx.Node):
-        return node.args[0], -1.0
-    if len(node.args) != 2 or node.target not in (*PRODUCTS, *QUOTIENTS):
-        return None
-    first, second = node.args
-    divides = node.target in QUOTIENTS
-    for value, other in ((first, second), (second, first)):
-        if isinstance(value, fx.Node) and value.op != "get_attr":
-            if divides and is_finite_number(other) and other != 0 and value is first:
-                return value, 1 / float(other)
-            if not divides and (found := factor(other)) is not None:
-                return value, found
-    return None
-
-
-def _is_augmented(node: fx.Node) -> bool:
-    """Whether a node is x += y or another augmented assignment."""
-    if node.op != "call_function" or target_home(node) != "_operator":
-        return False
-    return foldable.may_overwrite(node, None)

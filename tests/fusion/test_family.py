@@ -1,6 +1,7 @@
 """Every block of the re-parameterization family becomes its deployed form in one call."""
 
 import copy
+import inspect
 import warnings
 
 import pytest
@@ -122,6 +123,18 @@ def test_layers_in_sequence_stay_where_one_would_cost_more():
     fused, report = fused_and_equal(Sequence(*depthwise))
     assert counted(fused, nn.Conv2d) == 2
     assert list(report.costlier) == ["layers.1"]
+
+
+def test_a_check_of_axes_between_two_layers_keeps_them_apart():
+    network = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 4))
+    network = settle(network).double()
+
+    fused, _ = fuse_conv_bn(network)
+
+    x = torch.randn(5, 8, dtype=torch.float64)
+    assert relative_error(network(x), fused(x)) < 1e-12
+    with pytest.raises(ValueError, match="axes"):
+        fused(torch.randn(2, 5, 8, dtype=torch.float64))
 
 
 def test_a_layer_whose_output_is_used_twice_stays():
@@ -254,6 +267,49 @@ def test_a_function_with_the_weights_of_a_layer_that_is_not_called_is_folded():
     assert counted(fused, nn.BatchNorm2d) == 0
 
 
+def test_a_kernel_that_is_composed_by_a_convolution_of_kernels_is_folded():
+    class Composed(nn.Module):  # as OREPA's stem
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (nn.Parameter(torch.randn(8, 8, 3, 3)) for _ in range(2))
+            self.first.requires_grad_(False)
+            self.bn = nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            kernel = F.conv2d(self.first, self.second.flip(2, 3).permute(1, 0, 2, 3), padding=2)
+            return self.bn(F.conv2d(x, kernel, padding=2))
+
+    fused, report = fused_and_equal(Composed())
+
+    assert report.layers == ["folded"]
+    assert list(fused.state_dict()) == ["folded.weight", "folded.bias"]
+    assert fused.folded.weight.requires_grad
+
+
+def test_a_function_into_which_nothing_is_folded_stays():
+    class Blur(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("filter", torch.ones(8, 1, 3, 3) / 9)
+
+        def forward(self, x):
+            return F.conv2d(x, self.filter, stride=2, padding=1, groups=8)
+
+    fused, report = fused_and_equal(Sequence(nn.Conv2d(8, 8, 3), nn.ReLU(), Blur(), nn.ReLU()))
+
+    assert report.layers == []
+    assert type(fused.layers[2]) is Blur
+    assert list(fused.layers[2].state_dict()) == ["filter"]
+
+
+def test_frozen_weights_of_a_function_stay_frozen():
+    block = family.OREPAPoint().requires_grad_(False)
+
+    fused, _ = fused_and_equal(block)
+
+    assert not any(parameter.requires_grad for parameter in fused.parameters())
+
+
 def test_a_tensor_that_another_forward_reads_stays():
     class Reader(nn.Module):
         def __init__(self, weight):
@@ -275,6 +331,118 @@ def test_a_tensor_that_another_forward_reads_stays():
     fused, _ = fused_and_equal(Shared())
 
     assert fused.reader.weight is not None
+
+
+class LayerScale(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.inplace = False
+        self.gamma = nn.Parameter(torch.randn(shape))
+
+    def forward(self, x):
+        return x.mul_(self.gamma) if self.inplace else x * self.gamma
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.scale = nn.Conv2d(8, 8, 3, padding=1, groups=8), scale
+
+    def forward(self, x):
+        return x + self.scale(self.conv(x) - x)
+
+
+@pytest.mark.parametrize(("shape", "layers"), [((8, 1, 1), 0), ((1, 8, 1, 1), 0), ((20,), 1)])
+def test_a_layer_scale_of_channels_is_folded_and_leaves_nothing(shape, layers):
+    fused, _ = fused_and_equal(Scaled(LayerScale(*shape)), (9, 20), (20, 20))
+
+    assert counted(fused, LayerScale) == layers
+    assert list(fused.state_dict()) == ["conv.weight", "conv.bias"] + ["scale.gamma"] * layers
+
+
+def test_a_layer_scale_that_overwrites_its_input_stays():
+    network = Scaled(LayerScale(8, 1, 1))
+    network.scale.inplace = True
+
+    fused, _ = fused_and_equal(network)
+
+    assert counted(fused, LayerScale) == 1
+
+
+class MissingBranches(nn.Module):
+    """Sums that start at 0, as MobileOne's and GhostNetV3's do."""
+
+    def __init__(self, *branches: nn.Module, then: nn.Module) -> None:
+        super().__init__()
+        self.branches, self.then = nn.ModuleList(branches), then
+
+    def forward(self, x):
+        y = 0
+        for branch in self.branches:
+            y += branch(x)
+        return self.then(y + 0)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_sums_that_start_at_0_are_merged(count):
+    branches = [family.conv_bn(8, 8, 3, padding=1) for _ in range(count)]
+    network = MissingBranches(*branches, then=nn.ReLU(inplace=True))
+
+    fused, report = fused_and_equal(network)
+
+    assert counted(fused, nn.Conv2d) == 1
+    assert report.unmerged == {}
+    assert "+" not in str(inspect.getsource(type(fused).forward))
+
+
+def test_a_sum_with_0_of_a_value_that_is_used_again_stays():
+    class Kept(nn.Module):
+        def forward(self, x):
+            y = x + 0
+            y.relu_()
+            return x * y
+
+    fused_and_equal(Sequence(nn.Conv2d(8, 8, 1), Kept()))
+
+
+def test_a_normalization_of_flattened_rows_is_folded_into_the_linear_layer():
+    class Rows(nn.Module):  # as LeViT's
+        def __init__(self):
+            super().__init__()
+            self.linear, self.bn = nn.Linear(8, 6), nn.BatchNorm1d(6)
+
+        def forward(self, x):
+            x = self.linear(x)
+            return self.bn(x.flatten(0, 1)).reshape_as(x)
+
+    network = settle(Rows()).double()
+    fused, report = fuse_conv_bn(network)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+
+    assert relative_error(network(x), fused(x)) < 1e-12
+    assert report.kept == {}
+    with pytest.raises(ValueError, match="axes"):
+        fused(x[None])
+
+
+def test_a_factor_that_a_flag_changes_is_not_taken_for_another():
+    class Flagged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+            self.strong = False
+
+        def forward(self, x):
+            if self.strong:
+                return self.a(x) + self.b(x) * 3
+            return self.a(x) + self.b(x) * 2
+
+    network = settle(Flagged()).double()
+    fused, _ = fuse_conv_bn(network)
+    network.strong = fused.strong = True
+    x = images(9, 9)
+
+    assert relative_error(network(x), fused(x)) < 1e-12
 
 
 def test_repvgg_blocks_are_folded_by_their_own_method_or_by_this():

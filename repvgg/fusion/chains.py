@@ -63,6 +63,7 @@ class Term(NamedTuple):
         steps: from the source to the sum; none for the identity.
         factors: that the sum multiplies it with.
         check: a node behind the chain that only checks the rank of its input.
+        entry: such a node in front of the chain.
     """
 
     added: fx.Node
@@ -70,6 +71,7 @@ class Term(NamedTuple):
     steps: tuple[Step, ...] = ()
     factors: tuple[Factor, ...] = ()
     check: fx.Node | None = None
+    entry: fx.Node | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -198,7 +198,9 @@ class Sums:
             node = node.all_input_nodes[0]
         if not steps:
             return Term(added, added, (), factors)
-        return Term(added, node, tuple(steps), factors, check)
+        entry = node if self._is_check(node) and len(node.users) == 1 else None
+        source = node if entry is None else entry.all_input_nodes[0]
+        return Term(added, source, tuple(steps), factors, check, entry)
 
     def _step(self, node: fx.Node, dims: int | None) -> Step | None:
         """A layer that nothing but its call in this forward uses, or a strided slice."""
@@ -317,7 +319,10 @@ class Sums:
             self.replaced[step.module] = nn.Identity()
         self.replaced[old] = layer.eval()
         checks = [term.check for term in terms if term.check is not None]
+        entries = [term.entry for term in terms if term.entry is not None]
         with self.graph.inserting_before(root):
+            for entry in entries[:1]:  # all check the same value, for the same layers
+                source = self.graph.call_module(str(entry.target), (source,))
             node = self.graph.call_module(str(main.last.node.target), (source,))
             for check in checks[:1]:
                 node = self.graph.call_module(str(check.target), (node,))

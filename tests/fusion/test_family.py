@@ -172,6 +172,27 @@ def test_low_rank_updates_of_linear_layers_are_merged():
         fused(x)
 
 
+def test_two_normalized_heads_of_one_input_are_merged_and_still_check_its_axes():
+    class Heads(nn.Module):  # as RepViT's, distilled
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (
+                nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 4)) for _ in range(2)
+            )
+
+        def forward(self, x):
+            return (self.first(x) + self.second(x)) / 2
+
+    network = settle(Heads()).double()
+    fused, _ = fuse_conv_bn(network)
+    x = torch.randn(5, 8, dtype=torch.float64)
+
+    assert relative_error(network(x), fused(x)) < 1e-12
+    assert counted(fused, nn.Linear) == 1
+    with pytest.raises(ValueError, match="axes"):
+        fused(torch.randn(5, 8, 8, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("options", [{"count_include_pad": False}, {"ceil_mode": True}])
 def test_pools_that_are_no_convolution_stay(options):
     class Pooled(nn.Module):

@@ -122,10 +122,18 @@ def train_as_branches(
         )
     with torch.no_grad():
         weight.copy_(merged.kernel)
-    mask, centre = merged.mask.to(weight), merged.centre.to(weight) * weight_decay
+    return multiply_gradients(weight, merged.mask, merged.centre * weight_decay)
+
+
+def multiply_gradients(
+    weight: Tensor, mask: Tensor, subtracted: Tensor | None = None
+) -> RemovableHandle:
+    """Multiply the gradients of a weight, element by element; before that, it may train already."""
+    mask = mask.to(weight)
+    less = torch.zeros_like(mask) if subtracted is None else subtracted.to(weight)
 
     def follow_branches(gradient: Tensor) -> Tensor:
-        return gradient * mask - centre
+        return gradient * mask - less
 
     handle: RemovableHandle = weight.register_hook(follow_branches)  # type: ignore[no-untyped-call]
     return handle

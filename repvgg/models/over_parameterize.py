@@ -180,7 +180,7 @@ def over_parameterize(model: nn.Module, *, branch_drop: float = 0.0) -> nn.Modul
         and module not in inside
         and all(_is_called_plainly(name, flow) for flow in flows)
         and all(len(holders[id(parameter)]) == 1 for parameter in module.parameters())
-        and _is_eligible(module)
+        and is_eligible(module)
     ]
     if not found:
         raise ValueError(
@@ -240,7 +240,8 @@ def _is_called_plainly(name: str, flow: dataflow.Dataflow) -> bool:
     return bool(calls) and plain and name not in flow.reached
 
 
-def _is_eligible(conv: nn.Conv2d) -> bool:
+def is_eligible(conv: nn.Conv2d) -> bool:
+    """Whether a convolution may have the branches of RepVGG beside it."""
     stride, dilation, padding = conv.stride, conv.dilation, conv.padding
     return (
         foldable.is_linear(conv)

@@ -18,6 +18,7 @@ from repvgg.training.criterion import check_loss
 from repvgg.training.loggers import check_loggers
 from repvgg.training.optimizers import try_schedule
 from repvgg.training.parts import Part
+from repvgg.training.repopt import layers_of
 from repvgg.training.settings import Settings
 
 
@@ -116,6 +117,9 @@ def describe_parts(module: Classifier, settings: Settings) -> list[str]:
         groups = module.parameter_groups()
         first, last = groups[0]["lr"], groups[-1]["lr"]
         lines.append(f"learning rate {first:.3g} of the first layer, {last:.3g} of the last")
+    if settings.optim.repopt:
+        count = len(layers_of(module.net))
+        lines.append(f"repopt {count} convolutions train as 3x3, 1x1 and identity branches")
     if settings.freeze:
         sizes = [p.numel() for p in module.net.parameters() if not p.requires_grad]
         lines.append(f"frozen {', '.join(settings.freeze)}: {sum(sizes):,} parameters")

@@ -26,6 +26,7 @@ from repvgg.training import (
     loggers,
     outcome,
     processes,
+    repopt,
     report,
     resuming,
     runs,
@@ -104,6 +105,10 @@ def train(settings: Settings, config: Config, folder: Path, devices: int) -> flo
     if start is not None:
         key = f"init={settings.init}" if settings.init else f"model={model['name']}"
         notes += setup.initialize(network, start, data, key)
+    if settings.optim.repopt:
+        repopt.layers_of(network)
+        if start is None and resume is None:
+            repopt.start(network)
     if resume is not None:
         differences = compatibility.check_resumed(resume, model, data, images, factory)
         notes += [*resuming.describe_changes(config, folder), *differences]

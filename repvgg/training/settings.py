@@ -40,6 +40,7 @@ class Optim:
     weight_decay: float
     warmup_epochs: float
     layer_decay: float = 1.0
+    repopt: bool = False
 
 
 @dataclass(frozen=True)
@@ -276,6 +277,14 @@ def _check_optim(settings: Settings) -> None:
     if optim.name not in OPTIMIZERS:
         allowed = f"must be one of {', '.join(OPTIMIZERS)}"
         raise wrong_value("optim.name", optim.name, allowed, "sgd")
+    if not isinstance(optim.repopt, bool):
+        raise wrong_value("optim.repopt", optim.repopt, "must be true or false", "true")
+    if optim.repopt and (optim.name != "sgd" or settings.optimizer is not None):
+        allowed = "needs SGD, whose steps follow the size of the gradient"
+        raise wrong_value("optim.repopt", optim.repopt, allowed, "false")
+    if optim.repopt and settings.trainer.others.get("gradient_clip_val") is not None:
+        allowed = "does not fit trainer.gradient_clip_val, which sees another gradient"
+        raise wrong_value("optim.repopt", optim.repopt, allowed, "false")
     if optim.base_batch_size is not None:
         check_integer("optim.base_batch_size", optim.base_batch_size, minimum=1, example=256)
     check_integer("trainer.max_epochs", epochs, minimum=1, example=24)

@@ -33,6 +33,7 @@ from repvgg.training.divergence import StopOnDivergence
 from repvgg.training.loggers import build_loggers
 from repvgg.training.optimizers import optimizer_maker, scheduler_maker
 from repvgg.training.progress import EpochLines, RunBar
+from repvgg.training.repopt import TrainAsBranches
 from repvgg.training.schedule import Steps
 from repvgg.training.settings import Settings, TrainerArguments
 
@@ -57,6 +58,7 @@ def build_trainer(
             *([callbacks.ReestimateBN()] if stochastic else []),
             *([callbacks.EMA(settings.ema)] if settings.ema else []),
             *([callbacks.DeployedValidation()] if settings.deployed_validation else []),
+            *([TrainAsBranches()] if settings.optim.repopt else []),
             StopOnDivergence(),
             callbacks.SelfDescribing(checkpoint.KEY, describe),
             # Before what may raise in `on_exception`, so that the bar ends in any case.

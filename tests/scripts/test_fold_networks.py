@@ -55,12 +55,12 @@ def test_a_raising_and_a_repeating_fold_are_reported():
 
 @pytest.mark.slow
 def test_the_page_counts_networks_and_reasons():
-    rows = [fold_networks.measure("papers", name) for name in ("acnet", "orepa")]
+    rows = [fold_networks.measure("papers", name) for name in ("acnet", "tcn")]
 
     page = fold_networks.summary([{k: str(v) for k, v in row.items()} for row in rows])
 
     assert "| papers | 2 | 0 | 0 | 0 |" in page
-    assert "| papers | 2 | 1 | it is fed by conv2d(), called as a function" in page
+    assert "| papers | 6 | 1 | it is fed by getitem(), which is no convolution" in page
 
 
 @pytest.mark.parametrize("name", paper_networks.NETWORKS)

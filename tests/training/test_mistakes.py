@@ -43,6 +43,14 @@ from tests.support.commands import ROOT, run, run_fresh
             "returns a tensor of shape (32,), must return a scalar tensor with a gradient",
         ),
         ("train.py", ["optim.layer_decay=2"], "optim.layer_decay=2: must be a number above 0"),
+        ("train.py", ["optim.repopt=2"], "optim.repopt=2: must be true or false"),
+        ("train.py", ["optim.repopt=true"], "the network has branches of its own; pass a plain"),
+        ("train.py", ["optim.repopt=true", "optim.name=adamw"], "optim.repopt=True: needs SGD"),
+        (
+            "train.py",
+            ["optim.repopt=true", "+trainer.gradient_clip_val=1"],
+            "does not fit trainer.gradient_clip_val",
+        ),
         (
             "train.py",
             ["logger=false"],

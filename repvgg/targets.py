@@ -12,13 +12,15 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, NoneType, UnionType
+from typing import Union, get_args, get_origin
 
-from repvgg.checks import ArgumentError, did_you_mean, wrong_value
+from repvgg.checks import ArgumentError, brief, did_you_mean, wrong_value
 
 FROM_USER_CODE = "_from_user_code"  # attribute of an error that was sent to another process
 LONGEST_SIGNATURE = 300  # characters
 LIBRARIES = {"torch", "torchvision", "lightning", "timm", "repvgg"}  # their errors name arguments
+PLAIN = (bool, int, float, str, Path, NoneType)  # types that an argument may be checked for
 INSTALLED = {"site-packages", "dist-packages"}  # folders of packages, in any environment
 CLONE = Path(__file__).absolute().parents[1]
 NOT_THE_USERS = [CLONE / "repvgg", CLONE / "scripts", Path(sysconfig.get_path("stdlib"))]
@@ -190,6 +192,22 @@ def check_arguments(
             f"{key}={target}: {error}; {hint}its signature is {target.rpartition('.')[2]}{shown}",
             key,
         ) from error
+    if str(getattr(function, "__module__", "")).startswith("lightning."):  # it checks no types
+        for name, value in arguments.items():
+            kinds = _plain_kinds(signature.parameters.get(name))
+            if kinds and not isinstance(value, (*kinds, int) if float in kinds else kinds):
+                words = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
+                part = key.removesuffix("._target_")
+                raise ArgumentError(f"{part}.{name}={brief(value)}: must be {words}", key)
+
+
+def _plain_kinds(parameter: inspect.Parameter | None) -> tuple[type, ...]:
+    """The types of an argument, if all are plain values; else none."""
+    if parameter is None:
+        return ()
+    annotation = parameter.annotation
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return tuple(kinds) if all(kind in PLAIN for kind in kinds) else ()
 
 
 def accepts(function: Callable[..., object], argument: str) -> bool:

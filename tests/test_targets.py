@@ -132,3 +132,32 @@ def test_an_error_that_passed_through_the_users_code_is_told_from_ours(own):
     assert is_from_user_code(theirs.value)
     assert is_from_user_code(wrapped)
     assert not is_from_user_code(ours.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"min_delta": []}, r"callbacks.mine.min_delta=\[\]: must be float"),
+        ({"patience": "x"}, "callbacks.mine.patience=x: must be int"),
+        ({"stopping_threshold": "x"}, "stopping_threshold=x: must be float or null"),
+    ],
+)
+def test_types_of_lightnings_arguments_are_checked_since_it_checks_none(given, message):
+    target = "lightning.pytorch.callbacks.EarlyStopping"
+
+    with pytest.raises(ArgumentError, match=message):
+        call(
+            locate(target, "callbacks.mine._target_"),
+            "callbacks.mine._target_",
+            target,
+            "a",
+            **given,
+        )
+
+
+def test_whole_numbers_are_taken_for_floats():
+    target = "lightning.pytorch.callbacks.EarlyStopping"
+
+    made = call(locate(target, "k"), "k", target, "a", min_delta=1, stopping_threshold=None)
+
+    assert made.min_delta == -1  # of a minimum

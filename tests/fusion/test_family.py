@@ -381,6 +381,119 @@ def test_a_layer_scale_of_channels_is_folded_and_leaves_nothing(shape, layers):
     assert list(fused.state_dict()) == ["conv.weight", "conv.bias"] + ["scale.gamma"] * layers
 
 
+def combined(expression: str) -> nn.Module:
+    """Two convolutions, a number and an expression of them as the forward."""
+    names: dict[str, object] = {}
+    exec(
+        f"import torch\ndef forward(self, x):\n    a, b = self.a, self.b\n    return {expression}",
+        names,
+    )
+    base = type("Combined", (nn.Module,), {"forward": names["forward"]})
+    network = base()
+    network.a, network.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+    network.one = nn.Parameter(torch.full((1, 1, 1), 0.7))
+    return network
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "a(x) / 4 + b(x)",
+        "3 * a(x) + b(x)",
+        "a(x) + torch.mul(b(x), -0.5)",
+        "a(x) + -b(x)",
+        "a(x).mul(0.5).sub(b(x).neg())",
+        "(a(x) - b(x)) / 2 - x",
+        "a(x) * self.one + b(x)",
+        "torch.sub(x, self.one * a(x)) + b(x)",
+    ],
+)
+def test_a_sum_may_scale_and_subtract_its_terms(expression):
+    fused, _ = fused_and_equal(combined(expression))
+
+    assert counted(fused, nn.Conv2d) == 1
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "a(x) / x.abs().add(1) + b(x)",
+        "2 / a(x).abs().add(1) + b(x)",
+        "torch.div(a(x), 2, rounding_mode='floor') + b(x)",
+        "torch.add(a(x), b(x), alpha=2)",
+        "a(x) * x + b(x)",
+        "a(x).relu() * 2 + b(x)",
+        "1 - a(x) + b(x).relu()",
+    ],
+)
+def test_a_sum_of_other_terms_stays(expression):
+    fused, _ = fused_and_equal(combined(expression))
+
+    assert counted(fused, nn.Conv2d) == 2
+
+
+def test_a_normalization_with_an_activation_is_no_branch():
+    timm = pytest.importorskip("timm")
+
+    class Activated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), timm.layers.BatchNormAct2d(8)
+
+        def forward(self, x):
+            return self.conv(x) + self.norm(x)
+
+    fused, _ = fused_and_equal(Activated())
+
+    assert counted(fused, timm.layers.BatchNormAct2d) == 1
+
+
+def test_a_normalization_beside_a_linear_layer_keeps_its_axis():
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.bn = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            return self.linear(x) + self.bn(x)
+
+    network = settle(Rows()).double()
+    fused, _ = fuse_conv_bn(network)
+
+    for shape in ((4, 8), (4, 8, 8)):
+        x = torch.randn(shape, dtype=torch.float64)
+        assert relative_error(network(x), fused(x)) < 1e-12
+
+
+def test_a_forward_that_overwrites_its_input_still_does():
+    class Overwriting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            y = self.a(x) + self.b(x)
+            x += y
+            return y
+
+    network = settle(Overwriting()).double()
+    fused, _ = fuse_conv_bn(network)
+    first, second = images(9, 9), images(9, 9)
+
+    assert relative_error(network(first), fused(second)) < 1e-12
+    assert relative_error(first, second) < 1e-12
+
+
+def test_a_frozen_bias_stays_frozen():
+    network = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    network[0].bias.requires_grad_(False)
+
+    fused, _ = fuse_conv_bn(settle(network))
+
+    assert not fused[0].bias.requires_grad
+    assert fused[0].weight.requires_grad
+
+
 def test_a_layer_scale_that_overwrites_its_input_stays():
     network = Scaled(LayerScale(8, 1, 1))
     network.scale.inplace = True

@@ -25,6 +25,8 @@ FOUND = [
     Line("evaluate", [f"data={LONG}"]),
     Line("evaluate", ["ckpt=x.ckpt", "data=[[1]]"]),
     Line("train", ["model=[null]"]),
+    Line("train", [*TINY, "debug=profiler_advanced", "++trainer.profiler.dirpath=-1"]),
+    Line("train", [*TINY, "callbacks=early_stopping", "++callbacks.early_stopping.min_delta=[]"]),
     Line("train", ["logger=[null]", "callbacks=[[1]]"]),
     Line("train", [*TINY, "trainer._target_=a\tb", "hydra.run.dir=."]),
     Line("deploy", ["ckpt=x.ckpt", "--shell-completion", "int8_float_layers=\x1b[2J"]),

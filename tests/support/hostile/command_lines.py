@@ -212,7 +212,12 @@ class Place:
         """Run a command line as a program, up to where its work begins."""
         start = time.monotonic()
         environment = os.environ.copy()
-        os.environ |= {"TMPDIR": str(self.temporary), "HOME": str(self.home)}
+        fonts = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+        os.environ |= {
+            "TMPDIR": str(self.temporary),
+            "HOME": str(self.home),
+            "XDG_CACHE_HOME": fonts,  # where matplotlib has its fonts
+        }
         try:
             program = Process(
                 "-m",

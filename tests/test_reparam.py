@@ -286,6 +286,7 @@ def test_a_sequence_is_one_convolution_or_an_error(first, second):
             compose(convolution(first), convolution(second))
         return
     whole = compose(convolution(first), convolution(second))
+    assert whole.geometry.kernel == whole.affine.kernel.shape[2:]
     for x, expected in outputs:
         assert relative_error(expected, run(whole, x)) < 1e-12
 
@@ -328,6 +329,11 @@ BORDERS = {  # the second layer pads; the first is 1x1 unless said
         {"padding": 1, "padding_mode": "reflect"},
         False,
     ),
+    "reflect, a 2x2 first": (
+        {"bias": True, "kernel_size": 2},
+        {"padding": 1, "padding_mode": "reflect"},
+        False,
+    ),
     "reflect first": (
         {"bias": True, "kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
         {"kernel_size": 1, "padding": 0},
@@ -355,6 +361,14 @@ def test_the_border_decides_whether_a_sequence_is_a_convolution(kind):
     whole = compose(convolution(first), convolution(second))
 
     assert relative_error(second(first(x)), run(whole, x)) < 1e-12
+
+
+def test_the_dilation_of_one_tap_does_not_widen_a_sequence():
+    point, dense = nn.Conv2d(4, 4, 1, dilation=2, bias=False), nn.Conv2d(4, 4, 3, dilation=3)
+
+    for pair in ((point, dense), (dense, point)):
+        geometry = compose(*map(convolution, pair)).geometry
+        assert (geometry.kernel, geometry.dilation) == ((3, 3), (3, 3))
 
 
 def test_linear_layers_compose_as_convolutions_without_dimensions():

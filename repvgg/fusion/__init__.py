@@ -1,7 +1,7 @@
 """Folds BatchNorms into convolutions and merges parallel branches, in any network.
 
 `fuse` is the entry. `tracer` traces a forward, `dataflow` finds which module feeds which,
-`batchnorms` folds and `sums` merges.
+`functions` makes layers of functions, `batchnorms` folds, `sequences` and `sums` merge.
 """
 
 from repvgg.fusion.batchnorms import FusionReport

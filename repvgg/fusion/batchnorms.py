@@ -25,8 +25,8 @@ class FusionReport:
     Attributes:
         fused: pairs of a convolution or linear layer and a normalization, in execution order.
             Each pair is one module now, under the name of the layer.
-        merged: convolutions and the branches added to them. Each group is one module now, under
-            the first name.
+        merged: layers, and the branches added to them or the layers before them. Each group is one
+            module now, under the first name.
         kept: every normalization that was not folded, and why.
         unmerged: modules whose forward adds branches that were not merged, and why.
         untraced: modules whose forward could not be traced, and why. Less is folded inside them.

@@ -25,9 +25,11 @@ from repvgg.verify import SAME
 def fuse_conv_bn(model: nn.Module, images: Tensor | None = None) -> tuple[nn.Module, FusionReport]:
     """Copy a network, fold its BatchNorms and merge its parallel branches.
 
-    Three identities are used. BN(W*x + b) is one convolution (RepVGG, eq. 3). So is W*BN(x) + b, if
-    the convolution does not pad with zeros. So is a sum of parallel convolutions of x, to which x
-    may be added (section 3.3).
+    BN(W*x + b) is one convolution (RepVGG, eq. 3). So is W*BN(x) + b, if the convolution does not
+    pad with zeros, and two convolutions in sequence, if that is exact at the border and takes no
+    more multiplications. So is a sum of such chains of x, scaled or subtracted, to which x may be
+    added (section 3.3). Convolutions that are called as functions, with weights of parameters
+    alone, become layers first.
 
     The forward is traced (`fusion.dataflow`); the order of children does not matter. A BatchNorm is
     folded into the convolutions before it if it has no other inputs, and they have no other users.

@@ -68,7 +68,7 @@ def _adds_branches(root: fx.Node, get: Callable[[fx.Node], nn.Module | None]) ->
 
     for node, _ in read_terms(root, factor)[1]:
         passed, behind, convolves = {node}, set[fx.Node](), False
-        while (step := _next_step(node, get)) is not None:
+        while (step := read_step(node, get, 2)) is not None:
             convolves = convolves or is_layer(step.module)
             node = node.all_input_nodes[0]
             passed.add(node)
@@ -79,13 +79,6 @@ def _adds_branches(root: fx.Node, get: Callable[[fx.Node], nn.Module | None]) ->
     return any(
         first & second for i, first in enumerate(layered) for j, second in enumerate(met) if i != j
     )
-
-
-def _next_step(node: fx.Node, get: Callable[[fx.Node], nn.Module | None]) -> Step | None:
-    module = get(node)
-    if type(module) is foldable.Rows:
-        return Step(node)
-    return read_step(node, get, 2)
 
 
 class Sums:

@@ -4,7 +4,7 @@
 `functions` makes layers of functions, `batchnorms` folds, `sequences` and `sums` merge.
 """
 
-from repvgg.fusion.batchnorms import FusionReport
 from repvgg.fusion.fuse import fuse_conv_bn
+from repvgg.fusion.report import FusionReport
 
 __all__ = ["FusionReport", "fuse_conv_bn"]

@@ -28,7 +28,6 @@ from repvgg.reparam import (
     bare_affine,
     compose,
     embed,
-    identity_kernel,
     point_geometry,
     regroup,
     scale_output,
@@ -143,10 +142,10 @@ def convolution(
         except ValueError:
             return None
     if whole is None:
-        kernel = identity_kernel(channels, channels, dims=dims, device=like.weight.device)
-        whole = Convolution(bare_affine(kernel), point_geometry(dims), channels, False)
+        ones = like.weight.new_ones(channels, dtype=torch.float64)
+        whole = by_channel(ones, None, dims)
     for factor in term.factors:
-        scale = _by_channel(factor, channels, dims)
+        scale = _as_vector(factor, channels, dims)
         if scale is None:
             return None
         scale = scale.to(whole.affine.kernel)
@@ -182,33 +181,49 @@ def _of_step(
     if isinstance(module, Layer):
         if module.weight.dtype != weight.dtype or module.weight.device != weight.device:
             return None
-        geometry = read_geometry(module)
-        if foldable.dimensions(module) != dims or geometry is None:
-            return None
-        affine = values[step.name] if step.name in values else foldable.affine(module)
-        groups = 1 if isinstance(module, nn.Linear) else module.groups
-        return Convolution(affine, geometry, groups, module.bias is not None)
-    eye = identity_kernel(width, width, dims=dims, device=weight.device)
+        same = foldable.dimensions(module) == dims
+        return of_layer(module, values.get(step.name)) if same else None
+    ones = weight.new_ones(width, dtype=torch.float64)
     if module is None:
-        return Convolution(bare_affine(eye), point_geometry(dims, step.stride), width, False)
+        same_value = by_channel(ones, None, dims)
+        return same_value._replace(geometry=point_geometry(dims, step.stride))
     if type(module) in POOLS:
         geometry = read_geometry(module)
         if geometry is None or len(geometry.kernel) != dims:
             return None
-        taps = (eye / math.prod(geometry.kernel)).expand(*eye.shape[:2], *geometry.kernel)
+        size = math.prod(geometry.kernel)
+        taps = (ones / size).reshape(width, 1, *[1] * dims).expand(width, 1, *geometry.kernel)
         return Convolution(bare_affine(taps), geometry, width, False)
     factors = read_scaling(module)
     if factors is not None:
         if dims != 2 or factors.device != weight.device or len(factors) not in (1, width):
             return None
-        factors = factors.flatten().expand(width)
-        affine = scale_output(eye, None, factors, torch.zeros_like(factors))
-        return Convolution(affine, point_geometry(dims), width, False)
+        return by_channel(factors.flatten().expand(width), None, dims)
     found = read_normalization(module)
     if isinstance(found, str) or not _fits(found, width, dims, weight):
         return None
-    affine = scale_output(eye, None, found.scale, found.shift)
-    return Convolution(affine, point_geometry(dims), width)
+    return by_channel(found.scale, found.shift, dims)
+
+
+def by_channel(scale: Tensor, shift: Tensor | None, dims: int) -> Convolution:
+    """x -> scale * x + shift, by channel, as a depthwise convolution of one tap."""
+    kernel = scale.reshape(-1, 1, *[1] * dims)
+    affine = bare_affine(kernel, shift)
+    return Convolution(affine, point_geometry(dims), len(scale), shift is not None)
+
+
+def of_layer(module: Layer, value: Affine | None = None) -> Convolution | None:
+    """A layer in float64; None if it is transposed or has code of its own.
+
+    Args:
+        value: its kernel, if its weights are a rounded copy.
+    """
+    geometry = read_geometry(module)
+    if geometry is None:
+        return None
+    groups = 1 if isinstance(module, nn.Linear) else module.groups
+    affine = foldable.affine(module) if value is None else value
+    return Convolution(affine, geometry, groups, module.bias is not None)
 
 
 def _fits(found: Normalization, width: int, dims: int, weight: Tensor) -> bool:
@@ -216,7 +231,7 @@ def _fits(found: Normalization, width: int, dims: int, weight: Tensor) -> bool:
     return same and dims > 0 and not found.tail and found.dims in (None, dims)
 
 
-def _by_channel(factor: Factor, channels: int, dims: int) -> Tensor | None:
+def _as_vector(factor: Factor, channels: int, dims: int) -> Tensor | None:
     """A factor as one number for each channel, or None if it has other axes."""
     values = torch.as_tensor(factor).detach().double()
     shape = (*[1] * (dims + 1 - values.ndim), *values.shape)
@@ -243,37 +258,34 @@ def has_class(old: nn.Module | None, whole: Convolution) -> bool:
     return whole.geometry == own or whole.geometry.before == whole.geometry.after
 
 
-def new_layer(old: Layer, whole: Convolution) -> Layer:
-    """A layer of torch for a convolution, on the meta device: its weights are replaced.
+def new_layer(old: Layer, whole: Convolution, total: Affine, *, bias_trains: bool) -> Layer:
+    """A layer of torch, in eval mode, with the dtype, device and memory format of another one.
 
-    So the random state does not change.
+    Args:
+        whole: gives its geometry.
+        total: its kernel and bias.
     """
-    kernel, geometry = whole.affine.kernel, whole.geometry
+    kernel, geometry = total.kernel, whole.geometry
+    layer: Layer
+    # On the meta device: its weights are replaced, and the random state does not change.
     if isinstance(old, nn.Linear):
-        return nn.Linear(whole.in_channels, len(kernel), device="meta")
-    same = geometry == read_geometry(old)
-    return _plain(type(old))(
-        whole.in_channels,
-        len(kernel),
-        geometry.kernel,
-        stride=geometry.stride,
-        padding=old.padding if same else geometry.before,
-        dilation=geometry.dilation,
-        groups=whole.groups,
-        padding_mode=geometry.mode,
-        device="meta",
-    )
-
-
-def in_format_of(old: Tensor, kernel: Tensor) -> Tensor:
-    """A kernel in the dtype, device and memory format of another one, of any shape."""
-    if old.shape == kernel.shape:
-        return foldable.in_format_of(old, kernel)
-    last = old.ndim == 4 and not old.is_contiguous()
-    last = last and old.is_contiguous(memory_format=torch.channels_last)
-    return kernel.to(old).contiguous(
-        memory_format=torch.channels_last if last else torch.contiguous_format
-    )
+        layer = nn.Linear(whole.in_channels, len(kernel), device="meta")
+    else:
+        layer = _plain(type(old))(
+            whole.in_channels,
+            len(kernel),
+            geometry.kernel,
+            stride=geometry.stride,
+            padding=old.padding if geometry == read_geometry(old) else geometry.before,
+            dilation=geometry.dilation,
+            groups=whole.groups,
+            padding_mode=geometry.mode,
+            device="meta",
+        )
+    weight = foldable.in_format_of(old.weight, kernel)
+    layer.weight = nn.Parameter(weight, old.weight.requires_grad)
+    layer.bias = nn.Parameter(total.bias.to(old.weight), bias_trains)
+    return layer.eval()
 
 
 def _plain(cls: type[_ConvNd]) -> Callable[..., _ConvNd]:

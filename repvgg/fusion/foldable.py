@@ -180,7 +180,12 @@ def write(module: Linear, value: Affine, bias_trains: bool) -> None:
 
 def in_format_of(old: Tensor, kernel: Tensor) -> Tensor:
     """A kernel in the dtype, device and memory format (channels_last, say) of another tensor."""
-    return torch.empty_like(old, requires_grad=False).copy_(kernel)
+    if old.shape == kernel.shape:
+        return torch.empty_like(old, requires_grad=False).copy_(kernel)
+    last = old.ndim == 4 and not old.is_contiguous()
+    last = last and old.is_contiguous(memory_format=torch.channels_last)
+    format = torch.channels_last if last else torch.contiguous_format
+    return kernel.to(old).contiguous(memory_format=format)
 
 
 def misfit(module: Linear, value: Affine) -> str | None:

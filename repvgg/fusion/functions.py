@@ -10,29 +10,22 @@
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from repvgg.fusion import foldable
 from repvgg.fusion.attributes import tensor_of
+from repvgg.fusion.chains import by_channel
+from repvgg.fusion.constants import Constants, read_tensor
 from repvgg.fusion.dataflow import Dataflow
-from repvgg.fusion.kinds import target_home, target_name
+from repvgg.fusion.kinds import target_name
 from repvgg.fusion.normalizations import is_normalization, read_normalization
-from repvgg.fusion.own_forward import is_own
-from repvgg.fusion.surgery import drop_tensors, erase_unused, is_used_elsewhere, put
-from repvgg.reparam import (
-    Affine,
-    Convolution,
-    Geometry,
-    bare_affine,
-    identity_kernel,
-    point_geometry,
-    scale_output,
-)
+from repvgg.fusion.rewriting import Place, Rewriter
+from repvgg.fusion.surgery import erase_unused, put
+from repvgg.reparam import Convolution, Geometry, bare_affine
 
 FUNCTIONS: dict[object, Callable[..., _ConvNd]] = {
     torch.conv1d: nn.Conv1d,
@@ -40,13 +33,6 @@ FUNCTIONS: dict[object, Callable[..., _ConvNd]] = {
     torch.conv3d: nn.Conv3d,
 }
 ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-PURE = frozenset(  # functions and methods that give the same for the same tensors
-    """
-    add sub mul div truediv neg pow matmul mm bmm einsum getitem view reshape flatten unsqueeze
-    squeeze expand expand_as permute transpose t contiguous clone detach sqrt rsqrt reciprocal abs
-    sum mean stack cat flip repeat conv1d conv2d conv3d pad
-    """.split()  # noqa: SIM905
-)
 EQUAL = 1e-6  # of a padding and the value that it must be; the network computes in float32
 
 
@@ -54,47 +40,30 @@ class NewLayer(NamedTuple):
     """A layer to make.
 
     Attributes:
+        whole: what it computes.
+        last: the node whose value it computes.
         like: a tensor of its dtype and device.
         trains: whether its weights require gradients.
         kind: its class.
     """
 
     whole: Convolution
+    last: fx.Node
     like: Tensor
     trains: bool
     kind: Callable[..., _ConvNd]
 
 
-class Functions:
-    """The functional layers in one graph of a module's forward, a `rewriting.Rewriter`."""
+class Functions(Rewriter):
+    """The functional layers in one graph of a module's forward."""
 
-    of_numbers: ClassVar = True
+    of_numbers = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        owner: nn.Module,
-        name: str,
-        graph: fx.Graph,
-        flow: Dataflow,
-        values: dict[str, Affine],
-        check_values: bool,
-        inlined: set[str],
-    ) -> None:
-        self.model = model
-        self.owner = owner
-        self.name = name
-        self.graph = graph
-        self.flow = flow
-        self.values = values
-        self.check_values = check_values
-        self.inlined = inlined
-        self.names = {module: path for path, module in model.named_modules()}
-        self.layers: dict[str, nn.Module] = {}  # new ones, by their names in the owner
-        self.totals: dict[str, Affine] = {}
-        self.costlier: dict[str, str] = {}
-        self.constants: dict[fx.Node, Tensor | None] = {}
+    def __init__(self, place: Place, graph: fx.Graph) -> None:
+        super().__init__(place, graph)
+        self.layers: dict[str, _ConvNd] = {}  # new ones, by their names in the owner
         self.replaced: list[nn.Module] = []  # normalizations
+        self.constants = Constants(place.owner)
 
     def merge(self) -> list[tuple[str, ...]]:
         """Rewrite the graph; the names of the new layers. `write` adds them."""
@@ -118,12 +87,12 @@ class Functions:
         if node.op != "call_function" or kind is None or not node.args:
             return None
         value = node.args[0]
-        if not isinstance(value, fx.Node) or self._constant(value) is not None:
+        if not isinstance(value, fx.Node) or self.constants.value(value) is not None:
             return None  # a kernel that is computed from another one
         given: dict[str, Any] = dict(zip(ARGUMENTS, node.args, strict=False)) | node.kwargs
-        weight = self._constant(given.get("weight"))
+        weight = self.constants.value(given.get("weight"))
         shift = given.get("bias")
-        bias = None if shift is None else self._constant(shift)
+        bias = None if shift is None else self.constants.value(shift)
         if weight is None or (bias is None) != (shift is None):
             return None
         sources = self._sources([given["weight"], *([] if shift is None else [shift])])
@@ -138,78 +107,69 @@ class Functions:
         geometry = Geometry(tuple(weight.shape[2:]), stride, dilation, padding, padding)
         affine = bare_affine(weight.double(), None if bias is None else bias.double())
         whole = Convolution(affine, geometry, groups, bias is not None)
-        return NewLayer(whole, sources[0], any(each.requires_grad for each in sources), kind)
+        last, whole = self._with_border(node, whole)
+        trains = any(each.requires_grad for each in sources)
+        return NewLayer(whole, last, sources[0], trains, kind)
 
     def _padded_layer(self, node: fx.Node) -> NewLayer | None:
         """A normalization whose output is padded by what it gives for zeros."""
-        if node.op != "call_module" or self._padding(node) is None:
+        module = self.module(node)
+        if module is None or not is_normalization(module) or not self.is_own(module):
             return None
-        module = self.owner.get_submodule(str(node.target))
-        path = self.names[module]
-        called = [other for other in self.graph.nodes if other.target == node.target]
-        own = is_own(self.flow, path, self.name, self.inlined) and len(called) == 1
-        if not own or foldable.obstacle(module, values=self.check_values) is not None:
-            return None
-        if not is_normalization(module):
-            return None
-        found = read_normalization(module)
+        found, mean = read_normalization(module), tensor_of(module, "running_mean")
         if isinstance(found, str) or found.tail or found.dims is None or found.dtype is not None:
             return None
-        mean = tensor_of(module, "running_mean")
         assert mean is not None
-        channels = len(found.scale)
-        eye = identity_kernel(channels, channels, dims=found.dims, device=found.scale.device)
-        affine = scale_output(eye, None, found.scale, found.shift)
-        kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[found.dims]
-        whole = Convolution(affine, point_geometry(found.dims), channels)
-        padding = self._padding(node)
-        assert padding is not None
-        if not self._pads_by(node, padding, whole):
+        last, whole = self._with_border(node, by_channel(found.scale, found.shift, found.dims))
+        if last is node:
             return None
         self.replaced.append(module)
         trains = any(parameter.requires_grad for parameter in module.parameters())
-        return NewLayer(whole, mean, trains, kind)
+        kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[found.dims]
+        return NewLayer(whole, last, mean, trains, kind)
+
+    def _with_border(self, node: fx.Node, whole: Convolution) -> tuple[fx.Node, Convolution]:
+        """A layer and the padding behind it by what it gives for zeros, if there is one."""
+        padding = self._padding(node)
+        if padding is None or not self._pads_by(*padding, whole):
+            return node, whole
+        pad, amounts = padding
+        stride = whole.geometry.stride
+        around = tuple(s * p for s, p in zip(stride, amounts, strict=True))
+        return pad, whole._replace(geometry=whole.geometry._replace(before=around, after=around))
 
     def _put(self, node: fx.Node, new: NewLayer) -> str:
         """Call a new layer in the place of a node, and of the padding behind it."""
-        whole = new.whole
-        last = node
-        geometry = whole.geometry
-        padding = self._padding(node)
-        if padding is not None and self._pads_by(node, padding, whole):
-            amounts = [s * p for s, p in zip(geometry.stride, padding[1], strict=True)]
-            geometry = geometry._replace(before=tuple(amounts), after=tuple(amounts))
-            last = padding[0]
+        (kernel, bias), geometry, groups, biased = new.whole
         name = f"folded_{len(self.layers)}" if self.layers else "folded"
-        while hasattr(self.owner, name) and name not in self.layers:
+        while hasattr(self.place.owner, name):
             name += "_"
-        kernel, bias = whole.affine
         layer = new.kind(
-            whole.in_channels,
+            new.whole.in_channels,
             len(kernel),
             geometry.kernel,
             stride=geometry.stride,
             padding=geometry.before,
             dilation=geometry.dilation,
-            groups=whole.groups,
+            groups=groups,
             device="meta",
         )
         layer.weight = nn.Parameter(kernel.to(new.like, copy=True), new.trains)
         shift = nn.Parameter(bias.to(new.like, copy=True), new.trains)
-        layer.bias = shift if whole.biased else None
+        layer.bias = shift if biased else None
         self.layers[name] = layer.eval()
-        full = f"{self.name}.{name}".removeprefix(".")
-        self.totals[full] = whole.affine
+        full = f"{self.place.name}.{name}".removeprefix(".")
+        self.totals[full] = new.whole.affine
         with self.graph.inserting_before(node):
             call = self.graph.call_module(name, (node.args[0],))
-        for user in list(last.users):
+        for user in list(new.last.users):
             if user.target is operator.setitem:
                 erase_unused(user)
-        last.replace_all_uses_with(call)
-        erase_unused(last)
+        new.last.replace_all_uses_with(call)
+        erase_unused(new.last)
         return full
 
-    def _padding(self, node: fx.Node) -> tuple[fx.Node, list[int]] | None:
+    def _padding(self, node: fx.Node) -> tuple[fx.Node, tuple[int, ...]] | None:
         """The node that pads the output of another one on all sides, and by how much."""
         users = list(node.users)
         if len(users) != 1 or users[0].target is not F.pad or users[0].args[0] is not node:
@@ -224,13 +184,10 @@ class Functions:
         low, high = list(amounts[::2])[::-1], list(amounts[1::2])[::-1]
         if low != high or not all(amount > 0 for amount in low):
             return None
-        return pad, [int(str(amount)) for amount in low]
+        return pad, cast(tuple[int, ...], tuple(low))
 
-    def _pads_by(
-        self, node: fx.Node, padding: tuple[fx.Node, list[int]], whole: Convolution
-    ) -> bool:
+    def _pads_by(self, pad: fx.Node, amounts: Sequence[int], whole: Convolution) -> bool:
         """Whether the border of a padded output is set to what the layer gives for zeros."""
-        pad, amounts = padding
         geometry = whole.geometry
         if any(k > 1 for k in geometry.kernel) or geometry.pads:
             return False
@@ -246,26 +203,18 @@ class Functions:
         for user in setting:
             _, index, value = user.args
             side = _side(index, amounts)
-            found = self._constant(value)
+            found = self.constants.value(value)
             if user.users or side is None or found is None:
                 return False
             shape = (1, len(bias), *[1] * len(amounts))
             if tuple(found.shape) != shape:
                 return False
-            if self.check_values and not bias.is_meta:
+            if self.place.check_values and not bias.is_meta:
                 scale = bias.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
                 if (found.reshape(-1).double() - bias).abs().max() > EQUAL * scale:
                     return False
             sides.add(side)
         return len(sides) == 2 * len(amounts)
-
-    def _constant(self, value: object) -> Tensor | None:
-        """The tensor of a node that follows from tensors of the network alone."""
-        if not isinstance(value, fx.Node):
-            return None
-        if value not in self.constants:
-            self.constants[value] = self._evaluate(value)
-        return self.constants[value]
 
     def _sources(self, nodes: list[fx.Node]) -> list[Tensor] | None:
         """The tensors from which nodes are computed; None if anything else uses one of them."""
@@ -273,69 +222,27 @@ class Functions:
         while todo:
             node = todo.pop()
             todo += node.all_input_nodes
-            path, _, key = str(node.target).rpartition(".")
             if node.op == "get_attr":
-                holder = self.owner.get_submodule(path)
-                tensor = tensor_of(holder, key)
-                if tensor is None or is_used_elsewhere(
-                    holder, key, self.flow, self.name, self.names
-                ):
+                holder, key, tensor = read_tensor(self.place.owner, node)
+                if tensor is None or self.is_used_elsewhere(holder, key):
                     return None
                 found.append(tensor)
         return found
 
-    def _evaluate(self, node: fx.Node) -> Tensor | None:
-        if node.op == "get_attr":
-            path, _, key = str(node.target).rpartition(".")
-            tensor = tensor_of(self.owner.get_submodule(path), key)
-            if tensor is None or not tensor.is_floating_point():
-                return None
-            return tensor.detach().double()
-        calls = node.op in ("call_function", "call_method")
-        if not calls or target_name(node) not in PURE or not node.all_input_nodes:
-            return None
-        home = target_home(node).split(".")[0]
-        if node.op == "call_function" and home not in _HOMES:
-            return None
-        inputs = {each: self._constant(each) for each in node.all_input_nodes}
-        if any(found is None for found in inputs.values()):
-            return None
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: inputs[each])
-        try:
-            if node.op == "call_method":
-                return _tensor(getattr(args[0], str(node.target))(*args[1:], **kwargs))
-            assert callable(node.target)
-            return _tensor(node.target(*args, **kwargs))
-        except Exception:  # whatever torch says of these arguments; the forward would say it too
-            return None
-
-    def misfit(self) -> str | None:
-        """Why a layer cannot be written in its dtype, or None."""
-        for name, total in self.totals.items():
-            layer = self.layers[name.removeprefix(f"{self.name}.")]
-            assert isinstance(layer, _ConvNd)
-            if reason := foldable.misfit(layer, total):
-                return f"{name}: {reason}"
-        return None
+    def layer(self, name: str) -> _ConvNd:
+        return self.layers[name.removeprefix(f"{self.place.name}.")]
 
     def write(self) -> None:
         """Add the new layers, and remove the tensors and layers that only they replace."""
         for name, layer in self.layers.items():
-            self.owner.add_module(name, layer)
-        self.values.update(self.totals)
+            self.place.owner.add_module(name, layer)
+        self.place.values.update(self.totals)
         for module in self.replaced:
-            put(self.model, module, nn.Identity())
-        kept = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
-        read = {str(node.target) for node in self.constants if node.op == "get_attr"}
-        drop_tensors(self.owner, read - kept, self.flow, self.name, self.names)
+            put(self.place.model, module, nn.Identity())
+        self.drop_unread()
 
 
 _LEAST = (("stride", 1), ("padding", 0), ("dilation", 1))
-_HOMES = ("torch", "_operator", "_VariableFunctions", "_nn", "builtins")
-
-
-def _tensor(value: object) -> Tensor | None:
-    return value if isinstance(value, Tensor) else None
 
 
 def _each(value: object, dims: int) -> tuple[int, ...] | None:
@@ -343,7 +250,7 @@ def _each(value: object, dims: int) -> tuple[int, ...] | None:
     numbers = (value,) * dims if isinstance(value, int) else value
     if not isinstance(numbers, tuple | list) or not all(type(n) is int for n in numbers):
         return None
-    return tuple(int(str(n)) for n in numbers) * (dims if len(numbers) == 1 < dims else 1)
+    return cast(tuple[int, ...], tuple(numbers)) * (dims if len(numbers) == 1 < dims else 1)
 
 
 def _side(index: object, amounts: Sequence[int]) -> tuple[int, bool] | None:

@@ -7,13 +7,14 @@ from torch import Tensor, fx, nn
 
 from repvgg import verify
 from repvgg.fusion import dataflow, foldable, functions, sums
-from repvgg.fusion.batchnorms import Folding, FusionReport
+from repvgg.fusion.batchnorms import Folding
 from repvgg.fusion.copying import copied, plain_weights, require_images, require_network, unwrapped
 from repvgg.fusion.errors import in_a_line
 from repvgg.fusion.flags import Values, settings_to_try
 from repvgg.fusion.functions import Functions
 from repvgg.fusion.hooks import ArgumentGuard
 from repvgg.fusion.normalizations import is_normalization, read_once
+from repvgg.fusion.report import FusionReport
 from repvgg.fusion.rewriting import rewrite
 from repvgg.fusion.sequences import merge_sequences
 from repvgg.fusion.sums import Sums

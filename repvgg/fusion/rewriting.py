@@ -1,26 +1,50 @@
 """Rewrites the forward of a module: its graph, and from it new code for each value of its flags."""
 
+import abc
 import inspect
-from typing import ClassVar, Protocol
+from collections import Counter
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import fx, nn
 
 from repvgg.fusion import foldable
-from repvgg.fusion.batchnorms import FusionReport
 from repvgg.fusion.bytecode import is_decorated
-from repvgg.fusion.chains import is_layer
+from repvgg.fusion.chains import Layer, is_layer
 from repvgg.fusion.dataflow import Dataflow, Flags
 from repvgg.fusion.flags import global_flags
 from repvgg.fusion.hooks import has_hooks
 from repvgg.fusion.kinds import target_home
-from repvgg.fusion.own_forward import OwnForward, inlined_children
+from repvgg.fusion.own_forward import OwnForward, inlined_children, is_own
+from repvgg.fusion.report import FusionReport
 from repvgg.fusion.surgery import set_forward
 from repvgg.fusion.terms import is_sum
 from repvgg.reparam import Affine
 
 
-class Rewriter(Protocol):
+class Place(NamedTuple):
+    """The module whose forward is rewritten, in its network.
+
+    Attributes:
+        flow: of the network.
+        values: kernels in float64 of layers whose weights are rounded, by name.
+        check_values: as `values` in `repvgg.fusion.foldable.obstacle`.
+        inlined: names of the children whose layers count as the module's own.
+        names: of all modules.
+    """
+
+    model: nn.Module
+    owner: nn.Module
+    name: str
+    flow: Dataflow
+    values: dict[str, Affine]
+    check_values: bool
+    inlined: set[str]
+    names: Mapping[nn.Module, str]
+
+
+class Rewriter(abc.ABC):
     """Rewrites one graph of a module's forward, and then its modules.
 
     Attributes:
@@ -31,26 +55,70 @@ class Rewriter(Protocol):
     """
 
     of_numbers: ClassVar[bool]
-    costlier: dict[str, str]
-    totals: dict[str, Affine]
 
-    def __init__(
-        self,
-        model: nn.Module,
-        owner: nn.Module,
-        name: str,
-        graph: fx.Graph,
-        flow: Dataflow,
-        values: dict[str, Affine],
-        check_values: bool,
-        inlined: set[str],
-    ) -> None: ...
+    def __init__(self, place: Place, graph: fx.Graph) -> None:
+        self.place = place
+        self.graph = graph
+        self.costlier: dict[str, str] = {}
+        self.totals: dict[str, Affine] = {}
+        self._read = self._tensors()
+        modules = map(self.module, graph.nodes)
+        self._calls = Counter(module for module in modules if module is not None)
 
-    def merge(self) -> list[tuple[str, ...]]: ...
+    @abc.abstractmethod
+    def merge(self) -> list[tuple[str, ...]]:
+        """Rewrite the graph; the names of what was merged, first what remains."""
 
-    def misfit(self) -> str | None: ...
+    @abc.abstractmethod
+    def write(self) -> None:
+        """Change the modules as the graph needs it."""
 
-    def write(self) -> None: ...
+    @abc.abstractmethod
+    def layer(self, name: str) -> Layer:
+        """The layer of a name in `totals`, for its dtype."""
+
+    def misfit(self) -> str | None:
+        """Why a kernel cannot be written in the dtype of its layer, or None."""
+        for name, total in self.totals.items():
+            if reason := foldable.misfit(self.layer(name), total):
+                return f"{name}: {reason}"
+        return None
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The module that a node calls."""
+        calls = node.op == "call_module"
+        return self.place.owner.get_submodule(str(node.target)) if calls else None
+
+    def is_own(self, module: nn.Module) -> bool:
+        """Whether one node of this forward alone calls a module, which can be folded."""
+        path = self.place.names[module]
+        return (
+            self._calls[module] == 1
+            and is_own(self.place.flow, path, self.place.name, self.place.inlined)
+            and foldable.obstacle(module, values=self.place.check_values) is None
+        )
+
+    def drop_unread(self) -> None:
+        """Remove the parameters and buffers that the graph does not read any more."""
+        for target in self._read - self._tensors():
+            path, _, key = target.rpartition(".")
+            holder = self.place.owner.get_submodule(path)
+            if not self.is_used_elsewhere(holder, key):
+                for tensors in (holder._parameters, holder._buffers):
+                    if key in tensors:
+                        tensors[key] = None
+
+    def is_used_elsewhere(self, holder: nn.Module, key: str) -> bool:
+        """Whether a layer uses a tensor of its own, or another forward does."""
+        flow, names = self.place.flow, self.place.names
+        if holder not in names or names[holder] in flow.calls:
+            return True
+        name = f"{names[holder]}.{key}".removeprefix(".")
+        readers = [node for node, read in flow.names.items() if read.removeprefix(".") == name]
+        return any([*flow.callers[node]][-1] != self.place.name for node in readers)
+
+    def _tensors(self) -> set[str]:
+        return {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
 
 
 def rewrite(
@@ -85,7 +153,8 @@ def rewrite(
         return []
     inlined = inlined_children(owner)
     names = {module: path for path, module in model.named_modules()}
-    inlined_names = {names[module] for module in inlined}
+    within = {names[module] for module in inlined}
+    place = Place(model, owner, name, flow, values, check_values, within, names)
     own = OwnForward(owner, model, name, flow, flags or {}, inlined)
     if not own.is_consistent():
         return []
@@ -94,7 +163,7 @@ def rewrite(
         base = own.graph(())
         if base is None:
             return []
-        sums = rewriter(model, owner, name, base, flow, values, check_values, inlined_names)
+        sums = rewriter(place, base)
         merged = sums.merge()
         if merged:
             break
@@ -107,7 +176,7 @@ def rewrite(
         return []
 
     def merges_alike(graph: fx.Graph) -> bool:
-        other = rewriter(model, owner, name, graph, flow, dict(values), check_values, inlined_names)
+        other = rewriter(place, graph)
         return other.merge() == merged and _are_equal(other.totals, sums.totals)
 
     cases = sums.misfit() or _obstacle(own) or own.cases(base, merges_alike)

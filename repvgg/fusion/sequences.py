@@ -7,10 +7,9 @@ from torch import fx, nn
 from repvgg.fusion import dataflow, foldable
 from repvgg.fusion.attributes import has_trainable_bias
 from repvgg.fusion.batchnorms import Folding
-from repvgg.fusion.chains import Layer, has_class, in_format_of, new_layer
-from repvgg.fusion.geometry import read_geometry
+from repvgg.fusion.chains import Layer, has_class, new_layer, of_layer
 from repvgg.fusion.surgery import put
-from repvgg.reparam import Convolution, compose
+from repvgg.reparam import compose
 
 
 def merge_sequences(folding: Folding) -> None:
@@ -56,19 +55,19 @@ def _before(folding: Folding, name: str) -> str | None:
 
 
 def _merge(folding: Folding, first: str, second: str) -> bool:
-    parts = [_convolution(folding, name) for name in (first, second)]
     before, after = folding.modules[first], folding.modules[second]
     assert isinstance(before, Layer)
     assert isinstance(after, Layer)
-    if None in parts or before.weight.dtype != after.weight.dtype:
+    inner, outer = (
+        of_layer(m, folding.values.get(n)) for m, n in ((before, first), (after, second))
+    )
+    if inner is None or outer is None or before.weight.dtype != after.weight.dtype:
         return False
     try:
-        whole = compose(*(part for part in parts if part is not None))
+        whole = compose(inner, outer)
     except ValueError:
         return False
-    geometry = read_geometry(after)
-    assert geometry is not None
-    now = before.weight.numel() * math.prod(geometry.stride) + after.weight.numel()
+    now = before.weight.numel() * math.prod(outer.geometry.stride) + after.weight.numel()
     then = whole.affine.kernel.numel()
     if then > now:
         folding.report.costlier[second] = (
@@ -78,11 +77,8 @@ def _merge(folding: Folding, first: str, second: str) -> bool:
         return False
     if not has_class(after, whole) or foldable.misfit(after, whole.affine) is not None:
         return False
-    layer = new_layer(after, whole)
-    kernel, bias = whole.affine
     trains = any(has_trainable_bias(module) for module in (before, after))
-    layer.weight = nn.Parameter(in_format_of(after.weight, kernel), after.weight.requires_grad)
-    layer.bias = nn.Parameter(bias.to(after.weight), trains)
+    layer = new_layer(after, whole, whole.affine, bias_trains=trains)
     for name, new in ((first, nn.Identity()), (second, layer)):
         put(folding.model, folding.modules[name], new.eval())
         folding.modules[name] = new
@@ -94,12 +90,3 @@ def _merge(folding: Folding, first: str, second: str) -> bool:
     folding.report.costlier.pop(second, None)
     folding.report.merged.append((second, first))
     return True
-
-
-def _convolution(folding: Folding, name: str) -> Convolution | None:
-    module = folding.modules[name]
-    geometry = read_geometry(module)
-    if geometry is None or not isinstance(module, Layer):
-        return None
-    groups = 1 if isinstance(module, nn.Linear) else module.groups
-    return Convolution(folding.value(name), geometry, groups, module.bias is not None)

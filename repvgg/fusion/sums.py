@@ -8,7 +8,7 @@ module of that forward gets a new one, generated from its graph.
 
 from collections.abc import Callable
 from operator import add
-from typing import ClassVar, cast
+from typing import cast
 
 from torch import fx, nn
 
@@ -23,7 +23,6 @@ from repvgg.fusion.chains import (
     cost,
     dimensions,
     has_class,
-    in_format_of,
     is_layer,
     new_layer,
     placed,
@@ -33,10 +32,10 @@ from repvgg.fusion.chains import (
 from repvgg.fusion.dataflow import Dataflow, uses
 from repvgg.fusion.kinds import is_finite_number
 from repvgg.fusion.normalizations import is_normalization, read_normalization, read_scaling
-from repvgg.fusion.own_forward import is_own
-from repvgg.fusion.surgery import drop_tensors, erase_unused, put
+from repvgg.fusion.rewriting import Place, Rewriter
+from repvgg.fusion.surgery import erase_unused, put
 from repvgg.fusion.terms import adds_zero, is_sum, read_factor, read_terms
-from repvgg.reparam import Affine, Convolution, merge
+from repvgg.reparam import Convolution, merge
 
 Found = tuple[Term, Convolution]
 
@@ -81,49 +80,23 @@ def _adds_branches(root: fx.Node, get: Callable[[fx.Node], nn.Module | None]) ->
     )
 
 
-class Sums:
+class Sums(Rewriter):
     """The sums in one graph of a module's forward."""
 
-    of_numbers: ClassVar = False
+    of_numbers = False
 
-    def __init__(
-        self,
-        model: nn.Module,
-        owner: nn.Module,
-        name: str,
-        graph: fx.Graph,
-        flow: Dataflow,
-        values: dict[str, Affine],
-        check_values: bool,
-        inlined: set[str],
-    ) -> None:
-        self.model = model
-        self.owner = owner
-        self.name = name
-        self.graph = graph
-        self.flow = flow
-        self.values = values
-        self.check_values = check_values
-        self.inlined = inlined
-        self.totals: dict[str, Affine] = {}
-        self.costlier: dict[str, str] = {}  # layers that stay, and why
+    def __init__(self, place: Place, graph: fx.Graph) -> None:
+        super().__init__(place, graph)
         self.replaced: dict[nn.Module, nn.Module] = {}
         self.order: dict[fx.Node, int] = {}
         self.scalings: list[tuple[fx.Node, nn.Module]] = []
-        self.read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-        self.names = {module: path for path, module in model.named_modules()}
-        self.calls: dict[nn.Module, int] = {}
-        for node in graph.nodes:
-            if node.op == "call_module":
-                module = owner.get_submodule(node.target)
-                self.calls[module] = self.calls.get(module, 0) + 1
 
     def merge(self) -> list[tuple[str, ...]]:
         """Merge the sums of the graph. `write` changes the modules."""
         merged: list[tuple[str, ...]] = []
         for node in [node for node in self.graph.nodes if adds_zero(node)]:
             (term,) = node.all_input_nodes
-            made = is_layer(self._module(term)) or is_normalization(self._module(term))
+            made = is_layer(self.module(term)) or is_normalization(self.module(term))
             if made and len(term.users) == 1:  # so nothing else holds its value
                 node.replace_all_uses_with(term)
                 self.graph.erase_node(node)
@@ -197,20 +170,12 @@ class Sums:
 
     def _step(self, node: fx.Node, dims: int | None) -> Step | None:
         """A layer that nothing but its call in this forward uses, or a strided slice."""
-        step = read_step(node, self._module, dims)
+        step = read_step(node, self.module, dims)
         if step is None or step.module is None:
             return step
-        module, path = step.module, self.names[step.module]
-        free = (
-            is_own(self.flow, path, self.name, self.inlined)
-            and foldable.obstacle(module, values=self.check_values) is None
-            and self.calls[module] == 1
-            and path not in self.flow.reached
-        )
+        path = self.place.names[step.module]
+        free = self.is_own(step.module) and path not in self.place.flow.reached
         return step._replace(name=path) if free else None
-
-    def _module(self, node: fx.Node) -> nn.Module | None:
-        return self.owner.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def _factor(self, value: object) -> Factor | None:
         """A number, a tensor of the module, or a layer that scales, as a factor."""
@@ -225,12 +190,12 @@ class Sums:
         if not isinstance(value, fx.Node) or value.op != "get_attr":
             return None
         path, _, key = str(value.target).rpartition(".")
-        tensor = tensor_of(self.owner.get_submodule(path), key)
+        tensor = tensor_of(self.place.owner.get_submodule(path), key)
         return None if tensor is None or not tensor.is_floating_point() else tensor
 
     def _is_check(self, node: fx.Node) -> bool:
         """Whether a node only checks the rank of its input."""
-        return type(self._module(node)) is foldable.Rows
+        return type(self.module(node)) is foldable.Rows
 
     def _compatible(self, group: list[Term]) -> list[Found]:
         """The terms that are one convolution together, first the one whose geometry it has.
@@ -243,7 +208,7 @@ class Sums:
         found = [
             (term, whole)
             for term in group
-            if (whole := convolution(term, channels, layer, self.values)) is not None
+            if (whole := convolution(term, channels, layer, self.place.values)) is not None
         ]
         for main in widest(found):
             fitting = [pair for pair in found if pair is not main and placed(pair[1], main[1])]
@@ -264,7 +229,7 @@ class Sums:
         """Whether a node may overwrite a value between its first use and the sum."""
         first = min(self.order[step.node] for term in group for step in term.steps)
         for node, position in self.order.items():
-            module = self._module(node)
+            module = self.module(node)
             if isinstance(module, foldable.Rows) or not foldable.may_overwrite(node, module):
                 continue
             if node in nodes:
@@ -298,19 +263,14 @@ class Sums:
         assert isinstance(old, Layer)
         parts = [placed(each, whole) for _, each in found]
         total = merge(*(part for part in parts if part is not None))
-        layer = new_layer(old, whole)
         terms = [term for term, _ in found]
         steps = [step for term in terms for step in term.steps if step.module is not None]
         trains = any(has_trainable_bias(step.module) for step in steps)
-        layer.weight = nn.Parameter(
-            in_format_of(old.weight, total.kernel), old.weight.requires_grad
-        )
-        layer.bias = nn.Parameter(total.bias.to(old.weight), trains)
         self.totals[main.last.name] = total
         for step in steps:
             assert step.module is not None
             self.replaced[step.module] = nn.Identity()
-        self.replaced[old] = layer.eval()
+        self.replaced[old] = new_layer(old, whole, total, bias_trains=trains)
         checks = [term.check for term in terms if term.check is not None]
         entries = [term.entry for term in terms if term.entry is not None]
         with self.graph.inserting_before(root):
@@ -321,23 +281,18 @@ class Sums:
                 node = self.graph.call_module(str(check.target), (node,))
         return node
 
-    def misfit(self) -> str | None:
-        """Why a sum cannot be written in the dtype of its convolution, or None."""
-        for name, total in self.totals.items():
-            module = self.model.get_submodule(name)
-            assert isinstance(module, Layer)
-            if reason := foldable.misfit(module, total):
-                return f"{name}: {reason}"
-        return None
+    def layer(self, name: str) -> Layer:
+        module = self.place.model.get_submodule(name)
+        assert isinstance(module, Layer)
+        return module
 
     def write(self) -> None:
         """Put the merged layers in place, and identities for the others."""
         for old, new in self.replaced.items():
-            put(self.model, old, new.eval())
-            self.values.pop(self.names[old], None)
-        self.values.update(self.totals)
+            put(self.place.model, old, new.eval())
+            self.place.values.pop(self.place.names[old], None)
+        self.place.values.update(self.totals)
         for node, module in self.scalings:
             if node not in self.graph.nodes:
-                put(self.model, module, nn.Identity())
-        left = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
-        drop_tensors(self.owner, self.read - left, self.flow, self.name, self.names)
+                put(self.place.model, module, nn.Identity())
+        self.drop_unread()

@@ -4,13 +4,12 @@ import hashlib
 import importlib
 import linecache
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 
 from torch import fx, nn
 
 from repvgg.fusion.bytecode import GENERATED
-from repvgg.fusion.dataflow import Dataflow
 from repvgg.fusion.flags import Values, expression
 
 Case = tuple[Values, fx.Graph]  # values of flags, and the graph for them
@@ -33,34 +32,6 @@ def erase_unused(root: fx.Node) -> None:
             erased.add(node)
             todo += node.all_input_nodes
             node.graph.erase_node(node)
-
-
-def is_used_elsewhere(
-    holder: nn.Module, key: str, flow: Dataflow, owner: str, names: Mapping[nn.Module, str]
-) -> bool:
-    """Whether a layer uses a tensor of its own, or a forward other than that of `owner` does."""
-    if holder not in names or names[holder] in flow.calls:
-        return True
-    name = f"{names[holder]}.{key}".removeprefix(".")
-    readers = [node for node, read in flow.names.items() if read.removeprefix(".") == name]
-    return any([*flow.callers[node]][-1] != owner for node in readers)
-
-
-def drop_tensors(
-    owner: nn.Module,
-    targets: Iterable[str],
-    flow: Dataflow,
-    name: str,
-    names: Mapping[nn.Module, str],
-) -> None:
-    """Remove parameters and buffers that the new forward of a module does not read."""
-    for target in targets:
-        path, _, key = target.rpartition(".")
-        holder = owner.get_submodule(path)
-        if not is_used_elsewhere(holder, key, flow, name, names):
-            for tensors in (holder._parameters, holder._buffers):
-                if key in tensors:
-                    tensors[key] = None
 
 
 def set_forward(owner: nn.Module, cases: Sequence[Case], fixed: dict[str, object]) -> None:

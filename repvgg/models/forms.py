@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from repvgg import verify
-from repvgg.fusion.batchnorms import FusionReport
 from repvgg.fusion.copying import copied, plain_weights, require_images
 from repvgg.fusion.errors import in_a_line
 from repvgg.fusion.fuse import fuse_any
 from repvgg.fusion.normalizations import is_normalization
+from repvgg.fusion.report import FusionReport
 from repvgg.fusion.surgery import put
 from repvgg.models.block import QARepVGGBlock, RepVGGBlock
 from repvgg.models.features import Backbone
